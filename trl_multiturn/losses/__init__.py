@@ -1,0 +1,33 @@
+"""
+Losses as functions of tensors: nothing here knows a model, a tokenizer or a trainer.
+
+Column `t` of a `(B, T)` tensor scores token `t + 1`; `action_mask` is 1 where the policy sampled that token. Entries
+outside the mask may hold anything, NaN included. `log_ratios` are in nats, `beta` turns nats into reward.
+"""
+
+from ._masking import terminal_rewards
+from .dqo import dqo_policy_loss, dqo_value_loss, importance_weights
+from .dro import dro_policy_loss, dro_value_loss
+from .kl import LMHead, full_vocab_kl, kl_loss
+from .oreo import oreo_policy_loss, oreo_value_loss
+from .returns import lambda_returns
+from .segments import Segments, merge_segments, turn_ids
+
+
+__all__ = [
+    "LMHead",
+    "Segments",
+    "dqo_policy_loss",
+    "dqo_value_loss",
+    "dro_policy_loss",
+    "dro_value_loss",
+    "full_vocab_kl",
+    "importance_weights",
+    "kl_loss",
+    "lambda_returns",
+    "merge_segments",
+    "oreo_policy_loss",
+    "oreo_value_loss",
+    "terminal_rewards",
+    "turn_ids",
+]
