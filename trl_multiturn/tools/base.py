@@ -1,0 +1,214 @@
+"""What a policy may call: the values of a call, the schema of a callable, and the rollout a call belongs to.
+
+Three kinds of tool, the first two exactly as [`~trl.GRPOTrainer`] takes them:
+
+- a plain function, synchronous or asynchronous, with type hints and a Google-style docstring;
+- an environment (`environment_factory`): an object per trajectory whose public methods are tools;
+- a *session tool* such as [`PythonTool`]: an object with a `name`, a JSON `schema` and `open()`, which gives each
+  trajectory a session of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import hashlib
+import inspect
+import json
+import threading
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+from transformers.utils import get_json_schema
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """One call that the policy asked for.
+
+    Attributes:
+        name (`str`): the tool, as the policy spelled it.
+        arguments: the arguments, a `dict` unless the policy wrote something else.
+        id (`str`, *optional*): the call's id in templates that print one.
+    """
+
+    name: str
+    arguments: Any
+    id: str | None = None
+
+
+@runtime_checkable
+class ToolSession(Protocol):
+    """A trajectory's own instance of a session tool. `arun` and `aclose`, where present, are awaited instead."""
+
+    def run(self, **arguments: Any) -> Any:
+        """Answers one call with a [`ToolResult`] or with text; raises [`ToolFailure`] where the machine failed."""
+        ...
+
+    def close(self) -> None:
+        """Ends the session and frees what it holds."""
+        ...
+
+
+@runtime_checkable
+class SessionTool(Protocol):
+    """A tool that keeps state within a trajectory, and never across."""
+
+    name: str
+    schema: dict[str, Any]
+
+    def open(self) -> ToolSession:
+        """A new session."""
+        ...
+
+
+@dataclass(frozen=True)
+class RolloutContext:
+    """Which rollout a tool call belongs to; a tool reads it with [`current_rollout`].
+
+    Attributes:
+        trajectory_id (`str`): unique within a run.
+        iteration (`int`), policy (`str`): of the online loop (`"current"` or `"previous"`).
+        prompt_index (`int`), sample_index (`int`): which row of the prompts, and which sample of it.
+        seed (`int`): the trajectory's own seed, for tools that draw random numbers.
+        row (`Mapping`): the row of the prompts, all columns.
+    """
+
+    trajectory_id: str
+    iteration: int
+    policy: str
+    prompt_index: int
+    sample_index: int
+    seed: int
+    row: Mapping[str, Any]
+
+
+_ROLLOUT: ContextVar[RolloutContext] = ContextVar("trl_multiturn_rollout")
+
+
+def current_rollout() -> RolloutContext:
+    """The rollout that is calling this tool (in the tool's own thread or task).
+
+    Raises:
+        `LookupError`: outside a rollout.
+    """
+    try:
+        return _ROLLOUT.get()
+    except LookupError:
+        raise LookupError(
+            "`current_rollout()` was called outside a rollout, so there is no trajectory to name. Call it inside a "
+            "tool or an environment that the rollout loop runs."
+        ) from None
+
+
+def enter_rollout(context: RolloutContext) -> None:
+    """Makes `context` the current rollout of the running task and of what it starts."""
+    _ROLLOUT.set(context)
+
+
+def is_session_tool(tool: Any) -> bool:
+    """Whether `tool` opens a session per trajectory (rather than being a plain callable)."""
+    return not inspect.isroutine(tool) and isinstance(tool, SessionTool)
+
+
+def tool_name(tool: Any) -> str:
+    """The name by which the policy calls `tool`."""
+    return tool.name if is_session_tool(tool) else tool.__name__
+
+
+def tool_schema(tool: Any) -> dict[str, Any]:
+    """The JSON schema that the chat template shows to the policy.
+
+    Raises:
+        `TypeError`: if `tool` is neither a callable with a name nor a session tool.
+        `ValueError`: if a callable's type hints or docstring do not give a schema.
+    """
+    if is_session_tool(tool):
+        return tool.schema
+    if not callable(tool) or not hasattr(tool, "__name__"):
+        raise TypeError(
+            f"Tool {tool!r} is neither a named callable nor a session tool, so the policy has no name to call it by. "
+            "Pass a function (wrap a `functools.partial` in one) or an object with `name`, `schema` and `open()`."
+        )
+    try:
+        return get_json_schema(tool)
+    except Exception as error:
+        raise ValueError(
+            f"Tool `{tool.__name__}` has no usable JSON schema: {error}. Give every argument a type hint and a line "
+            "in a Google-style `Args:` section of the docstring."
+        ) from error
+
+
+def tool_version(tool: Any) -> str:
+    """What identifies a tool's behaviour in provenance: its `version`, or a hash of its source."""
+    version = getattr(tool, "version", None)
+    if version is not None:
+        return str(version)
+    try:
+        source = inspect.getsource(tool if inspect.isroutine(tool) or inspect.isclass(tool) else type(tool))
+    except (OSError, TypeError):
+        return "unknown"
+    return "source:" + hashlib.sha256(source.encode()).hexdigest()[:12]
+
+
+def parse_arguments(arguments: Any, schema: Mapping[str, Any]) -> dict[str, Any]:
+    """The policy's arguments as keywords.
+
+    Raises:
+        `ValueError`: saying to the policy what is wrong with them.
+    """
+    if isinstance(arguments, str):  # some templates carry arguments as JSON text
+        try:
+            arguments = json.loads(arguments)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"The arguments are not valid JSON: {error}.") from None
+    if arguments is None:
+        arguments = {}
+    if not isinstance(arguments, dict):
+        raise ValueError(f"The arguments must be an object of names and values, got {type(arguments).__name__}.")
+    parameters = schema.get("function", schema).get("parameters", {})
+    known = parameters.get("properties", {})
+    missing = [name for name in parameters.get("required", []) if name not in arguments]
+    unknown = [name for name in arguments if name not in known]
+    if missing:
+        raise ValueError(f"Missing argument(s): {', '.join(missing)}.")
+    if unknown:
+        expected = ", ".join(known) or "none"
+        raise ValueError(f"Unknown argument(s): {', '.join(map(str, unknown))}. Expected: {expected}.")
+    return arguments
+
+
+async def run_in_thread(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    """Awaits a synchronous call in a daemon thread of its own, with the caller's context variables.
+
+    A pool would be exhausted, and the process kept from exiting, by calls that never return.
+    """
+    loop = asyncio.get_running_loop()
+    future = loop.create_future()
+    context = contextvars.copy_context()
+
+    def settle(result: Any, error: BaseException | None) -> None:
+        if future.done():  # the caller gave up
+            return
+        if error is None:
+            future.set_result(result)
+        else:
+            future.set_exception(error)
+
+    def work() -> None:
+        result, error = None, None
+        try:
+            result = context.run(function, *args, **kwargs)
+        except StopIteration as stop:  # a future cannot carry it
+            error = RuntimeError(f"`{function!r}` raised StopIteration: {stop}")
+        except BaseException as raised:
+            error = raised
+        try:
+            loop.call_soon_threadsafe(settle, result, error)
+        except RuntimeError:  # the loop was closed while the call hung
+            pass
+
+    threading.Thread(target=work, daemon=True, name="trl-multiturn-tool").start()
+    return await future

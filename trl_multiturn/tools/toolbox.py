@@ -1,0 +1,303 @@
+"""Running the policy's calls: validated once for a run, opened once per trajectory.
+
+Failures are told apart. A tool that cannot be offered raises in [`Toolset`]'s constructor. A call that names no tool,
+has wrong arguments, or makes the tool raise or run out of time is the policy's doing: it gets an answer that says so.
+A [`ToolFailure`] is the machine's: the call is tried again, and then the exception leaves the toolbox, so that the
+trajectory ends without becoming evidence.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from .base import (
+    SessionTool,
+    ToolCall,
+    ToolSession,
+    is_session_tool,
+    parse_arguments,
+    run_in_thread,
+    tool_name,
+    tool_schema,
+    tool_version,
+)
+from .environments import Environment, EnvironmentSet, EnvironmentType
+from .result import ToolFailure, ToolResult
+
+
+logger = logging.getLogger(__name__)
+
+_RETRY_PAUSE_SECONDS = 0.1
+
+
+@dataclass
+class ToolLimits:
+    """Limits that all trajectories of a run share.
+
+    Args:
+        timeout_seconds (`float`, *optional*):
+            Longest wait for a plain callable or an environment's method. Session tools keep their own clock, which
+            does not run while a call queues for a core.
+        retries (`int`, *optional*, defaults to `2`):
+            How often a call is tried again after a [`ToolFailure`].
+        max_concurrent (`int`, *optional*, defaults to `64`):
+            Calls that run at the same time.
+    """
+
+    timeout_seconds: float | None = 30.0
+    retries: int = 2
+    max_concurrent: int = 64
+    slots: asyncio.Semaphore = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.slots = asyncio.Semaphore(self.max_concurrent)
+
+
+class Toolset:
+    """The tools of a run.
+
+    Args:
+        tools (`list`, *optional*):
+            Functions and session tools.
+        environment_factory (`Callable` or `dict[str, Callable]`, *optional*):
+            As in [`~trl.GRPOTrainer`]; a dictionary is chosen from by the rows' `environment` column.
+
+    Raises:
+        `TypeError`, `ValueError`: if a tool has no name or schema, or two tools share a name.
+    """
+
+    def __init__(
+        self,
+        tools: Sequence[Any] | None = None,
+        environment_factory: Callable[[], Any] | Mapping[str, Callable[[], Any]] | None = None,
+    ):
+        if tools is not None and (callable(tools) or is_session_tool(tools)):
+            raise TypeError(f"`tools` is a single tool ({tools!r}). Pass a list: `tools=[...]`.")
+        tools = list(tools or [])
+        self._schemas = [tool_schema(tool) for tool in tools]
+        self.sessions: dict[str, SessionTool] = {tool_name(t): t for t in tools if is_session_tool(t)}
+        self.functions: dict[str, Callable[..., Any]] = {tool_name(t): t for t in tools if not is_session_tool(t)}
+        self.environments = EnvironmentSet(environment_factory)
+        names = [tool_name(tool) for tool in tools]
+        for kind in self.environments.types.values():
+            _refuse_duplicates(names + kind.tool_names)
+        _refuse_duplicates(names)
+
+    def schemas(self, environment: EnvironmentType | None = None) -> list[dict[str, Any]]:
+        """JSON schemas of what a trajectory in `environment` may call."""
+        return self._schemas + (environment.schemas if environment is not None else [])
+
+    def versions(self) -> dict[str, str]:
+        """Name to version of every tool and environment, for provenance."""
+        versions = {name: tool_version(tool) for name, tool in {**self.sessions, **self.functions}.items()}
+        versions.update({kind.name: kind.version for kind in self.environments.types.values()})
+        return versions
+
+    def open(self, row: Mapping[str, Any], limits: ToolLimits) -> Toolbox:
+        """The tools of one trajectory, to be closed by `await toolbox.close()`."""
+        kind = self.environments.for_row(row)
+        return Toolbox(self, kind, self.environments.reset_arguments(row), limits)
+
+
+class Toolbox:
+    """One trajectory's tools: its own sessions, its own environment. Made by [`Toolset.open`].
+
+    Sessions and the environment start when they are first needed.
+    """
+
+    def __init__(self, toolset: Toolset, kind: EnvironmentType | None, row: Mapping[str, Any], limits: ToolLimits):
+        self._toolset = toolset
+        self._kind = kind
+        self._row = row
+        self._limits = limits
+        self._sessions: dict[str, ToolSession] = {}
+        self._environment: Environment | None = None
+        self._schemas = {schema["function"]["name"]: schema for schema in toolset.schemas(kind)}
+
+    @property
+    def done(self) -> bool:
+        """Whether the environment ended the episode."""
+        return self._environment is not None and self._environment.done
+
+    async def reset(self) -> str | list[dict[str, Any]] | None:
+        """Starts the environment, if there is one; returns its first observation.
+
+        Raises:
+            [`ToolFailure`]: if the environment did not start.
+        """
+        if self._kind is None:
+            return None
+
+        async def start() -> Any:
+            self._environment = self._kind.make()
+            return await self._environment.reset(self._row)
+
+        return await self._attempt(self._kind.name, lambda: self._in_environment("reset", start))
+
+    async def reward(self) -> float | None:
+        """The environment's own reward; `None` without one."""
+        if self._environment is None:
+            return None
+        reward = self._environment.reward
+        return await self._attempt(self._kind.name, lambda: self._in_environment("get_reward", reward))
+
+    async def call(self, calls: Sequence[ToolCall]) -> list[ToolResult]:
+        """Runs the calls of one turn and answers in their order.
+
+        Plain functions run at the same time. Calls to one session, or to the environment, run one after the other in
+        the order of the turn, for each may depend on what the one before it did.
+
+        Raises:
+            [`ToolFailure`]: where the machine failed, also when tried again.
+        """
+        results: list[ToolResult | None] = [None] * len(calls)
+        lanes: dict[Any, list[int]] = {}
+        for index, call in enumerate(calls):
+            lanes.setdefault(self._lane(call.name, index), []).append(index)
+
+        async def run_lane(indices: list[int]) -> None:
+            for index in indices:
+                results[index] = await self._answer(calls[index])
+
+        outcomes = await asyncio.gather(*map(run_lane, lanes.values()), return_exceptions=True)
+        for outcome in outcomes:
+            if isinstance(outcome, BaseException):
+                raise outcome
+        return results
+
+    async def close(self) -> None:
+        """Ends the sessions. A session that fails to end is logged, for the trajectory is finished anyway."""
+        sessions, self._sessions = self._sessions, {}
+        for name, session in sessions.items():
+            try:
+                if hasattr(session, "aclose"):
+                    await session.aclose()
+                else:
+                    await run_in_thread(session.close)
+            except Exception:
+                logger.warning("A session of tool `%s` did not close cleanly.", name, exc_info=True)
+        self._environment = None
+
+    def _lane(self, name: str, index: int) -> Any:
+        if name in self._toolset.sessions:
+            return name
+        if self._kind is not None and name in self._kind.tool_names:
+            return self._kind
+        return index
+
+    async def _answer(self, call: ToolCall) -> ToolResult:
+        if call.name not in self._schemas:
+            return _error(f"Tool {call.name} not found.")
+        try:
+            arguments = parse_arguments(call.arguments, self._schemas[call.name])
+        except ValueError as error:
+            return _error(str(error))
+        async with self._limits.slots:
+            start = time.monotonic()
+            try:
+                output = await self._attempt(call.name, lambda: self._invoke(call.name, arguments))
+            except _OutOfTime:
+                limit = self._limits.timeout_seconds
+                return ToolResult(f"Timed out after {limit:g} seconds.", "timeout", time.monotonic() - start)
+            except (ToolFailure, UnsupportedOutput):
+                raise
+            except Exception as error:
+                return _error(str(error), time.monotonic() - start)
+            return output if isinstance(output, ToolResult) else ToolResult(output, "ok", time.monotonic() - start)
+
+    async def _invoke(self, name: str, arguments: dict[str, Any]) -> ToolResult | str:
+        if name in self._toolset.sessions:
+            session = await self._session(name)
+            if hasattr(session, "arun"):
+                return _text(await session.arun(**arguments))
+            return _text(await run_in_thread(session.run, **arguments))
+        if self._environment is not None and name in self._environment.methods:
+            method = self._environment.methods[name]
+            return _text(await self._in_environment(name, lambda: _call(method, arguments)))
+        return _text(await self._clocked(lambda: _call(self._toolset.functions[name], arguments)))
+
+    async def _session(self, name: str) -> ToolSession:
+        if name not in self._sessions:
+            tool = self._toolset.sessions[name]
+            self._sessions[name] = await tool.aopen() if hasattr(tool, "aopen") else await run_in_thread(tool.open)
+        return self._sessions[name]
+
+    async def _in_environment(self, name: str, call: Callable[[], Any]) -> Any:
+        try:
+            return await self._clocked(call)
+        except _OutOfTime as error:
+            raise _EnvironmentHangs(
+                f"The environment's `{name}` did not answer within {self._limits.timeout_seconds:g} seconds."
+            ) from error
+
+    async def _clocked(self, call: Callable[[], Any]) -> Any:
+        """Awaits `call()` within the time limit; [`_OutOfTime`] is ours, a `TimeoutError` the tool's own."""
+        try:
+            async with asyncio.timeout(self._limits.timeout_seconds) as clock:
+                return await call()
+        except TimeoutError as error:
+            if clock.expired():
+                raise _OutOfTime from error
+            raise
+
+    async def _attempt(self, name: str, call: Callable[[], Any]) -> Any:
+        """Awaits `call()`, again after each [`ToolFailure`] until the retries are used up."""
+        for attempt in range(self._limits.retries + 1):
+            try:
+                return await call()
+            except ToolFailure as failure:
+                if attempt == self._limits.retries or isinstance(failure, _EnvironmentHangs):
+                    raise
+                logger.warning("Tool `%s` failed and is tried again: %s", name, failure)
+                await asyncio.sleep(_RETRY_PAUSE_SECONDS * 2**attempt)
+
+
+class UnsupportedOutput(TypeError):
+    """A tool returned what a text rollout cannot carry: the user's mistake, which stops the run."""
+
+
+class _OutOfTime(Exception):
+    """The time limit of this toolbox passed."""
+
+
+class _EnvironmentHangs(ToolFailure):
+    """Not tried again: the first call may still be running inside the environment."""
+
+
+async def _call(function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+    if inspect.iscoroutinefunction(function):
+        return await function(**arguments)
+    return await run_in_thread(function, **arguments)
+
+
+def _text(output: Any) -> ToolResult | str:
+    """What the policy reads of a tool's return value."""
+    if isinstance(output, (ToolResult, str)):
+        return output
+    if isinstance(output, list) and output and all(isinstance(block, dict) and "type" in block for block in output):
+        kinds = {block["type"] for block in output}
+        if kinds != {"text"}:
+            raise UnsupportedOutput(
+                f"The tool returned blocks of types {sorted(kinds)}, but rollouts carry text only. Return text."
+            )
+        return "".join(block["text"] for block in output)
+    return str(output)
+
+
+def _error(message: str, seconds: float = 0.0) -> ToolResult:
+    """An error as [`~trl.GRPOTrainer`] words it, so that a policy reads the same under both."""
+    return ToolResult(str({"error": message}), "error", seconds)
+
+
+def _refuse_duplicates(names: Sequence[str]) -> None:
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(
+            f"Several tools are called {', '.join(map(repr, twice))}, so a call could not be told apart. Rename one."
+        )
