@@ -243,8 +243,8 @@ class TurnTemplate:
         if joined != self._tokenizer.decode(whole):
             raise ValueError(
                 "The tokenizer merges text across the boundary of a turn in a way that cannot be undone, so the "
-                "tokens that the policy sampled are unknown. Use a chat template that puts special tokens around turns, or "
-                "rows that carry token ids and masks."
+                "tokens that the policy sampled are unknown. Use a chat template that puts special tokens around "
+                "turns, or rows that carry token ids and masks."
             )
         return result
 

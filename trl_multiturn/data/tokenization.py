@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import logging
 import weakref
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
+from .. import _upstream
 from ..templates import TurnTemplate
 
+
+logger = logging.getLogger(__name__)
 
 # Rows of a dataset share a handful of tool sets; probing a template anew for each row would cost more than the row
 _TEMPLATES: weakref.WeakKeyDictionary[Any, dict[str, TurnTemplate]] = weakref.WeakKeyDictionary()
@@ -71,3 +75,80 @@ def turn_template(
             templates.clear()
         templates[key] = TurnTemplate(processing_class, tools, **kwargs)
     return templates[key]
+
+
+def tokenize_completion(
+    example: dict[str, Any], column: str, processing_class: PreTrainedTokenizerBase | ProcessorMixin
+) -> dict[str, list[int]]:
+    """Tokenizes `example["prompt"]` followed by `example[column]`, with the row's `tools` and `chat_template_kwargs`.
+
+    As [`tokenize_trajectory`], but for one assistant turn without tool calls a template that proves nothing is no
+    reason to refuse: such a row holds no observations, so it is tokenized as TRL's own trainers do, every token after
+    the prompt trained, and the defect is logged.
+    """
+    prompt, completion = example["prompt"], example[column]
+    tools, kwargs = example.get("tools"), example.get("chat_template_kwargs") or {}
+    try:
+        return tokenize_trajectory(processing_class, prompt, completion, tools, **kwargs)
+    except ValueError as error:
+        single = len(completion) == 1 and completion[0].get("role") == "assistant"
+        if not single or completion[0].get("tool_calls"):
+            raise ValueError(f"`{column}`: {error}") from error
+        _warn_once(f"One-turn completions are tokenized as TRL does, all of their tokens trained. {error}")
+        return _tokenize_as_upstream(processing_class, prompt, completion, tools, kwargs)
+
+
+def _tokenize_as_upstream(processing_class, prompt, completion, tools, kwargs) -> dict[str, list[int]]:
+    if isinstance(processing_class, ProcessorMixin):
+        prompt = _upstream.prepare_multimodal_messages(prompt)
+        completion = _upstream.prepare_multimodal_messages(completion)
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    kwargs = {"tools": json.loads(tools) if isinstance(tools, str) else tools, "tokenize": False, **kwargs}
+    header = processing_class.apply_chat_template(prompt, add_generation_prompt=True, **kwargs)
+    text = processing_class.apply_chat_template(prompt + completion, **kwargs)
+    prompt_ids = tokenizer(header, add_special_tokens=False)["input_ids"]
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    start = common_prefix_length(prompt_ids, ids)
+    return {"prompt_ids": ids[:start], "completion_ids": ids[start:], "action_mask": [1] * (len(ids) - start)}
+
+
+def tokenize_preference_row(
+    example: dict[str, Any], processing_class: PreTrainedTokenizerBase | ProcessorMixin
+) -> dict[str, list[int]]:
+    """Token columns of a conversational preference row (`prompt`, `chosen`, `rejected`)."""
+    chosen = tokenize_completion(example, "chosen", processing_class)
+    rejected = tokenize_completion(example, "rejected", processing_class)
+    # The sides share one prompt. Where theirs differ, what is left of each moves into its completion, untrained.
+    shared = common_prefix_length(chosen["prompt_ids"], rejected["prompt_ids"])
+    output = {"prompt_ids": chosen["prompt_ids"][:shared]}
+    for name, side in (("chosen", chosen), ("rejected", rejected)):
+        rest = side["prompt_ids"][shared:]
+        output[f"{name}_ids"] = rest + side["completion_ids"]
+        output[f"{name}_action_mask"] = [0] * len(rest) + side["action_mask"]
+    return output
+
+
+def tokenize_unpaired_row(
+    example: dict[str, Any], processing_class: PreTrainedTokenizerBase | ProcessorMixin
+) -> dict[str, list[int]]:
+    """Token columns of a conversational row with one completion (`prompt`, `completion`)."""
+    return tokenize_completion(example, "completion", processing_class)
+
+
+def common_prefix_length(first: list[int], second: list[int]) -> int:
+    """Number of leading tokens that two sequences share."""
+    length = 0
+    for a, b in zip(first, second, strict=False):
+        if a != b:
+            break
+        length += 1
+    return length
+
+
+_warned: set[str] = set()
+
+
+def _warn_once(message: str) -> None:
+    if message not in _warned:
+        _warned.add(message)
+        logger.warning(message)

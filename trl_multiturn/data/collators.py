@@ -1,0 +1,105 @@
+"""TRL's preference collators, with the mask of the policy's own tokens instead of "everything after the prompt"."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .. import _upstream
+
+
+@dataclass
+class DataCollatorForMultiTurnPreference(_upstream.DataCollatorForPreference):
+    """
+    Data collator for preference rows whose completions hold several turns.
+
+    As [`~trl.trainer.dpo_trainer.DataCollatorForPreference`], whose arguments it takes, except that `completion_mask`
+    is 1 on the tokens of `chosen_action_mask` and `rejected_action_mask` (lists of 0 and 1, aligned with `chosen_ids`
+    and `rejected_ids`). Rows without these columns are collated as TRL does. A `margin` column (nats times beta: it is
+    added to the argument of the sigmoid) becomes a tensor `(B,)`; a missing margin is 0.
+
+    Example:
+
+    ```python
+    >>> collator = DataCollatorForMultiTurnPreference(pad_token_id=0)
+    >>> examples = [
+    ...     {
+    ...         "prompt_ids": [1, 2],
+    ...         "chosen_ids": [3, 4, 5],
+    ...         "chosen_action_mask": [1, 0, 1],
+    ...         "rejected_ids": [6],
+    ...         "rejected_action_mask": [1],
+    ...     }
+    ... ]
+    >>> collator(examples)
+    {'input_ids': tensor([[1, 2, 3, 4, 5],
+                          [1, 2, 6, 0, 0]]),
+     'attention_mask': tensor([[1, 1, 1, 1, 1],
+                               [1, 1, 1, 0, 0]]),
+     'completion_mask': tensor([[0, 0, 1, 0, 1],
+                                [0, 0, 1, 0, 0]])}
+    ```
+    """
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        output = super().torch_call(examples)
+        masks = [
+            _mask(example, f"{side}_ids", f"{side}_action_mask")
+            for side in ("chosen", "rejected")
+            for example in examples
+        ]
+        if self.max_length is not None:
+            keep_start = self.truncation_mode == "keep_start"
+            masks = [mask[: self.max_length] if keep_start else mask[-self.max_length :] for mask in masks]
+        output["completion_mask"] = _fill(output["completion_mask"], masks)
+        if "margin" in examples[0]:
+            output["margin"] = torch.tensor([float(example["margin"] or 0.0) for example in examples])
+        return output
+
+
+@dataclass
+class DataCollatorForMultiTurnUnpairedPreference(_upstream.DataCollatorForUnpairedPreference):
+    """
+    Data collator for unpaired rows whose completions hold several turns.
+
+    As [`~trl.trainer.kto_trainer.DataCollatorForUnpairedPreference`], whose arguments it takes, except that
+    `completion_mask` is 1 on the tokens of `action_mask` (aligned with `completion_ids`) and `KL_completion_mask` on
+    those of `KL_action_mask` (aligned with `KL_completion_ids`, the completion of another row). Rows without these
+    columns are collated as TRL does.
+
+    Example:
+
+    ```python
+    >>> collator = DataCollatorForMultiTurnUnpairedPreference(pad_token_id=0)
+    >>> collator([{"prompt_ids": [1], "completion_ids": [2, 3, 4], "action_mask": [1, 0, 1], "label": True}])
+    {'input_ids': tensor([[1, 2, 3, 4]]),
+     'attention_mask': tensor([[1, 1, 1, 1]]),
+     'completion_mask': tensor([[0, 1, 0, 1]]),
+     'label': tensor([True])}
+    ```
+    """
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        output = super().torch_call(examples)
+        for prefix in ("", "KL_"):
+            if f"{prefix}completion_mask" not in output:
+                continue
+            masks = [_mask(example, f"{prefix}completion_ids", f"{prefix}action_mask") for example in examples]
+            masks = [mask[: self.max_length] for mask in masks]
+            output[f"{prefix}completion_mask"] = _fill(output[f"{prefix}completion_mask"], masks)
+        return output
+
+
+def _mask(example: dict[str, Any], ids_column: str, mask_column: str) -> list[int]:
+    mask = example.get(mask_column)
+    return [0] * len(example["prompt_ids"]) + list([1] * len(example[ids_column]) if mask is None else mask)
+
+
+def _fill(like: torch.Tensor, rows: list[list[int]]) -> torch.Tensor:
+    """Right-padded rows in a tensor of the shape and type of `like`."""
+    output = torch.zeros_like(like)
+    for index, row in enumerate(rows):
+        output[index, : len(row)] = torch.tensor(row, dtype=like.dtype)
+    return output

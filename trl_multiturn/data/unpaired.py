@@ -1,0 +1,59 @@
+"""Unpaired rows: pairs taken apart with their labels interleaved, and the mismatched completions of KTO's KL term."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from datasets import Dataset, IterableDataset, concatenate_datasets
+
+
+def unpair_interleaved(
+    dataset: Dataset | IterableDataset, desc: str | None = None, num_proc: int | None = None
+) -> Dataset | IterableDataset:
+    """Turns preference rows into twice as many unpaired rows whose labels alternate.
+
+    `trl.unpair_preference_dataset` writes all winners of a block before its losers, so that a trainer which reads rows
+    in order sees batches of one label. Here labels alternate, and the loser that follows a winner belongs to another
+    prompt: KTO scores each prompt with its neighbour's completion, which must not be an answer to the same prompt.
+    """
+    map_kwargs: dict[str, Any] = {"num_proc": num_proc, "desc": desc} if isinstance(dataset, Dataset) else {}
+    columns = dataset.column_names or list(next(iter(dataset)))
+    return dataset.map(_unpair_batch, batched=True, remove_columns=columns, **map_kwargs)
+
+
+def _unpair_batch(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    size = len(batch["chosen"])
+    # Two rows further on: then neither neighbour of a row shares its prompt
+    order = [(i, True) if side == 0 else ((i + 2) % size, False) for i in range(size) for side in range(2)]
+    output = {key: [values[i] for i, _ in order] for key, values in batch.items() if key not in ("chosen", "rejected")}
+    output["completion"] = [batch["chosen" if label else "rejected"][i] for i, label in order]
+    output["label"] = [label for _, label in order]
+    return output
+
+
+def add_mismatched_completions(dataset: Dataset | IterableDataset, batch_size: int) -> Dataset | IterableDataset:
+    """Gives each row the completion of the row before it in its batch: `KL_completion_ids` with its `KL_action_mask`.
+
+    Within each batch the completions are rotated by one, ids and mask together, so that the mismatched completions of
+    a batch are the very completions of that batch (KTO, section 4.1). A last batch of one row takes the completion of
+    the row before it; a streamed dataset, which cannot look back, pairs such a row with itself.
+    """
+    if isinstance(dataset, IterableDataset):
+        return dataset.map(_rotate, batched=True, batch_size=batch_size)
+    count = len(dataset)
+    order = []
+    for start in range(0, count, batch_size):
+        size = min(batch_size, count - start)
+        order += [start + size - 1, *range(start, start + size - 1)] if size > 1 else [max(start - 1, 0)]
+    columns = ["completion_ids", "action_mask"]
+    dataset = dataset.remove_columns([name for name in map(_kl_name, columns) if name in dataset.column_names])
+    rotated = dataset.select_columns(columns).select(order)
+    return concatenate_datasets([dataset, rotated.rename_columns({name: _kl_name(name) for name in columns})], axis=1)
+
+
+def _rotate(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    return {_kl_name(name): [batch[name][-1], *batch[name][:-1]] for name in ("completion_ids", "action_mask")}
+
+
+def _kl_name(column: str) -> str:
+    return f"KL_{column}"

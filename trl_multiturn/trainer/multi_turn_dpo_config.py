@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from trl import DPOConfig
+
+
+@dataclass
+class MultiTurnDPOConfig(DPOConfig):
+    # docstyle-ignore
+    """
+    Configuration class for the [`MultiTurnDPOTrainer`].
+
+    This class includes only the parameters that are specific to multi-turn DPO. For a full list of parameters, please
+    refer to the [`~trl.DPOConfig`] documentation. A plain [`~trl.DPOConfig`] works too; the fields below then have
+    their defaults.
+
+    Parameters:
+        > Parameters that control which tokens are trained
+
+        mask_observations (`bool`, *optional*, defaults to `True`):
+            Whether the loss leaves out everything that the policy did not sample: tool results, user turns, role
+            headers. `False` trains on every token after the prompt, which is single-turn DPO on the whole trajectory,
+            the baseline of the [M-DPO](https://huggingface.co/papers/2409.02392) paper.
+        train_on_turns (`str`, *optional*, defaults to `"all"`):
+            `"all"` trains every turn of the policy, `"last"` only the last one.
+    """
+
+    mask_observations: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether the loss leaves out everything that the policy did not sample: tool results, user turns, "
+            "role headers. `False` trains on every token after the prompt."
+        },
+    )
+    train_on_turns: str = field(
+        default="all",
+        metadata={
+            "help": "Which of the policy's turns are trained: 'all' or only the 'last' one.",
+            "choices": ["all", "last"],
+        },
+    )
+
+    def __post_init__(self):
+        if self.train_on_turns not in ("all", "last"):
+            raise ValueError(f"`train_on_turns` must be 'all' or 'last', got {self.train_on_turns!r}.")
+        super().__post_init__()

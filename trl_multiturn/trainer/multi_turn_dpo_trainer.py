@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+import textwrap
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
+from trl import DPOConfig, DPOTrainer
+
+from .. import _upstream
+from ..data.collators import DataCollatorForMultiTurnPreference
+from ..data.tokenization import tokenize_preference_row
+from ..data.truncation import PREFERENCE_SIDES
+from .token_rows import TokenRowsMixin
+
+
+# Losses whose argument is beta times the difference of the two log-ratios, to which a margin can be added
+_MARGIN_LOSS_TYPES = {"sigmoid", "hinge", "robust", "exo_pair", "discopop", "sft"}
+
+
+class MultiTurnDPOTrainer(TokenRowsMixin, DPOTrainer):
+    """
+    Trainer for multi-turn Direct Preference Optimization (M-DPO).
+
+    The method of [Building Math Agents with Multi-Turn Iterative Preference
+    Learning](https://huggingface.co/papers/2409.02392) (eq. 12, with winner and loser the right way round): DPO on
+    trajectories, where only tokens that the policy sampled enter the log-probabilities.
+
+    A drop-in for [`~trl.DPOTrainer`]: the same arguments in the same order, a plain [`~trl.DPOConfig`] accepted, every
+    option of the parent works with the masks on. What differs is the data path. On one-turn rows without tools the
+    loss is the parent's, except that the newline some templates print after the end-of-turn token is not trained (no
+    policy samples it).
+
+    `train_dataset` holds text rows (`prompt`, `chosen`, `rejected`, optionally `tools`, `chat_template_kwargs`; TRL's
+    formats, chosen and rejected may hold many turns), or token rows (`prompt_ids`, `chosen_ids`,
+    `chosen_action_mask`, `rejected_ids`, `rejected_action_mask`), which are used as they are. Either may hold a
+    `margin`, which is added inside the sigmoid: `-log σ(β (Δchosen − Δrejected) + margin)`. Other columns are ignored.
+
+    Rows are cut to `max_length` at the end of a turn where one fits, and dropped where no trained token is left or the
+    two sides became identical; the counts are logged once as `data/…`.
+
+    Example:
+
+    ```python
+    >>> from trl_multiturn import MultiTurnDPOConfig, MultiTurnDPOTrainer
+
+    >>> trainer = MultiTurnDPOTrainer(
+    ...     model="Qwen/Qwen3-0.6B",
+    ...     args=MultiTurnDPOConfig(output_dir="m-dpo", beta=0.1),
+    ...     train_dataset=trajectories,
+    ... )
+    >>> trainer.train()
+    ```
+    """
+
+    _tag_names = ["trl", "dpo", "multi-turn"]
+    _name = "Multi-Turn DPO"
+    _paper = {
+        "title": "Building Math Agents with Multi-Turn Iterative Preference Learning",
+        "id": "2409.02392",
+        # docstyle-ignore
+        "citation": textwrap.dedent("""\
+            @inproceedings{xiong2025building,
+                title        = {{Building Math Agents with Multi-Turn Iterative Preference Learning}},
+                author       = {Wei Xiong and Chengshuai Shi and Jiaming Shen and Aviv Rosenberg and Zhen Qin and Daniele Calandriello and Misha Khalman and Rishabh Joshi and Bilal Piot and Mohammad Saleh and Chi Jin and Tong Zhang and Tianqi Liu},
+                year         = 2025,
+                booktitle    = {The Thirteenth International Conference on Learning Representations, {ICLR} 2025},
+            }"""),  # noqa: E501
+    }
+
+    _sides = PREFERENCE_SIDES
+    _reference_columns = ("ref_chosen_logps", "ref_rejected_logps")
+    _extra_signature_columns = ("margin",)
+    _upstream_collator = "DataCollatorForPreference"
+    _collator_class = DataCollatorForMultiTurnPreference
+
+    def _prepare_dataset(
+        self,
+        dataset: Dataset | IterableDataset,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin,
+        args: DPOConfig,
+        dataset_name: str,
+    ) -> Dataset | IterableDataset:
+        map_kwargs: dict[str, Any] = {}
+        if isinstance(dataset, Dataset):  # an IterableDataset takes neither
+            map_kwargs = {"num_proc": args.dataset_num_proc, "desc": f"Tokenizing {dataset_name} dataset"}
+        columns = {"prompt_ids", *(column for side in self._sides for column in side)}
+        with _upstream.global_then_local_main_first():
+            first = next(iter(dataset))
+            if not columns <= first.keys():
+                if "prompt" not in first and "chosen" in first:
+                    dataset = dataset.map(_upstream.extract_prompt, **map_kwargs)
+                    first = next(iter(dataset))
+                if _upstream.is_conversational(first):
+                    fn_kwargs = {"processing_class": processing_class}
+                    dataset = dataset.map(tokenize_preference_row, fn_kwargs=fn_kwargs, **map_kwargs)
+                else:
+                    # Plain text has no turns: the parent tokenizes, and every token of the completion is the policy's
+                    dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+                    dataset = dataset.map(_add_full_masks, **map_kwargs)
+            return self._fit(dataset, args, dataset_name)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if "margin" not in inputs:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        self._check_margin_is_defined()
+        inputs = dict(inputs)
+        margin = inputs.pop("margin")
+        # σ(β (Δc − Δr) + m) with Δ = logp − ref: the same as lifting the rejected side's reference by m / β. The
+        # parent takes reference log-probabilities from the batch where they are precomputed.
+        if not self.precompute_ref_logps:
+            ref_chosen, ref_rejected = self.compute_ref_log_probs(self.ref_model or model, inputs)
+            inputs["ref_chosen_logps"], inputs["ref_rejected_logps"] = ref_chosen, ref_rejected
+        inputs["ref_rejected_logps"] = inputs["ref_rejected_logps"] + margin / self.beta
+        precomputed, self.precompute_ref_logps = self.precompute_ref_logps, True
+        try:
+            output = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        finally:
+            self.precompute_ref_logps = precomputed
+        self._take_margin_out_of_metrics(margin)
+        return output
+
+    def compute_ref_log_probs(self, model, inputs):
+        # The parent passes what it does not know on to the model
+        return super().compute_ref_log_probs(model, {k: v for k, v in inputs.items() if k != "margin"})
+
+    def _check_margin_is_defined(self) -> None:
+        unsupported = set(self.loss_types) - _MARGIN_LOSS_TYPES
+        if unsupported or self.f_divergence_type != "reverse_kl":
+            raise ValueError(
+                f"The rows have a `margin`, which is added to beta times the difference of log-ratios, but "
+                f"`loss_type={self.loss_types}` with `f_divergence_type={self.f_divergence_type!r}` has no such term. "
+                f"Drop the column, or use `f_divergence_type='reverse_kl'` and losses among "
+                f"{sorted(_MARGIN_LOSS_TYPES)}."
+            )
+
+    def _take_margin_out_of_metrics(self, margin: torch.Tensor) -> None:
+        """Implicit rewards are the policy's; the margin moves the loss only (and `rewards/accuracies`, which counts
+        the pairs whose argument of σ is positive)."""
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        mean = self.accelerator.gather(margin).mean().item()
+        metrics["rewards/rejected"][-1] += mean
+        metrics["rewards/margins"][-1] -= mean
+        metrics["margin"].append(mean)
+
+
+def _add_full_masks(example: dict[str, Any]) -> dict[str, list[int]]:
+    return {f"{side}_action_mask": [1] * len(example[f"{side}_ids"]) for side in ("chosen", "rejected")}

@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+from typing import Any
+
+from accelerate.logging import get_logger
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
+from trl import KTOConfig, KTOTrainer
+
+from .. import _upstream
+from ..data.collators import DataCollatorForMultiTurnUnpairedPreference
+from ..data.tokenization import tokenize_unpaired_row
+from ..data.truncation import UNPAIRED_SIDES
+from ..data.unpaired import add_mismatched_completions, unpair_interleaved
+from .multi_turn_dpo_trainer import MultiTurnDPOTrainer
+from .token_rows import TokenRowsMixin
+
+
+logger = get_logger(__name__)
+
+
+class MultiTurnKTOTrainer(TokenRowsMixin, KTOTrainer):
+    """
+    Trainer for multi-turn Kahneman-Tversky Optimization (M-KTO).
+
+    The method of [Building Math Agents with Multi-Turn Iterative Preference
+    Learning](https://huggingface.co/papers/2409.02392) (eq. 13, with the temperature applied once): KTO on
+    trajectories, where only tokens that the policy sampled enter the log-probabilities, those of the mismatched
+    completions of the KL term included.
+
+    A drop-in for [`~trl.KTOTrainer`]: the same arguments in the same order, a plain [`~trl.KTOConfig`] accepted, every
+    option of the parent works with the masks on.
+
+    `train_dataset` holds text rows (`prompt`, `completion`, `label`, optionally `tools`, `chat_template_kwargs`), or
+    token rows (`prompt_ids`, `completion_ids`, `action_mask`, `label`), which are used as they are. Preference rows
+    (`prompt`, `chosen`, `rejected`) are taken apart with alternating labels. Other columns are ignored.
+
+    Rows are cut to `max_length` at the end of a turn where one fits, and dropped where no trained token is left; the
+    counts are logged once as `data/…`.
+    """
+
+    _tag_names = ["trl", "kto", "multi-turn"]
+    _name = "Multi-Turn KTO"
+    _paper = MultiTurnDPOTrainer._paper
+
+    _sides = UNPAIRED_SIDES
+    _reference_columns = ("ref_logps", "ref_KL_logps")
+    _extra_signature_columns = ("KL_action_mask",)
+    _upstream_collator = "DataCollatorForUnpairedPreference"
+    _collator_class = DataCollatorForMultiTurnUnpairedPreference
+
+    def _prepare_dataset(
+        self,
+        dataset: Dataset | IterableDataset,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin,
+        args: KTOConfig,
+        dataset_name: str,
+    ) -> Dataset | IterableDataset:
+        map_kwargs: dict[str, Any] = {}
+        if isinstance(dataset, Dataset):  # an IterableDataset takes neither
+            map_kwargs = {"num_proc": args.dataset_num_proc, "desc": f"Tokenizing {dataset_name} dataset"}
+        with _upstream.global_then_local_main_first():
+            first = next(iter(dataset))
+            if not {"prompt_ids", "completion_ids", "action_mask"} <= first.keys():
+                if "prompt" not in first and "chosen" in first:
+                    dataset = dataset.map(_upstream.extract_prompt, **map_kwargs)
+                    first = next(iter(dataset))
+                if "chosen" in first and "rejected" in first:
+                    dataset = unpair_interleaved(dataset, **map_kwargs)
+                    first = next(iter(dataset))
+                if _upstream.is_conversational(first):
+                    fn_kwargs = {"processing_class": processing_class}
+                    dataset = dataset.map(tokenize_unpaired_row, fn_kwargs=fn_kwargs, **map_kwargs)
+                else:
+                    # Plain text has no turns: the parent tokenizes, and every token of the completion is the policy's
+                    dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+                    dataset = dataset.map(_add_full_mask, **map_kwargs)
+            dataset = self._fit(dataset, args, dataset_name)
+            if self.calculate_KL:
+                dataset = add_mismatched_completions(dataset, args.per_device_train_batch_size)
+        if dataset_name == "train" and isinstance(dataset, Dataset):
+            self._warn_about_balance(dataset)
+        return dataset
+
+    def _warn_about_balance(self, dataset: Dataset) -> None:
+        labels = dataset["label"][:]
+        desirable = sum(labels)
+        undesirable = len(labels) - desirable
+        if not desirable or not undesirable:
+            return
+        ratio = self.desirable_weight * desirable / (self.undesirable_weight * undesirable)
+        # The range that eq. 8 of the KTO paper (https://huggingface.co/papers/2402.01306) recommends, either way round
+        if not (1 <= ratio <= 4 / 3 or 3 / 4 <= ratio <= 1):
+            logger.warning(
+                f"{desirable} desirable and {undesirable} undesirable rows with weights {self.desirable_weight} and "
+                f"{self.undesirable_weight}: one side outweighs the other {max(ratio, 1 / ratio):.2f} times, and the "
+                "KTO paper recommends 1 to 1.33. Set `desirable_weight` to about "
+                f"{self.undesirable_weight * undesirable / desirable:.2f}, or balance the rows."
+            )
+
+
+def _add_full_mask(example: dict[str, Any]) -> dict[str, list[int]]:
+    return {"action_mask": [1] * len(example["completion_ids"])}
