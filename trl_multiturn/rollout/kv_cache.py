@@ -1,0 +1,239 @@
+"""Key-value caches: one row per live request in a shared buffer, and a bounded store for trajectories that wait."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import torch
+from transformers import DynamicCache, PreTrainedConfig
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+
+
+LENGTH_MULTIPLE = 64
+
+
+def round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+@dataclass(frozen=True)
+class RetainedRow:
+    """The cache of one trajectory, detached from the batch.
+
+    Attributes:
+        token_ids (`list[int]`): the tokens whose keys and values are held.
+        states (`list[torch.Tensor]`): keys and values, layer by layer, each `(len(token_ids), H, D)`.
+    """
+
+    token_ids: list[int]
+    states: list[torch.Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(state.nbytes for state in self.states)
+
+    def common_prefix(self, prompt_ids: list[int]) -> int:
+        """How many leading tokens of `prompt_ids` are held."""
+        limit = min(len(self.token_ids), len(prompt_ids))
+        if self.token_ids[:limit] == prompt_ids[:limit]:
+            return limit
+        return next(i for i in range(limit) if self.token_ids[i] != prompt_ids[i])
+
+
+class RetainedCaches:
+    """Caches of trajectories between their turns, by session; the least recently used go first. Safe to call from
+    several threads.
+
+    Args:
+        limit_bytes (`int`):
+            Most bytes held. A row that alone is larger is not kept.
+    """
+
+    def __init__(self, limit_bytes: int) -> None:
+        self.limit_bytes = limit_bytes
+        self.nbytes = 0
+        self.evictions = 0
+        self._rows: OrderedDict[str, RetainedRow] = OrderedDict()
+        self._lock = threading.RLock()
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __contains__(self, session: str) -> bool:
+        return session in self._rows
+
+    def put(self, session: str, row: RetainedRow) -> None:
+        with self._lock:
+            self.pop(session)
+            self._rows[session] = row
+            self.nbytes += row.nbytes
+            while self.nbytes > self.limit_bytes:
+                _, evicted = self._rows.popitem(last=False)
+                self.nbytes -= evicted.nbytes
+                self.evictions += 1
+
+    def pop(self, session: str) -> RetainedRow | None:
+        with self._lock:
+            row = self._rows.pop(session, None)
+            if row is not None:
+                self.nbytes -= row.nbytes
+            return row
+
+    def clear(self) -> None:
+        with self._lock:
+            self._rows.clear()
+            self.nbytes = 0
+
+
+class SlotLayer(CacheLayerMixin):
+    """One layer's keys and values, `(R, C, H, D)`: row r holds its request's tokens in columns 0, 1, …
+
+    Rows are left-aligned, so that a token's column is its position; what lies behind a row's last token is masked by
+    the caller and stays finite, as the buffer starts as zeros.
+    """
+
+    is_sliding = False
+
+    def __init__(self, window: SlotWindow) -> None:
+        super().__init__()
+        self._window = window
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.keys = self._allocate(key_states)
+        self.values = self._allocate(value_states)
+        self.is_initialized = True
+
+    def _allocate(self, states: torch.Tensor) -> torch.Tensor:
+        heads, head_dim = states.shape[1], states.shape[3]
+        return states.new_zeros(self._window.rows, self._window.length, heads, head_dim)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Writes `(N, H, Q, D)` states at the window's columns and returns the window's rows, `(N, H, K, D)`."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        return self._write(self.keys, key_states), self._write(self.values, value_states)
+
+    def _write(self, buffer: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        window = self._window
+        flat = buffer.view(-1, *buffer.shape[2:])
+        flat.index_copy_(
+            0, window.cells.to(buffer.device), states.transpose(1, 2).reshape(-1, *buffer.shape[2:]).to(buffer.dtype)
+        )
+        return buffer[window.first : window.last, : window.visible].transpose(1, 2)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self._window.visible, 0
+
+    def get_seq_length(self) -> int:
+        return self._window.visible
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+@dataclass
+class SlotWindow:
+    """What the next forward pass reads and writes; shared by all layers.
+
+    Attributes:
+        rows, length (`int`): size of the buffer, R and C.
+        first, last (`int`): the rows of this pass.
+        visible (`int`): columns that attention sees, K.
+        cells (`torch.Tensor`): flat indices (row · C + column) to write, one per token of the pass.
+    """
+
+    rows: int = 0
+    length: int = 0
+    first: int = 0
+    last: int = 0
+    visible: int = 0
+    cells: torch.Tensor | None = None
+
+
+class SlotCache(Cache):
+    """The cache of a whole batch, to whose rows requests come and go.
+
+    Args:
+        num_layers (`int`):
+            Layers of the model.
+    """
+
+    def __init__(self, num_layers: int) -> None:
+        self.window = SlotWindow()
+        super().__init__(layers=[SlotLayer(self.window) for _ in range(num_layers)])
+
+    def buffers(self) -> list[tuple[CacheLayerMixin, str]]:
+        return [(layer, name) for layer in self.layers if layer.is_initialized for name in ("keys", "values")]
+
+    def tensors(self) -> list[torch.Tensor]:
+        return [getattr(layer, name) for layer, name in self.buffers()]
+
+    def reserve(self, rows: int, length: int) -> None:
+        """Grows the buffer to at least `rows` rows of `length` columns; what is in it stays."""
+        window = self.window
+        if rows <= window.rows and length <= window.length:
+            return
+        # Doubling keeps the number of copies logarithmic in the length.
+        if length > window.length:
+            window.length = round_up(max(length, window.length * 2 if window.length else 0), LENGTH_MULTIPLE)
+        if rows > window.rows:
+            window.rows = max(rows, min(window.rows * 2, rows * 2))
+        for layer, name in self.buffers():
+            old = getattr(layer, name)
+            new = old.new_zeros(window.rows, window.length, *old.shape[2:])
+            new[: old.shape[0], : old.shape[1]] = old
+            setattr(layer, name, new)
+
+    def focus(self, first: int, last: int, columns: torch.Tensor, visible: int) -> None:
+        """Aims the next forward pass at rows `first:last`; token (n, q) is written to `columns[n, q]`."""
+        window = self.window
+        window.first, window.last, window.visible = first, last, visible
+        rows = torch.arange(first, last, device=columns.device).unsqueeze(1)
+        window.cells = (rows * window.length + columns).flatten()
+
+    def copy_row(self, source: int, target: int, length: int) -> None:
+        for buffer in self.tensors():
+            buffer[target, :length] = buffer[source, :length]
+
+    def detach_row(self, row: int, token_ids: list[int]) -> RetainedRow:
+        """A copy of a row that holds `token_ids`."""
+        return RetainedRow(token_ids, [buffer[row, : len(token_ids)].clone() for buffer in self.tensors()])
+
+    def attach_row(self, row: int, retained: RetainedRow, length: int) -> None:
+        """Fills a row with the first `length` tokens of a retained one."""
+        if not self.buffers():
+            for index, layer in enumerate(self.layers):
+                keys, values = retained.states[2 * index : 2 * index + 2]
+                layer.lazy_initialization(keys.transpose(0, 1).unsqueeze(0), values.transpose(0, 1).unsqueeze(0))
+        for buffer, states in zip(self.tensors(), retained.states, strict=True):
+            buffer[row, :length] = states[:length]
+
+
+def attention_windows(config: PreTrainedConfig) -> list[int | None]:
+    """Window of each layer's attention, in tokens; `None` for full attention.
+
+    Raises:
+        ValueError: if a layer keeps something else than keys and values per token (state-space, convolution, linear
+            attention, chunked attention, a cache shared between layers).
+    """
+    text_config = config.get_text_config(decoder=True)
+    windows: list[int | None] = []
+    chunked = "chunked_attention" in (getattr(text_config, "layer_types", None) or [])
+    chunked = chunked or getattr(text_config, "attention_chunk_size", None) is not None
+    for index, layer in enumerate(DynamicCache(config=config).layers):
+        if type(layer) is DynamicLayer:
+            windows.append(None)
+        elif type(layer) is DynamicSlidingWindowLayer and not chunked:
+            windows.append(layer.sliding_window)
+        else:
+            raise ValueError(
+                f"Layer {index} of {config.model_type!r} keeps a {type(layer).__name__}"
+                f"{' for chunked attention' if chunked else ''}, whose state cannot be gathered row by row from "
+                "requests of different lengths, so `TransformersEngine` cannot batch this model. Use an engine with "
+                "kernels for it, e.g. `VLLMEngine`."
+            )
+    return windows
