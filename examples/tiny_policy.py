@@ -1,0 +1,187 @@
+"""A tokenizer and a policy built on the spot, for the examples that must run on a CPU without a download.
+
+Nothing here is special to this package: the tokenizer is an ordinary fast tokenizer with an ordinary tool-calling chat
+template, the policy an ordinary Qwen2, and the warm start TRL's own SFT. They are merely small.
+"""
+
+from __future__ import annotations
+
+from datasets import Dataset
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, set_seed
+from trl import SFTConfig, SFTTrainer
+
+
+# ChatML, as Qwen writes it, but without a default system prompt: on a small policy its tokens would cost more than the
+# problem's. The markers cover what is sampled (text and end-of-turn token), not the newline that the template prints.
+CHAT_TEMPLATE = """\
+{%- if tools or messages[0].role == 'system' %}
+    {{- '<|im_start|>system\\n' }}
+    {%- if messages[0].role == 'system' %}
+        {{- messages[0].content }}
+        {%- if tools %}{{- '\\n\\n' }}{%- endif %}
+    {%- endif %}
+    {%- if tools %}
+        {{- 'Functions that may be called, one JSON object between <tool_call> tags each:' }}
+        {%- for tool in tools %}{{- '\\n' + tool | tojson }}{%- endfor %}
+    {%- endif %}
+    {{- '<|im_end|>\\n' }}
+{%- endif %}
+{%- for message in messages %}
+    {%- if message.role == 'assistant' %}
+        {{- '<|im_start|>assistant\\n' }}
+        {%- generation %}
+        {{- message.content or '' }}
+        {%- for call in message.tool_calls or [] %}
+            {%- set function = call.function or call %}
+            {%- if message.content or not loop.first %}{{- '\\n' }}{%- endif %}
+            {{- '<tool_call>\\n{"name": "' + function.name + '", "arguments": ' }}
+            {{- function.arguments | tojson + '}\\n</tool_call>' }}
+        {%- endfor %}
+        {{- '<|im_end|>' }}
+        {%- endgeneration %}
+        {{- '\\n' }}
+    {%- elif message.role == 'tool' %}
+        {{- '<|im_start|>tool\\n' + message.content + '<|im_end|>\\n' }}
+    {%- elif message.role == 'user' or not loop.first %}
+        {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}
+"""
+
+# One piece is one token where the vocabulary knows it, else its bytes. A code fence is one piece with its line break,
+# an operator with the blanks around it, and a word with the blank before it and with the one before a number; digits
+# stand alone. Every character belongs to exactly one piece, so that decoding gives back the text.
+PIECES = (
+    r"(?:system|user|assistant|tool)\n|\n?```python\n|\n?```output\n|\n```(?![a-z])| ?\\boxed\{"
+    r"| [-+*/%=]?= | [-+*/] |\d| ?[A-Za-z_]+(?: (?=\d))?|, (?=\d)|\.(?: (?=\d))?|\s|[^\s\w]|\w"
+)
+
+
+def build_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
+    """Builds a tokenizer that gives each word of a small world one token and spells everything else in bytes.
+
+    Any text can be encoded and comes back unchanged, among it what an interpreter has to say about a program that
+    nobody foresaw.
+
+    Args:
+        words (`list[str]`):
+            Texts whose words get a token each.
+
+    Returns:
+        `PreTrainedTokenizerFast` whose end-of-turn token `<|im_end|>` is its end-of-sequence token, whose padding
+        token is another one, and whose chat template renders tools and marks the assistant's tokens. It has no
+        `response_template`, so that `RolloutConfig(dialect="auto")` chooses the fenced dialect, in which the teacher
+        of [`word_problems`] writes.
+    """
+    pieces = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PIECES), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    headers = [f"{role}\n" for role in ("system", "user", "assistant", "tool")]
+    known = {piece for text in [*headers, *words] for piece, _ in pieces.pre_tokenize_str(text) if len(piece) > 1}
+    vocabulary = sorted(pre_tokenizers.ByteLevel.alphabet()) + sorted(known)
+    # No merge is ever applied: a piece that the vocabulary knows is taken whole (`ignore_merges`), any other is bytes.
+    tokenizer = Tokenizer(models.BPE({piece: i for i, piece in enumerate(vocabulary)}, [], ignore_merges=True))
+    tokenizer.pre_tokenizer = pieces
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(t, special=True) for t in ("<|pad|>", "<|im_start|>", "<|im_end|>")])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|pad|>",
+        additional_special_tokens=["<|im_start|>"],
+        clean_up_tokenization_spaces=False,
+        padding_side="left",
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def build_policy(
+    tokenizer: PreTrainedTokenizerBase, seed: int = 0, hidden_size: int = 128, num_layers: int = 3
+) -> Qwen2ForCausalLM:
+    """Builds an untrained Qwen2 of about half a million parameters in float32.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Its vocabulary and special tokens become the policy's.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the weights.
+        hidden_size (`int`, *optional*, defaults to `128`), num_layers (`int`, *optional*, defaults to `3`):
+            Size.
+    """
+    set_seed(seed)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        # about 1/sqrt(hidden_size): from Qwen2's own 0.02, made for large models, a small one learns to copy numbers
+        # out of the problem several times later
+        initializer_range=0.08,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return Qwen2ForCausalLM(config).float()
+
+
+def warm_start(
+    model: Qwen2ForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Dataset,
+    output_dir: str,
+    seed: int = 0,
+    max_steps: int = 300,
+    batch_size: int = 64,
+    learning_rate: float = 3e-3,
+    **config_kwargs,
+) -> Qwen2ForCausalLM:
+    """Fine-tunes the policy on a teacher's trajectories: TRL's SFT with the loss on the teacher's own words alone.
+
+    Args:
+        model, tokenizer:
+            From [`build_policy`] and [`build_tokenizer`]; the model is trained in place.
+        dataset (`Dataset`):
+            Conversational rows (`messages`, or `prompt` and `completion`).
+        output_dir (`str`):
+            TRL's output folder; nothing is saved there.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the order of the rows.
+        max_steps (`int`, *optional*, defaults to `300`), batch_size, learning_rate:
+            As in `SFTConfig`.
+        config_kwargs:
+            Further fields of `SFTConfig`.
+    """
+    config = SFTConfig(
+        output_dir=output_dir,
+        seed=seed,
+        max_steps=max_steps,
+        per_device_train_batch_size=batch_size,
+        learning_rate=learning_rate,
+        **{
+            "assistant_only_loss": True,
+            "lr_scheduler_type": "cosine",
+            "warmup_steps": 20,
+            "train_sampling_strategy": "group_by_length",
+            "max_length": 512,
+            "bf16": False,
+            "use_cpu": True,
+            "activation_checkpointing": False,
+            "save_strategy": "no",
+            "logging_steps": 50,
+            "report_to": "none",
+            "dataloader_pin_memory": False,
+            **config_kwargs,
+        },
+    )
+    SFTTrainer(model=model, args=config, train_dataset=dataset, processing_class=tokenizer).train()
+    return model

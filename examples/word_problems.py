@@ -1,0 +1,205 @@
+"""A world small enough for a CPU: word problems, and an imperfect teacher that solves them with Python.
+
+The embedded default of the examples. Real models arrive at preference learning knowing more than they show: the right
+way is in them, but not ranked first. This world has that property by construction. Each verb of a problem means one
+operation, and the teacher mistakes it at the verb's own rate, between 10 % and 65 %. A policy that imitates the
+teacher answers greedily wrong wherever the mistake is the majority, and finds the right way when it samples: there is
+something for preference learning to learn, and everything needed to learn it from.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+from datasets import Dataset
+
+from trl_multiturn.tools.sandbox import Sandbox, Session
+
+
+@dataclass(frozen=True)
+class Verb:
+    """What a verb of the problems means, and how often the teacher gets it wrong.
+
+    Attributes:
+        phrase (`str`): as the problem says it; `{n}` is the amount.
+        right (`str`), wrong (`str`): augmented assignment of its meaning, and the one the teacher mistakes it for.
+        error_rate (`float`): share of the teacher's programs that take the wrong one.
+        amounts (`tuple[int, int]`): smallest and largest amount.
+    """
+
+    phrase: str
+    right: str
+    wrong: str
+    error_rate: float
+    amounts: tuple[int, int] = (2, 29)
+
+    def amount(self, rng: random.Random) -> int:
+        return rng.randint(*self.amounts)
+
+
+VERBS = (
+    Verb("buys {n}", "+=", "-=", 0.10),
+    Verb("picks {n}", "+=", "-=", 0.20),
+    Verb("wins {n}", "+=", "-=", 0.35),
+    Verb("finds {n}", "+=", "-=", 0.60),
+    Verb("saves {n}", "+=", "-=", 0.65),
+    Verb("eats {n}", "-=", "+=", 0.15),
+    Verb("loses {n}", "-=", "+=", 0.25),
+    Verb("drops {n}", "-=", "+=", 0.40),
+    Verb("sells {n}", "-=", "+=", 0.65),
+    Verb("gives away {n}", "-=", "+=", 0.60),
+    Verb("doubles them", "*=", "+=", 0.30, amounts=(2, 2)),
+    Verb("triples them", "*=", "+=", 0.60, amounts=(3, 3)),
+)
+NAMES = {"Tom": "He", "Ana": "She", "Sam": "He", "Mia": "She", "Leo": "He", "Eva": "She"}
+THINGS = ("apples", "books", "cards", "coins", "eggs", "pens", "shells", "stamps")
+MAX_STEPS = 3
+
+
+def apply(total: int, operation: str, amount: int) -> int:
+    """What `total operation amount` leaves in `total`."""
+    return {"+=": total + amount, "-=": total - amount, "*=": total * amount}[operation]
+
+
+def make_problems(n: int, seed: int, split: str = "train") -> Dataset:
+    """Draws `n` different problems of one to `MAX_STEPS` operations.
+
+    Args:
+        n (`int`):
+            Number of problems.
+        seed (`int`):
+            Seed of the draw.
+        split (`str`, *optional*, defaults to `"train"`):
+            `"train"` or `"test"`. A problem belongs to the test split where the sum of its numbers is a multiple of
+            four, so that no two calls, whatever their seeds, put one problem into both.
+
+    Returns:
+        `Dataset` with the columns `prompt` (messages), `answer` (the number, as text), and what the teacher reads:
+        `start` (the first number), `verbs` (indices into `VERBS`) and `amounts`.
+    """
+    if split not in ("train", "test"):
+        raise ValueError(f"`split` must be 'train' or 'test', got {split!r}.")
+    rng = random.Random(seed)
+    rows: dict[str, dict] = {}
+    while len(rows) < n:
+        start = rng.randint(5, 99)
+        verbs = [rng.randrange(len(VERBS)) for _ in range(rng.randint(1, MAX_STEPS))]
+        amounts = [VERBS[verb].amount(rng) for verb in verbs]
+        totals = [start]
+        for verb, amount in zip(verbs, amounts, strict=True):
+            totals.append(apply(totals[-1], VERBS[verb].right, amount))
+        held_out = (start + sum(amounts)) % 4 == 0
+        if min(totals) < 0 or max(totals) > 999 or held_out != (split == "test"):
+            continue
+        name, thing = rng.choice(sorted(NAMES)), rng.choice(THINGS)
+        steps = [f"{NAMES[name]} {VERBS[v].phrase.format(n=n)}." for v, n in zip(verbs, amounts, strict=True)]
+        question = " ".join([f"{name} has {start} {thing}.", *steps, f"How many {thing} now?"])
+        rows[question] = {
+            "prompt": [{"role": "user", "content": question}],
+            "answer": str(totals[-1]),
+            "start": start,
+            "verbs": verbs,
+            "amounts": amounts,
+        }
+    return Dataset.from_list(list(rows.values()))
+
+
+# How often the teacher goes astray in ways that are not a wrong operation.
+NO_CODE_RATE = 0.05  # guesses without a program
+GIVES_UP_RATE = 0.02  # neither a program nor an answer
+CRASH_RATE = 0.10  # the program reads a name that was never assigned, or adds text to a number
+REPAIR_RATE = 0.5  # of the crashes: writes the program anew (else guesses)
+NOISE_RATE = 0.06  # prints much more than the answer
+IGNORE_RATE = 0.08  # answers with a number of its own after reading the output
+TWO_CELLS_RATE = 0.25  # looks at the total half-way, which needs a stateful interpreter
+
+CODE = "```python\n{}\n```"
+OBSERVATION = "```output\n{}\n```"
+ANSWER = "The answer is \\boxed{{{}}}."
+GIVE_UP = "I do not know."
+
+
+def teacher_trajectories(problems: Dataset, seed: int) -> Dataset:
+    """Lets the teacher try each problem once, running its programs in the interpreter that the policy will use.
+
+    One session serves all attempts, which is what makes thousands of them cheap. They cannot see each other: a program
+    assigns `x` before it reads it, and the name on which the broken ones fail is never assigned.
+
+    Args:
+        problems (`Dataset`):
+            From [`make_problems`].
+        seed (`int`):
+            Seed of the teacher's luck.
+
+    Returns:
+        `Dataset` with a `messages` column: whole conversations, with the interpreter's own words as observations.
+    """
+    rng = random.Random(seed)
+    with Sandbox() as sandbox, sandbox.open() as session:
+        return Dataset.from_list([{"messages": _attempt(problem, rng, session)} for problem in problems])
+
+
+def _attempt(problem: dict, rng: random.Random, session: Session) -> list[dict[str, str]]:
+    messages = list(problem["prompt"])
+
+    def run(lines: list[str]) -> str:
+        code = "\n".join(lines)
+        output = session.run(code).output
+        messages.append({"role": "assistant", "content": CODE.format(code)})
+        messages.append({"role": "user", "content": OBSERVATION.format(output)})
+        return output
+
+    def say(text: str) -> list[dict[str, str]]:
+        return [*messages, {"role": "assistant", "content": text}]
+
+    guess = ANSWER.format(problem["start"] + rng.randint(-9, 9))
+    if rng.random() < GIVES_UP_RATE:
+        return say(GIVE_UP)
+    if rng.random() < NO_CODE_RATE:
+        return say(guess)
+    program = write_program(problem, rng)
+    if rng.random() < CRASH_RATE:
+        run([*_broken(program, rng), "x"])
+        if rng.random() > REPAIR_RATE:
+            return say(guess)
+    if len(program) > 2 and rng.random() < TWO_CELLS_RATE:
+        half = rng.randrange(2, len(program))
+        run([*program[:half], "x"])
+        program = program[half:]
+    if rng.random() < NOISE_RATE:
+        total = run([*program, "print([x] * 12)"]).strip("[]").split(",")[0]
+    else:
+        total = run([*program, "x"])
+    return say(guess if rng.random() < IGNORE_RATE else ANSWER.format(total))
+
+
+def write_program(problem: dict, rng: random.Random) -> list[str]:
+    """The teacher's reading of a problem: one line per number, each verb mistaken at its own rate."""
+    lines = [f"x = {problem['start']}"]
+    for verb, amount in zip(problem["verbs"], problem["amounts"], strict=True):
+        meaning = VERBS[verb]
+        operation = meaning.wrong if rng.random() < meaning.error_rate else meaning.right
+        lines.append(f"x {operation} {amount}")
+    return lines
+
+
+def _broken(program: list[str], rng: random.Random) -> list[str]:
+    """The program with one line that raises: it reads a name that was never assigned, or adds text to a number."""
+    line = rng.randrange(1, len(program))
+    mistake = program[line].replace("x", "y") if rng.random() < 0.7 else "x += 'x'"
+    return [*program[:line], mistake, *program[line + 1 :]]
+
+
+def texts() -> list[str]:
+    """Texts with every word of the world, for [`tiny_policy.build_tokenizer`]."""
+    return [
+        *(f"{name} has 1 {thing}. How many {thing} now?" for name in NAMES for thing in THINGS),
+        *(f" {pronoun} {verb.phrase.format(n=1)}." for pronoun in set(NAMES.values()) for verb in VERBS),
+        *(CODE.format(f"x = 1\nx {sign} 2\nprint([x] * 12)") for sign in ("+=", "-=", "*=")),
+        OBSERVATION.format("[1, 1]"),
+        "NameError: name 'y' is not defined",
+        "TypeError: unsupported operand type(s) for +=: 'int' and 'str'",
+        ANSWER.format(1),
+        GIVE_UP,
+    ]
