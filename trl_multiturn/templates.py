@@ -271,8 +271,22 @@ class TurnTemplate:
             end = self._turn_end(text, messages[: index + 1], turn=turn)
             if end < len(header):
                 raise ValueError(f"Assistant turn {turn} (message {index}) renders to nothing. " + _REMEDY)
+            self._refuse_dropped_words(text[len(header) : end], messages[: index + 1], turn)
             spans.append(_Span(len(header), end, turn))
         return spans
+
+    def _refuse_dropped_words(self, action: str, messages: list[Message], turn: int) -> None:
+        content = messages[-1].get("content")
+        if not isinstance(content, str) or content.strip() in action:
+            return
+        # Not verbatim, but perhaps escaped or split: then other words render otherwise
+        changed = [*messages[:-1], {**messages[-1], "content": content + " changed"}]
+        if self._render(changed) == self._render(messages):
+            raise ValueError(
+                f"Assistant turn {turn} (message {len(messages) - 1}): the chat template leaves out the turn's text "
+                f"{content[:60]!r} (some templates print tool calls only), so words that the policy sampled would "
+                "silently vanish from training. Use a template that prints both, or rows that carry token ids."
+            )
 
     def _turn_end(self, text: str, messages: list[Message], turn: int | None = None) -> int:
         """End of the last turn of `messages` in `text`, a rendering that begins with `messages`."""
