@@ -1,0 +1,92 @@
+from fractions import Fraction
+
+import pytest
+
+from trl_multiturn.verify import canonical_answer, exact_number, final_answer, gold_answer, last_boxed, message_text
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (r"So \boxed{18}.", "18"),
+        (r"\boxed{1} then \boxed{ 2 }", "2"),
+        (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+        (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
+        (r"\boxed{\boxed{5}}", "5"),
+        (r"\fbox{7}", "7"),
+        (r"\boxed{1} and \boxed{2", "1"),  # cut off inside the last box
+        (r"\boxed{}", ""),
+        ("no box", None),
+        (r"\boxed 5", None),
+    ],
+)
+def test_last_boxed(text, expected):
+    assert last_boxed(text) == expected
+
+
+def test_only_the_last_assistant_turn_answers():
+    observation = {"role": "user", "content": r"```output\n\boxed{3}\n```"}
+    early = {"role": "assistant", "content": r"Guess \boxed{1}"}
+    assert final_answer([early, observation, {"role": "assistant", "content": r"\boxed{2}"}]) == "2"
+    assert final_answer([early, observation, {"role": "assistant", "content": "No idea."}]) is None
+    assert final_answer([early, observation]) == "1"  # stopped at a limit, after the observation
+    assert final_answer([]) is None
+    assert final_answer(r"plain text \boxed{4}") == "4"
+
+
+def test_message_text_reads_blocks_and_absent_content():
+    assert message_text({"role": "assistant", "content": [{"type": "text", "text": "a"}, {"type": "image"}]}) == "a"
+    assert message_text({"role": "assistant", "content": None, "tool_calls": []}) == ""
+    assert message_text({"role": "assistant", "tool_calls": []}) == ""
+
+
+@pytest.mark.parametrize(
+    ("gold", "expected"),
+    [
+        (18, "18"),
+        (0.5, "0.5"),
+        ("She makes 9*2 = <<9*2=18>>18.\n#### 1,800", "1,800"),
+        (r"Therefore there are $\boxed{\frac{3}{4}}$ of them.", r"\frac{3}{4}"),
+        (" x + 1 ", "x + 1"),
+    ],
+)
+def test_gold_answer(gold, expected):
+    assert gold_answer(gold) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("18", Fraction(18)),
+        ("-3.50", Fraction(-7, 2)),
+        ("+.5", Fraction(1, 2)),
+        ("1,234,567", Fraction(1234567)),
+        ("1{,}234", Fraction(1234)),
+        (r"\$18", Fraction(18)),
+        ("$18$", Fraction(18)),
+        ("18.", Fraction(18)),
+        ("3/4", Fraction(3, 4)),
+        (r"-\dfrac{6}{8}", Fraction(-3, 4)),
+        (r"\frac{-6}{8}", Fraction(-3, 4)),
+        ("1,2", None),  # a pair, not a number
+        ("12,34", None),
+        ("50%", None),
+        (r"50\%", None),
+        ("1/0", None),
+        ("1 234", None),
+        (r"3\frac{1}{2}", None),
+        ("1e3", None),
+        ("18 eggs", None),
+        ("", None),
+        ("9" * 5000, None),
+    ],
+)
+def test_exact_number(text, value):
+    assert exact_number(text) == value
+
+
+def test_canonical_answers_meet_where_they_are_plainly_equal():
+    assert len({canonical_answer(text) for text in ("0.5", "1/2", r"$\dfrac{1}{2}$", ".50")}) == 1
+    assert canonical_answer(r"\left( 1,\, 2 \right)") == canonical_answer("(1,2)")
+    assert canonical_answer(r"\dfrac{\pi}{2}") == canonical_answer(r"\frac{\pi}{2}")
+    assert canonical_answer("x+1") != canonical_answer("1+x")

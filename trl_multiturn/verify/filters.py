@@ -1,0 +1,239 @@
+"""Filters: which judged trajectories never become training data, each named, counted and switchable.
+
+The defaults are those of the M-DPO paper (arXiv:2409.02392, section 3.1, "Data Annotation"); the others are those that
+the authors' released scripts add. A filter reads messages and token counts, in both dialects: fenced code blocks whose
+output comes back as a user turn, and native tool calls whose output comes back under the role `tool`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from ..trajectory import StopReason, Trajectory, Verdict
+from .answers import canonical_answer, final_answer, last_boxed, message_text
+
+
+Side = Literal["winners", "losers", "both"]
+
+_ERROR = re.compile(
+    r"""(?mix)
+      ^\s* (?:[a-z_]\w*\.)* [a-z_]*(?:error|exception|interrupt|systemexit|timeout) \s* (?::|$) # NameError: …
+    | ^\s* (?:execution|timeout|undefined)\s error\b                                            # the authors' executor
+    | ^\s* \{ \s* ['"]error['"] \s* :                                                           # TRL's tool loop
+    | ^\s* traceback\s \(most\s recent\s call\s last\)
+    """
+)
+_FENCED_CODE = re.compile(r"^[ \t]*```(?:python|py)\b", re.MULTILINE)
+_OUTPUT_FENCE = re.compile(r"^\s*```output[ \t]*\n(.*?)\n?```\s*$", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Filter:
+    """One reason to leave a trajectory out.
+
+    Args:
+        name (`str`):
+            The name under which it is counted.
+        description (`str`):
+            What it drops, in one line.
+        drops (`Callable[[Trajectory], bool]`):
+            Whether a trajectory is dropped.
+        applies_to (`str`, *optional*, defaults to `"both"`):
+            `"winners"` (verdict `CORRECT`), `"losers"` (`INCORRECT`) or `"both"`.
+    """
+
+    name: str
+    description: str
+    drops: Callable[[Trajectory], bool]
+    applies_to: Side = "both"
+
+    def __post_init__(self) -> None:
+        if self.applies_to not in ("winners", "losers", "both"):
+            raise ValueError(f"`applies_to={self.applies_to!r}` is unknown. Use 'winners', 'losers' or 'both'.")
+
+    def on(self, side: Side) -> Filter:
+        """The same filter for another side."""
+        return replace(self, applies_to=side)
+
+    def __call__(self, trajectory: Trajectory) -> bool:
+        sides = {"winners": (Verdict.CORRECT,), "losers": (Verdict.INCORRECT,)}
+        return trajectory.verdict in sides.get(self.applies_to, tuple(Verdict)) and self.drops(trajectory)
+
+
+@dataclass(frozen=True)
+class FilterResult:
+    """What [`apply_filters`] decided.
+
+    Attributes:
+        kept (`list[Trajectory]`): those that passed, in order.
+        dropped (`Counter`): number of trajectories by the name of what dropped them; kept and dropped add up.
+        reasons (`list[str | None]`): for each input trajectory the name of what dropped it, `None` where kept.
+    """
+
+    kept: list[Trajectory]
+    dropped: Counter[str] = field(default_factory=Counter)
+    reasons: list[str | None] = field(default_factory=list)
+
+
+def is_observation(message: dict[str, Any]) -> bool:
+    """Whether a message of a completion came from a tool, an environment or a user: not from the policy."""
+    return message["role"] != "assistant"
+
+
+def observation_text(message: dict[str, Any]) -> str:
+    """The text of an observation, without the fence of a fenced `output` block."""
+    text = message_text(message)
+    match = _OUTPUT_FENCE.match(text)
+    return match[1] if match else text
+
+
+def is_error(observation: str) -> bool:
+    """Whether an observation is an error: a line that starts with an exception's name, or TRL's `{'error': …}`."""
+    return _ERROR.search(observation) is not None
+
+
+def writes_code(message: dict[str, Any]) -> bool:
+    """Whether an assistant turn acts: a tool call, or a fenced Python block."""
+    return bool(message.get("tool_calls")) or _FENCED_CODE.search(message_text(message)) is not None
+
+
+def turns(trajectory: Trajectory) -> list[tuple[dict[str, Any], list[str]]]:
+    """The assistant turns of a trajectory, each with the texts of the observations that followed it."""
+    found: list[tuple[dict[str, Any], list[str]]] = []
+    for message in trajectory.completion:
+        if not is_observation(message):
+            found.append((message, []))
+        elif found:
+            found[-1][1].append(observation_text(message))
+    return found
+
+
+def _before_last_turn(trajectory: Trajectory) -> list[str]:
+    return turns(trajectory)[-2][1] if trajectory.num_turns > 1 else []
+
+
+def _error_before_answer(trajectory: Trajectory) -> bool:
+    return any(map(is_error, _before_last_turn(trajectory)))
+
+
+def _turn_without_code(trajectory: Trajectory) -> bool:
+    return not all(writes_code(turn) for turn, _ in turns(trajectory)[:-1])
+
+
+def _no_tool_call(trajectory: Trajectory) -> bool:
+    return not any(observations for _, observations in turns(trajectory))
+
+
+def _boxed_after_error(trajectory: Trajectory) -> bool:
+    steps = turns(trajectory)
+    return any(
+        any(map(is_error, before)) and last_boxed(message_text(turn)) is not None
+        for (_, before), (turn, _) in zip(steps, steps[1:], strict=False)
+    )
+
+
+def _empty_output_before_answer(trajectory: Trajectory) -> bool:
+    return any(text.strip() in ("", "[]", "None") for text in _before_last_turn(trajectory))
+
+
+def _answer_not_in_output(trajectory: Trajectory) -> bool:
+    answer = final_answer(trajectory.completion)
+    if answer is None:
+        return False
+    key = canonical_answer(answer)
+    words = (word.strip("[](){},;:'\"") for _, texts in turns(trajectory) for text in texts for word in text.split())
+    return all(canonical_answer(word) != key for word in words if word)
+
+
+def over_length(max_tokens: int = 2048) -> Filter:
+    """Trajectories (prompt included) over `max_tokens` tokens."""
+    return Filter(
+        "over_length",
+        f"longer than {max_tokens} tokens, prompt included",
+        lambda t: len(t.prompt_ids) + len(t.completion_ids) > max_tokens,
+    )
+
+
+def long_answer(max_characters: int = 20) -> Filter:
+    """Final answers over `max_characters` characters, which are rarely answers."""
+    return Filter(
+        "long_answer",
+        f"final answer longer than {max_characters} characters",
+        lambda t: len(final_answer(t.completion) or "") > max_characters,
+    )
+
+
+_ALL = (
+    Filter(
+        "error_before_answer",
+        "the last observation before the final turn is an error, which the policy ignored",
+        _error_before_answer,
+        "winners",
+    ),
+    over_length(),
+    Filter("turn_without_code", "a turn before the last neither writes code nor calls a tool", _turn_without_code),
+    Filter("no_tool_call", "no observation at all: the policy answered by itself", _no_tool_call),
+    Filter("boxed_after_error", "a turn right after an error gives an answer", _boxed_after_error),
+    Filter(
+        "empty_output_before_answer",
+        "the last observation before the final turn is empty, `[]` or `None`",
+        _empty_output_before_answer,
+        "winners",
+    ),
+    Filter("answer_not_in_output", "the final answer appears in no observation", _answer_not_in_output, "winners"),
+    Filter(
+        "call_limit", "stopped at the limit on tool-calling turns", lambda t: t.stop_reason is StopReason.MAX_TURNS
+    ),
+    Filter("not_answered", "stopped without a final answer", lambda t: t.stop_reason is not StopReason.ANSWERED),
+    long_answer(),
+)
+
+FILTERS: dict[str, Filter] = {filter.name: filter for filter in _ALL}
+"""Every filter by name, with its default limits and side."""
+
+PAPER_FILTERS = ("error_before_answer", "over_length", "turn_without_code")
+"""The paper's two (section 3.1) and the one that its released pairing script applies to both sides."""
+
+AUTHORS_FILTERS = ("no_tool_call", "error_before_answer", "over_length", "turn_without_code", "boxed_after_error",
+                   "empty_output_before_answer", "call_limit", "long_answer")  # fmt: skip
+"""What the authors' scripts drop in addition (their environment's own failures are `TOOL_FAILED` here)."""
+
+
+def resolve_filters(filters: Iterable[str | Filter]) -> tuple[Filter, ...]:
+    """Filters from names and filters."""
+    resolved = []
+    for item in filters:
+        if isinstance(item, str) and item not in FILTERS:
+            raise ValueError(f"There is no filter {item!r}. Use one of {', '.join(sorted(FILTERS))}, or a `Filter`.")
+        resolved.append(FILTERS[item] if isinstance(item, str) else item)
+    return tuple(resolved)
+
+
+def apply_filters(trajectories: Sequence[Trajectory], filters: Iterable[str | Filter] = PAPER_FILTERS) -> FilterResult:
+    """Drops what must not be trained on, and counts why.
+
+    A trajectory whose tools failed (`"tool_failed"`) or that has no verdict (`"undecided"`) is dropped whatever the
+    filters are: neither says anything about the policy. Each dropped trajectory counts once, for the first filter that
+    dropped it.
+
+    Args:
+        trajectories (`Sequence[Trajectory]`):
+            Judged trajectories.
+        filters (`Iterable[str | Filter]`, *optional*):
+            Names from `FILTERS`, or filters of your own; the paper's by default.
+    """
+    chosen = resolve_filters(filters)
+    reasons: list[str | None] = []
+    for trajectory in trajectories:
+        if trajectory.stop_reason is StopReason.TOOL_FAILED:
+            reasons.append("tool_failed")
+        elif trajectory.verdict is Verdict.UNDECIDED:
+            reasons.append("undecided")
+        else:
+            reasons.append(next((filter.name for filter in chosen if filter(trajectory)), None))
+    kept = [trajectory for trajectory, reason in zip(trajectories, reasons, strict=True) if reason is None]
+    return FilterResult(kept, Counter(reason for reason in reasons if reason is not None), reasons)
