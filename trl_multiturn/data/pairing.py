@@ -1,0 +1,176 @@
+"""Verdicts → rows: preference pairs (M-DPO) and unpaired trajectories (M-KTO, OREO, DQO) from judged trajectories.
+
+Rows carry the tokens that were sampled and their masks; nothing is rendered or tokenised again.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from datasets import Dataset, Features, List, Value
+
+from ..trajectory import Trajectory, Verdict
+from .selection import Pair, PairingConfig, Selection, UnpairedConfig, select, terminal_reward
+
+
+__all__ = [
+    "PairingConfig",
+    "Selection",
+    "UnpairedConfig",
+    "build_preference_dataset",
+    "build_unpaired_dataset",
+    "select",
+]
+
+logger = logging.getLogger(__name__)
+
+_IDS, _MASK, _FLOATS = List(Value("int32")), List(Value("int8")), List(Value("float32"))
+_PROVENANCE = {"prompt_index": Value("int64")}
+
+
+def build_preference_dataset(
+    trajectories: Sequence[Trajectory] | Selection,
+    pairing: PairingConfig | None = None,
+    include_messages: bool = False,
+) -> Dataset:
+    """Preference rows for [`MultiTurnDPOTrainer`] from judged trajectories.
+
+    Args:
+        trajectories (`Sequence[Trajectory]` or [`Selection`]):
+            Judged trajectories, or what [`select`] made of them.
+        pairing ([`PairingConfig`], *optional*):
+            How to pair; not with a [`Selection`].
+        include_messages (`bool`, *optional*, defaults to `False`):
+            Add `prompt_messages`, `chosen_messages` and `rejected_messages`, each a JSON string, for reading. The
+            trainers never look at them.
+
+    Returns:
+        `Dataset` with the columns `prompt_ids`, `chosen_ids`, `chosen_action_mask`, `rejected_ids`,
+        `rejected_action_mask` and, as provenance, `prompt_index` (-1 where unknown), `chosen_reward`,
+        `rejected_reward`, `chosen_info`, `rejected_info` (JSON strings); one row per pair, possibly none.
+    """
+    pairs = _selection(trajectories, pairing, PairingConfig).pairs
+    features = {"prompt_ids": _IDS, **_PROVENANCE}
+    for side in ("chosen", "rejected"):
+        features |= {f"{side}_ids": _IDS, f"{side}_action_mask": _MASK, f"{side}_reward": Value("float64")}
+        features |= {f"{side}_info": Value("string")}
+    if include_messages:
+        features |= {f"{part}_messages": Value("string") for part in ("prompt", "chosen", "rejected")}
+    return _dataset([_preference_row(pair, include_messages) for pair in pairs], features)
+
+
+def _preference_row(pair: Pair, include_messages: bool) -> dict[str, Any]:
+    cut = pair.shared_tokens
+    row = {
+        "prompt_ids": pair.chosen.prompt_ids + pair.chosen.completion_ids[:cut],
+        "prompt_index": _prompt_index(pair.chosen),
+    }
+    sides = {"chosen": pair.chosen, "rejected": pair.rejected}
+    for side, trajectory in sides.items():
+        row |= {
+            f"{side}_ids": trajectory.completion_ids[cut:],
+            f"{side}_action_mask": trajectory.action_mask[cut:],
+            f"{side}_reward": terminal_reward(trajectory),
+            f"{side}_info": json.dumps(trajectory.info),
+        }
+    if include_messages:
+        opening = _opening_messages(pair.chosen, pair.shared_turns)
+        row["prompt_messages"] = json.dumps(pair.chosen.prompt + pair.chosen.completion[:opening])
+        row |= {f"{side}_messages": json.dumps(sides[side].completion[opening:]) for side in sides}
+    return row
+
+
+def _opening_messages(trajectory: Trajectory, turns: int) -> int:
+    """How many messages of a completion come before its assistant turn number `turns` (counted from 0)."""
+    starts = [i for i, message in enumerate(trajectory.completion) if message["role"] == "assistant"]
+    return starts[turns] if turns else 0
+
+
+def build_unpaired_dataset(
+    trajectories: Sequence[Trajectory] | Selection,
+    config: PairingConfig | UnpairedConfig | None = None,
+    include_messages: bool = False,
+) -> Dataset:
+    """Unpaired rows for [`MultiTurnKTOTrainer`], [`OREOTrainer`] and [`DQOTrainer`] from judged trajectories.
+
+    Args:
+        trajectories (`Sequence[Trajectory]` or [`Selection`]):
+            Judged trajectories, or what [`select`] made of them.
+        config ([`PairingConfig`] or [`UnpairedConfig`], *optional*):
+            With a [`PairingConfig`] (the default), both sides of the pairs, in turns: M-KTO as in the M-DPO paper; a
+            `"step"` pair's sides are whole trajectories here. With an [`UnpairedConfig`], the paper's balanced
+            sampling for OREO, all trajectories, or the winners alone.
+        include_messages (`bool`, *optional*, defaults to `False`):
+            Add `prompt_messages` and `completion_messages`, each a JSON string, for reading.
+
+    Returns:
+        `Dataset` with the columns `prompt_ids`, `completion_ids`, `action_mask`, `label` (verdict `CORRECT`),
+        `reward`, `behavior_logps` (left out where a trajectory has none), `turn_rewards` (where every trajectory has
+        `info["turn_rewards"]`) and, as provenance, `prompt_index` (-1 where unknown), `info` (a JSON string).
+    """
+    chosen = _selection(trajectories, config, (PairingConfig, UnpairedConfig)).trajectories
+    features = {
+        "prompt_ids": _IDS,
+        "completion_ids": _IDS,
+        "action_mask": _MASK,
+        "label": Value("bool"),
+        "reward": Value("float64"),
+        **_PROVENANCE,
+        "info": Value("string"),
+    }
+    without = sum(trajectory.logps is None for trajectory in chosen)
+    if not without:
+        features["behavior_logps"] = _FLOATS
+    elif without < len(chosen):
+        logger.warning(
+            "%d of %d trajectories carry no log-probabilities, so `behavior_logps` is left out of every row and "
+            "importance weights cannot use it.",
+            without,
+            len(chosen),
+        )
+    if chosen and all("turn_rewards" in trajectory.info for trajectory in chosen):
+        features["turn_rewards"] = _FLOATS
+    if include_messages:
+        features |= {"prompt_messages": Value("string"), "completion_messages": Value("string")}
+    return _dataset([_unpaired_row(trajectory) for trajectory in chosen], features)
+
+
+def _unpaired_row(trajectory: Trajectory) -> dict[str, Any]:
+    return {
+        "prompt_ids": trajectory.prompt_ids,
+        "completion_ids": trajectory.completion_ids,
+        "action_mask": trajectory.action_mask,
+        "label": trajectory.verdict is Verdict.CORRECT,
+        "reward": terminal_reward(trajectory),
+        "prompt_index": _prompt_index(trajectory),
+        "info": json.dumps(trajectory.info),
+        "behavior_logps": trajectory.logps,
+        "turn_rewards": trajectory.info.get("turn_rewards"),
+        "prompt_messages": json.dumps(trajectory.prompt),
+        "completion_messages": json.dumps(trajectory.completion),
+    }
+
+
+def _prompt_index(trajectory: Trajectory) -> int:
+    return trajectory.info.get("prompt_index", -1)
+
+
+def _selection(trajectories: Any, config: Any, kinds: Any) -> Selection:
+    if isinstance(trajectories, Selection):
+        if config is not None:
+            raise ValueError(
+                "A `Selection` was passed together with a configuration, which it already obeyed once. Pass the "
+                "trajectories, or leave the configuration out."
+            )
+        return trajectories
+    if config is not None and not isinstance(config, kinds):
+        raise TypeError(f"Preference rows are selected by a `PairingConfig`, got {type(config).__name__}.")
+    return select(trajectories, config)
+
+
+def _dataset(rows: list[dict[str, Any]], features: dict[str, Any]) -> Dataset:
+    # By columns with explicit types: rows of dicts would be merged into one struct, with `None` in every gap.
+    return Dataset.from_dict({name: [row[name] for row in rows] for name in features}, Features(features))
