@@ -10,7 +10,7 @@ from trl_multiturn.tools.result import ToolFailure
 from trl_multiturn.tools.sandbox import Sandbox, SandboxConfig
 
 
-@pytest.fixture(scope="module", params=["jupyter"])
+@pytest.fixture(scope="module", params=["forkserver", "jupyter"])
 def sandbox(request):
     with Sandbox(SandboxConfig(backend=request.param, timeout_seconds=1.5)) as sandbox:
         yield sandbox

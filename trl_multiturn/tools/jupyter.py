@@ -17,6 +17,7 @@ import tempfile
 import time
 from typing import TYPE_CHECKING
 
+from .forkserver import timeout_message
 from .observation import error_message
 from .result import ToolFailure
 
@@ -186,7 +187,7 @@ class JupyterInterpreter:
             now = time.monotonic()
             if now >= deadline:
                 if cell.interrupted:
-                    return Reply(_timeout_message(timeout), "timeout", alive=False)
+                    return Reply(timeout_message(timeout), "timeout", alive=False)
                 cell.interrupted, deadline = True, now + self.config.grace_seconds
                 await self._manager.interrupt_kernel()
             try:
@@ -201,7 +202,7 @@ class JupyterInterpreter:
         if cell.flooded:
             return Reply("RuntimeError: the cell printed too much", "crashed", alive=False)
         if cell.interrupted:
-            return Reply(_timeout_message(timeout), "timeout")
+            return Reply(timeout_message(timeout), "timeout")
         return Reply(*cell.outcome())
 
     async def close(self) -> None:
@@ -261,7 +262,3 @@ class _Cell:
             return _CUT.sub("", text).strip("\n"), "ok", True, dropped
         name, value = self.error
         return error_message(name, value), "memory" if name.endswith("MemoryError") else "error", True, 0
-
-
-def _timeout_message(timeout: float) -> str:
-    return f"TimeoutError: the cell ran longer than {timeout:g} seconds"

@@ -12,7 +12,7 @@ import re
 # terminal colours and cursor movements, which tokenise badly and mean nothing to a policy
 _ANSI = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])")
 # ipykernel names a cell after a hash of its text: the same mistake must read the same in every session
-_CELL_FILE = re.compile(r"\((?:\d+\.py|<ipython-input-[^>]*>|<cell>), line (\d+)\)")
+_CELL_FILE = re.compile(r"\((?:\d+\.py|<ipython-input-[^>]*>), line (\d+)\)")
 
 
 def clean(text: str) -> str:
@@ -44,6 +44,10 @@ def truncate(text: str, limit: int, dropped: int = 0) -> str:
 
 
 def error_message(name: str, value: str) -> str:
-    """The last paragraph of a traceback, which is what the paper's executor returns: `NameError: name 'x' is …`."""
-    text = _CELL_FILE.sub(r"(<cell>, line \1)", f"{name}: {value}" if value else name).rstrip()
-    return re.split(r"\n\s*\n", text)[-1]
+    """What an exception says, as one paragraph: `NameError: name 'x' is not defined`."""
+    return last_paragraph(f"{name}: {value}" if value else name)
+
+
+def last_paragraph(text: str) -> str:
+    """The text after the last blank line, which is what the paper's executor keeps of a traceback."""
+    return re.split(r"\n\s*\n", _CELL_FILE.sub(r"(<cell>, line \1)", text).rstrip())[-1]

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from ._loop import LoopThread
 from .observation import clean, truncate
-from .result import ToolFailure, ToolResult
+from .result import ToolResult
 
 
 logger = logging.getLogger(__name__)
@@ -363,9 +363,10 @@ class Sandbox:
 
 def make_backend(config: SandboxConfig) -> Backend:
     """The backend that a configuration names."""
+    if config.backend == "forkserver":
+        from .forkserver import ForkServer
+
+        return ForkServer(config)
     from .jupyter import JupyterBackend
 
     return JupyterBackend(config)
-
-
-__all__ = ["Sandbox", "SandboxConfig", "Session", "ToolFailure", "ToolResult"]

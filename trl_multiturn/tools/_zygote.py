@@ -1,0 +1,425 @@
+"""The warm interpreter: imports once, then forks a confined process for every session it is asked for.
+
+Started by `forkserver.ForkServer` as a program of its own (`python -P .../_zygote.py FD`), never imported by the
+trainer. It is single-threaded, never waits for a session, and ends, with all sessions and their folders, as soon as
+its owner is gone. Messages on the control socket are small JSON objects; a session's own socket comes along with the
+message that asks for it, so that no session can reach another's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib
+import importlib.util
+import json
+import os
+import resource
+import select
+import shutil
+import signal
+import socket
+import sys
+import time
+
+
+_HERE = os.path.dirname(os.path.abspath(__file__))
+_WATCH_SECONDS = 0.02
+_UNLINKED_FACTOR = 4  # bytes written may exceed the quota this many times (rewritten, deleted) before it counts
+_WARM_UP = {
+    "numpy": "import numpy.random, numpy.linalg, numpy.polynomial, numpy.fft",
+    "sympy": "x, y = sympy.symbols('x y')\n"
+    "sympy.solve(x**2 - 5 * x + 6, x), sympy.simplify((x + 1) ** 2 - x**2), str(sympy.Rational(1, 3) + x)\n"
+    "sympy.sqrt(8), sympy.factorint(60), sympy.integrate(x, (x, 0, 1)), sympy.Eq(x, y), sympy.N(sympy.pi, 20)\n"
+    "sympy.solve([x + y - 3, x - y - 1], [x, y]), sympy.expand((x + 1) ** 3), sympy.latex(x / 2)",
+}
+_STANDARD = (
+    "asyncio array bisect calendar cmath collections concurrent.futures copy csv dataclasses datetime decimal enum "
+    "fractions functools hashlib heapq inspect io itertools json math numbers operator pickle pprint queue random re "
+    "secrets statistics string textwrap threading timeit types typing unicodedata uuid zoneinfo"
+).split()
+
+
+def _load(name: str):
+    """Loads a module that lies beside this file under a name of its own, without making its folder importable."""
+    full = f"_trl_multiturn_{name.strip('_')}"
+    spec = importlib.util.spec_from_file_location(full, os.path.join(_HERE, name + ".py"))
+    module = sys.modules[full] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class Child:
+    """One session's process, as the zygote sees it."""
+
+    def __init__(self, number: int, pid: int, folder: str) -> None:
+        self.number = number
+        self.pid = pid
+        self.folder = folder
+        self.reason = ""
+        self.watched = False
+
+
+class Zygote:
+    """Forks, watches and buries sessions.
+
+    Args:
+        control (`socket.socket`):
+            Connection to the owner.
+        settings (`dict`):
+            The owner's first message: limits and isolation as plain values.
+    """
+
+    def __init__(self, control: socket.socket, settings: dict) -> None:
+        self.control = control
+        self.settings = settings
+        self.children: dict[int, Child] = {}  # by session number
+        self.by_pid: dict[int, Child] = {}
+        self.backlog: list[bytes] = []
+        self.owner: int | None = None
+        self.layers: dict[str, str] = {}
+
+    # ------------------------------------------------------------------------------------------------- start
+
+    def prepare(self) -> None:
+        """Imports what sessions need and finds out which walls this kernel grants."""
+        settings = self.settings
+        self.scratch = _load("_scratch")
+        self.protocol = _load("_protocol")
+        _load("_syscalls")
+        self.confinement = _load("confinement")
+        self.child = _load("_child")
+        self._warm_up()
+        os.chdir(settings["root"])
+        self.shell = self.child.make_shell(os.path.join(settings["root"], "ipython"))
+        for name, code in _WARM_UP.items():
+            if name in sys.modules:
+                exec(code, {name: sys.modules[name]})
+        readable = self.confinement.readable_paths(settings["readonly_paths"], settings["network"])
+        # modules of the owner's own projects (editable installs) are not for sessions
+        sys.path[:] = [p for p in sys.path if any(os.path.realpath(p) == r or p.startswith(r + "/") for r in readable)]
+        self._find_layers(readable)
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+            file.write("900")  # inherited: when the machine runs out of memory, a session goes first
+        self.tasks = None if os.geteuid() == 0 else _count_tasks() + 4096
+        with contextlib.suppress(OSError):
+            self.confinement.libc.prctl(self.confinement.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        gc.collect()
+        gc.freeze()
+
+    def _warm_up(self) -> None:
+        for name in (*_STANDARD, *self.settings["preload"]):
+            try:
+                importlib.import_module(name)
+            except ImportError:
+                continue  # sessions will say so themselves
+
+    def _find_layers(self, readable: list[str]) -> None:
+        """Builds each wall and tries it in a process that is thrown away."""
+        mode, confinement = self.settings["isolation"], self.confinement
+        self.landlock = self.program = None
+        self.layers = {"landlock": "off", "seccomp": "off", "namespaces": "off"}
+        if mode == "none":
+            return
+        self.landlock = confinement.LandlockPaths(readable)
+        machine = confinement.machine()
+        if machine is not None:
+            self.program = confinement.seccomp_program(*machine, network=self.settings["network"])
+        if self.settings["namespaces"] and self._trial(lambda: confinement.enter_namespaces(self.settings["network"])):
+            self.layers["namespaces"] = confinement.enter_namespaces(self.settings["network"])
+        folder = os.path.join(self.settings["root"], "trial")
+        os.mkdir(folder)
+
+        def try_landlock() -> bool:
+            self.landlock.restrict([folder])
+            return _refused(lambda: open(__file__)) and not _refused(lambda: open(os.path.join(folder, "f"), "w"))
+
+        def try_seccomp() -> bool:
+            confinement.set_seccomp(self.program)
+            return _refused(os.fork) and _refused(lambda: os.kill(os.getppid(), 0)) and _refused(socket.socket)
+
+        if self.landlock.abi and self._trial(try_landlock):
+            self.layers["landlock"] = f"ABI {self.landlock.abi}"
+        else:
+            self.landlock = None
+        if self.program is not None and self._trial(try_seccomp):
+            self.layers["seccomp"] = "allow-list"
+        else:
+            self.program = None
+        self.scratch.remove(folder)
+
+    @staticmethod
+    def _trial(attempt) -> bool:
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            with contextlib.suppress(BaseException):
+                code = 0 if attempt() else 1
+            os._exit(code)
+        return os.waitpid(pid, 0)[1] == 0
+
+    # -------------------------------------------------------------------------------------------------- loop
+
+    def serve(self) -> None:
+        """Works until the owner is gone."""
+        woken, waker = os.pipe()
+        os.set_blocking(woken, False)
+        os.set_blocking(waker, False)
+        self.private = (woken, waker)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+        signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
+        poll = select.poll()
+        poll.register(woken, select.POLLIN)
+        poll.register(self.control, select.POLLIN)
+        if self.owner is not None:
+            poll.register(self.owner, select.POLLIN)
+        while True:
+            watched = [child for child in self.children.values() if child.watched]
+            poll.modify(self.control, select.POLLIN | (select.POLLOUT if self.backlog else 0))
+            for descriptor, _ in poll.poll(_WATCH_SECONDS * 1000 if watched else None):
+                if descriptor == self.owner:
+                    return
+                if descriptor == woken:
+                    with contextlib.suppress(BlockingIOError):
+                        os.read(woken, 4096)
+            self._reap()
+            self._flush()
+            if not self._receive():
+                return
+            for child in watched:
+                self._check_quota(child)
+
+    def _receive(self) -> bool:
+        """Handles every waiting message; `False` when the owner has closed the connection."""
+        while True:
+            try:
+                data, descriptors, _, _ = socket.recv_fds(self.control, 4096, 1)
+            except BlockingIOError:
+                return True
+            except OSError:
+                return False
+            if not data:
+                return False
+            message = json.loads(data)
+            if message["op"] == "spawn":
+                self._spawn(message, descriptors[0])
+                continue
+            child = self.children.get(message["id"])
+            if child is None:
+                continue
+            if message["op"] == "kill":
+                self._kill(child)
+            elif message["op"] in ("stop", "continue"):
+                self._signal(child, signal.SIGSTOP if message["op"] == "stop" else signal.SIGCONT)
+            elif message["op"] == "watch":
+                child.watched = message["on"]
+
+    def _send(self, **message) -> None:
+        self.backlog.append(json.dumps(message).encode())
+        self._flush()
+
+    def _flush(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            while self.backlog:
+                try:
+                    self.control.send(self.backlog[0])
+                except (BrokenPipeError, ConnectionError):
+                    pass  # the owner is gone; the next poll says so
+                self.backlog.pop(0)
+
+    # ---------------------------------------------------------------------------------------------- sessions
+
+    def _spawn(self, message: dict, descriptor: int) -> None:
+        folder = os.path.join(self.settings["root"], f"{message['id']}")
+        os.mkdir(folder, 0o700)
+        pid = os.fork()
+        if pid == 0:
+            try:
+                self._become_session(descriptor, folder, message.get("kernel"))
+            except BaseException as error:
+                with contextlib.suppress(BaseException):
+                    self.child.report(descriptor, self.protocol.FAILED, f"{type(error).__name__}: {error}")
+            finally:
+                os._exit(70)
+        os.close(descriptor)
+        child = Child(message["id"], pid, folder)
+        self.children[child.number] = self.by_pid[pid] = child
+        self._send(op="spawned", id=child.number, pid=pid, folder=folder)
+
+    def _become_session(self, descriptor: int, folder: str, kernel: dict | None) -> None:
+        zygote = os.getppid()
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler if kernel else signal.SIG_IGN)
+        self.confinement.libc.prctl(self.confinement.PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != zygote:
+            os._exit(0)
+        os.setsid()
+        null = os.open("/dev/null", os.O_RDWR)
+        for standard in (0, 1, 2):
+            os.dup2(null, standard)
+        os.close(null)
+        os.chdir(folder)
+        os.environ.update(HOME=folder, TMPDIR=folder, MPLCONFIGDIR=folder, IPYTHONDIR=os.path.join(folder, ".ipython"))
+        os.environ.update(self.settings["environment"])
+        if kernel is None:
+            self._confine(folder)
+            os.closerange(3, descriptor)
+            os.closerange(descriptor + 1, 1 << 20)
+            self.child.seed_generators(self.settings["seed"])
+            cells = self.child.Cells(self.shell, self.settings["output_limit_chars"], self.settings["include_stderr"])
+            self.child.report(descriptor, self.protocol.READY)
+            self.child.serve(descriptor, cells)
+        else:
+            _load("_kernel").run(self, descriptor, folder, kernel)
+
+    def _confine(self, folder: str, files: bool = True) -> None:
+        settings = self.settings
+        self.confinement.limit_resources(
+            settings["memory_limit_mb"],
+            settings["file_limit_mb"],
+            settings["cpu_limit_seconds"],
+            descriptors=256,
+            tasks=self.tasks,
+        )
+        if settings["isolation"] != "none":
+            self.confinement.drop_capabilities()
+            self.confinement.no_new_privileges()
+        if self.landlock is not None and files:
+            writable = [folder] if settings["scratch_limit_mb"] else []
+            self.landlock.restrict(writable, network=settings["network"])
+        if self.program is not None and files:
+            self.confinement.set_seccomp(self.program)
+
+    def _check_quota(self, child: Child) -> None:
+        limit = self.settings["scratch_limit_mb"]
+        excess = self.scratch.over_quota(child.folder, limit, self.settings["max_files"])
+        if excess is None and _bytes_written(child.pid) > _UNLINKED_FACTOR * (limit << 20):
+            excess = f"more than {limit} MB"
+        if excess is not None:
+            child.reason = f"quota: {excess}"
+            self._kill(child)
+
+    @staticmethod
+    def _signal(child: Child, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child.pid, number)
+
+    def _kill(self, child: Child) -> None:
+        # the group: without seccomp a session may have forked (it leads a group of its own from its first moment on)
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(child.pid, signal.SIGKILL)
+        self._signal(child, signal.SIGKILL)
+
+    def _reap(self) -> None:
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            child = self.by_pid.pop(pid, None)
+            if child is not None:
+                self._bury(child, os.waitstatus_to_exitcode(status))
+
+    def _bury(self, child: Child, code: int) -> None:
+        del self.children[child.number]
+        if self.program is None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(child.pid, signal.SIGKILL)
+            self._kill_orphans()
+        self.scratch.remove(child.folder)
+        self._send(op="exit", id=child.number, code=code, reason=child.reason)
+
+    def _kill_orphans(self) -> None:
+        """Processes that sessions left behind come to this one, their subreaper."""
+        own = {child.pid for child in self.children.values()}
+        while True:
+            strays = [pid for pid in _children_of(os.getpid()) if pid not in own]
+            if not strays:
+                return
+            for pid in strays:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            for pid in strays:
+                with contextlib.suppress(ChildProcessError):
+                    os.waitpid(pid, 0)
+
+    def end(self) -> None:
+        """Ends every session, then removes every folder."""
+        for child in self.children.values():
+            self._kill(child)
+        while self.children:
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(self.children.popitem()[1].pid, 0)
+        if self.program is None:
+            self._kill_orphans()
+        self.scratch.remove(self.settings["root"])
+
+
+def _refused(action) -> bool:
+    try:
+        action()
+    except OSError:
+        return True
+    return False
+
+
+def _count_tasks() -> int:
+    """Threads of this user, which is what `RLIMIT_NPROC` counts."""
+    count, user = 0, os.getuid()
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            with contextlib.suppress(OSError):
+                if os.stat(f"/proc/{name}").st_uid == user:
+                    count += len(os.listdir(f"/proc/{name}/task"))
+    return count
+
+
+def _children_of(parent: int) -> list[int]:
+    found = []
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            with contextlib.suppress(OSError), open(f"/proc/{name}/stat") as file:
+                if int(file.read().rsplit(")", 1)[1].split()[1]) == parent:
+                    found.append(int(name))
+    return found
+
+
+def _bytes_written(pid: int) -> int:
+    """Bytes on their way to a disk on this process's account: it also counts files that have no name any more."""
+    with contextlib.suppress(OSError, ValueError), open(f"/proc/{pid}/io") as file:
+        fields = dict(line.split(": ") for line in file.read().splitlines())
+        return int(fields["write_bytes"]) - int(fields["cancelled_write_bytes"])
+    return 0
+
+
+def main() -> None:
+    start = time.monotonic()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the owner
+    control = socket.socket(fileno=int(sys.argv[1]))
+    settings = json.loads(control.recv(65536))
+    control.setblocking(False)
+    zygote = Zygote(control, settings)
+    with contextlib.suppress(OSError, AttributeError):
+        zygote.owner = os.pidfd_open(settings["owner"]) if settings["owner"] else None
+    try:
+        zygote.prepare()
+    except Exception as error:
+        zygote._send(op="failed", reason=f"{type(error).__name__}: {error}")
+        shutil.rmtree(settings["root"], ignore_errors=True)
+        raise
+    zygote._send(op="ready", pid=os.getpid(), layers=zygote.layers, seconds=time.monotonic() - start)
+    try:
+        zygote.serve()
+    finally:
+        zygote.end()
+
+
+if __name__ == "__main__":
+    main()
