@@ -278,16 +278,18 @@ async def _call(function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
 
 def _text(output: Any) -> ToolResult | str:
     """What the policy reads of a tool's return value."""
-    if isinstance(output, (ToolResult, str)):
+    if isinstance(output, ToolResult):
         return output
+    if isinstance(output, str):  # a lone surrogate could be neither tokenised nor stored
+        return output.encode("utf-8", "replace").decode("utf-8")
     if isinstance(output, list) and output and all(isinstance(block, dict) and "type" in block for block in output):
         kinds = {block["type"] for block in output}
         if kinds != {"text"}:
             raise UnsupportedOutput(
                 f"The tool returned blocks of types {sorted(kinds)}, but rollouts carry text only. Return text."
             )
-        return "".join(block["text"] for block in output)
-    return str(output)
+        output = "".join(block["text"] for block in output)
+    return _text(str(output))
 
 
 def _error(message: str, seconds: float = 0.0) -> ToolResult:

@@ -1,0 +1,185 @@
+"""How trajectories are sampled."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from .engine import SamplingParams
+
+
+@dataclass
+class RolloutConfig:
+    """Configuration of the rollout loop. Defaults are those of the M-DPO paper (2409.02392, section 3.1).
+
+    It is a plain dataclass, so [`~trl.TrlParser`] reads it from a command line or a YAML file.
+    """
+
+    num_generations: int = field(default=30, metadata={"help": "Trajectories per prompt, over all policies (N)."})
+    previous_policy_generations: int = field(
+        default=10,
+        metadata={
+            "help": "How many of `num_generations` the previous iteration's policy samples (mixture sampling). Only "
+            "the online loop reads it."
+        },
+    )
+    temperature: float = field(default=1.0, metadata={"help": "Softmax temperature; 0 decodes greedily."})
+    top_p: float = field(default=1.0, metadata={"help": "Nucleus sampling; 1.0 is off."})
+    top_k: int = field(default=0, metadata={"help": "Samples from the k likeliest tokens; 0 is off."})
+    min_p: float = field(
+        default=0.0, metadata={"help": "Leaves out tokens below this share of the likeliest one's probability."}
+    )
+    max_tool_calling_iterations: int = field(
+        default=6,
+        metadata={
+            "help": "Most rounds of tool calls per trajectory (H). A turn that calls tools after the last round ends "
+            "the trajectory with `StopReason.MAX_TURNS`; its calls are not run."
+        },
+    )
+    max_turn_tokens: int = field(default=512, metadata={"help": "Most tokens sampled in one turn."})
+    max_trajectory_tokens: int = field(
+        default=2048, metadata={"help": "Most tokens of prompt and completion together, observations included."}
+    )
+    stop_strings: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Strings that end a turn, in addition to the dialect's own."},
+    )
+    dialect: Literal["auto", "native", "fenced"] = field(
+        default="auto",
+        metadata={
+            "help": "How the policy calls tools. `native`: the chat template's tool calls. `fenced`: the paper's "
+            "format, a fenced code block answered by a user turn with an `output` block. `auto`: native where the "
+            "chat template can render and parse tool calls, else fenced."
+        },
+    )
+    answer_pattern: str | None = field(
+        default=None,
+        metadata={
+            "help": "Regular expression that marks a turn as the final answer. By default `\\boxed{` in the fenced "
+            "dialect, and any text without a tool call in the native one."
+        },
+    )
+    malformed_calls: Literal["observe", "end"] = field(
+        default="observe",
+        metadata={
+            "help": "What follows a call that cannot be read (an unclosed code block, broken JSON): `observe` tells "
+            "the policy what was wrong and lets it go on, `end` ends the trajectory with `StopReason.ENDED`."
+        },
+    )
+    system_prompt: str | None = field(
+        default=None, metadata={"help": "System message for prompts that have none of their own."}
+    )
+    chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": 'Passed on to the chat template (a dict, or JSON), e.g. `{"enable_thinking": false}`.'},
+    )
+    seed: int = field(
+        default=0,
+        metadata={
+            "help": "Every turn of every trajectory has a seed of its own, derived from this one and its place."
+        },
+    )
+    tool_timeout_seconds: float | None = field(
+        default=30.0,
+        metadata={
+            "help": "Longest wait for a plain callable or an environment. Session tools such as `PythonTool` keep "
+            "their own limit, which does not run while a call queues for a core."
+        },
+    )
+    tool_retries: int = field(
+        default=2, metadata={"help": "How often a call is tried again after a failure of the machine."}
+    )
+    max_tool_failure_share: float = field(
+        default=0.1,
+        metadata={
+            "help": "The run stops with an error when more than this share of the finished trajectories (of 20 or "
+            "more) met a failure of the machine. 1.0 never stops."
+        },
+    )
+    max_concurrent_trajectories: int = field(
+        default=256, metadata={"help": "Trajectories under way at the same time."}
+    )
+    max_concurrent_tools: int = field(default=64, metadata={"help": "Tool calls that run at the same time."})
+
+    def __post_init__(self) -> None:
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"`{name}` must be at least {least}, got {value}.")
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"`{name}={getattr(self, name)!r}` is none of {', '.join(map(repr, choices))}.")
+        if self.tool_timeout_seconds == 0:
+            raise ValueError("`tool_timeout_seconds=0` leaves a call no time. Raise it; `None` waits for ever.")
+        if self.max_tool_failure_share > 1:
+            raise ValueError(f"`max_tool_failure_share` is a share in [0, 1], got {self.max_tool_failure_share}.")
+        if isinstance(self.stop_strings, str):
+            raise ValueError(f"`stop_strings` is a string ({self.stop_strings!r}). Pass a list of strings.")
+        self.stop_strings = list(self.stop_strings)
+        self._read_texts()
+        self.sampling(1)  # checks temperature, top_p, top_k and min_p
+
+    def _read_texts(self) -> None:
+        if isinstance(self.chat_template_kwargs, str):  # from a command line
+            try:
+                self.chat_template_kwargs = json.loads(self.chat_template_kwargs)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"`chat_template_kwargs` is not valid JSON: {error}.") from error
+        try:
+            re.compile(self.answer_pattern or "")
+        except re.error as error:
+            raise ValueError(f"`answer_pattern` is not a regular expression: {error}.") from error
+
+    def sampling(self, max_new_tokens: int, **overrides: Any) -> SamplingParams:
+        """Sampling parameters of one turn.
+
+        Args:
+            max_new_tokens (`int`):
+                What the turn's and the trajectory's token limits leave.
+            **overrides:
+                Fields of [`SamplingParams`] that differ from turn to turn.
+        """
+        return SamplingParams(
+            max_new_tokens=max_new_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            min_p=self.min_p,
+            **overrides,
+        )
+
+    def sampler_settings(self) -> dict[str, Any]:
+        """The settings that decide which trajectories come out, as JSON values; provenance and the journal keep them.
+
+        How fast they come out (concurrency, retries) is left out, as is how many are asked for: a resumed run may
+        change either.
+        """
+        settings = asdict(self)
+        for name in _NOT_THE_OUTCOME:
+            del settings[name]
+        return settings
+
+
+_CHOICES = {"dialect": ("auto", "native", "fenced"), "malformed_calls": ("observe", "end")}
+_LEAST = {
+    "num_generations": 1,
+    "previous_policy_generations": 0,
+    "max_tool_calling_iterations": 0,
+    "max_turn_tokens": 1,
+    "max_trajectory_tokens": 2,
+    "tool_retries": 0,
+    "tool_timeout_seconds": 0,
+    "max_tool_failure_share": 0,
+    "max_concurrent_trajectories": 1,
+    "max_concurrent_tools": 1,
+}
+_NOT_THE_OUTCOME = (
+    "num_generations",
+    "previous_policy_generations",
+    "tool_retries",
+    "max_tool_failure_share",
+    "max_concurrent_trajectories",
+    "max_concurrent_tools",
+)

@@ -1,0 +1,241 @@
+"""One trajectory: turn, tool, turn, tool, answer. Ids are appended as they are sampled and never tokenised again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..templates import TurnTemplate
+from ..tools.base import RolloutContext, ToolCall, enter_rollout
+from ..tools.environments import append_observation
+from ..tools.result import ToolFailure, ToolResult
+from ..tools.toolbox import Toolbox
+from ..trajectory import StopReason, Trajectory
+from .config import RolloutConfig
+from .dialects import Dialect, Message, Turn, choose_dialect
+from .engine import Engine, Generation
+from .provenance import derive_seed
+
+
+class Conversation:
+    """What all trajectories with the same tools share: the template, the dialect, the ids that end a turn.
+
+    Args:
+        config ([`RolloutConfig`]):
+            Dialect and template options.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`]):
+            The policy's tokenizer.
+        schemas (`list[dict]`):
+            JSON schemas of the tools.
+
+    Raises:
+        `ValueError`: if tools, dialect and chat template do not fit together.
+    """
+
+    def __init__(self, config: RolloutConfig, processing_class: Any, schemas: Sequence[dict[str, Any]]):
+        self.dialect: Dialect = choose_dialect(config.dialect, processing_class, schemas, config.answer_pattern)
+        kwargs = config.chat_template_kwargs or {}
+        self.template = TurnTemplate(processing_class, tools=self.dialect.template_tools, **kwargs)
+        self._tokenizer = getattr(processing_class, "tokenizer", processing_class)
+        eos = self._tokenizer.eos_token_id
+        self.stop_token_ids = tuple(dict.fromkeys([*self.template.end_of_turn_ids, *([] if eos is None else [eos])]))
+        self.stop_strings = tuple(dict.fromkeys([*self.dialect.stop_strings, *config.stop_strings]))
+        # A template that cannot answer a turn is the user's mistake, to be told before the first trajectory
+        self.observation_ids(*self._probe())
+
+    def read(self, generation: Generation, prefix_ids: list[int]) -> Turn:
+        """Reads a sampled turn."""
+        ids = generation.token_ids
+        ended = bool(ids) and ids[-1] in self.stop_token_ids
+        written = ids[:-1] if ended else ids
+        text = self._tokenizer.decode(written, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return self.dialect.read(text, ids, prefix_ids)
+
+    def observation_ids(self, turn: Turn, observations: list[Message]) -> list[int]:
+        """Ids from a turn's end to the end of the next generation prompt.
+
+        They are measured behind a stand-in for the turn with the same calls: what a policy wrote, however odd, cannot
+        break the rendering, and the cost does not grow with the conversation.
+        """
+        skeleton: Message = {"role": "assistant", "content": "turn"}
+        calls = turn.message.get("tool_calls")
+        if calls:
+            skeleton = {**skeleton, "content": "", "tool_calls": list(map(_without_arguments, calls))}
+        return self.template.observation_ids([{"role": "user", "content": "prompt"}, skeleton], observations)
+
+    def _probe(self) -> tuple[Turn, list[Message]]:
+        if self.dialect.template_tools:
+            name = self.dialect.template_tools[0]["function"]["name"]
+            call = {"type": "function", "function": {"name": name, "arguments": {}}}
+            message = {"role": "assistant", "content": "", "tool_calls": [call]}
+            turn = Turn(message, [ToolCall(name, {})], answered=False)
+            return turn, self.dialect.observe(turn, [ToolResult("result")])
+        turn = Turn({"role": "assistant", "content": "turn"}, [], answered=False, problem="result")
+        return turn, self.dialect.observe(turn, [])
+
+
+def _without_arguments(call: dict[str, Any]) -> dict[str, Any]:
+    if "function" in call:
+        return {**call, "function": {**call["function"], "arguments": {}}}
+    return {**call, "arguments": {}}
+
+
+@dataclass
+class Transcript:
+    """A trajectory as it grows."""
+
+    prompt: list[Message]
+    prompt_ids: list[int] = field(default_factory=list)
+    completion: list[Message] = field(default_factory=list)
+    completion_ids: list[int] = field(default_factory=list)
+    action_mask: list[int] = field(default_factory=list)
+    logps: list[float] = field(default_factory=list)
+    results: list[ToolResult] = field(default_factory=list)
+    malformed: int = 0
+    final_observation: str | None = None
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids) + len(self.completion_ids)
+
+    def add_sampled(self, generation: Generation) -> None:
+        """Appends what the policy sampled."""
+        self.completion_ids += generation.token_ids
+        self.action_mask += [1] * len(generation.token_ids)
+        self.logps += generation.logps
+
+    def add_context(self, ids: list[int]) -> None:
+        """Appends what the policy read."""
+        self.completion_ids += ids
+        self.action_mask += [0] * len(ids)
+        self.logps += [0.0] * len(ids)
+
+    def counts(self) -> dict[str, Any]:
+        """How the tools fared, for `Trajectory.info`."""
+        return {
+            "turns": sum(message["role"] == "assistant" for message in self.completion),
+            "tool_calls": len(self.results),
+            "tool_errors": sum(not result.ok for result in self.results),
+            "tool_statuses": [result.status for result in self.results],
+            "malformed_calls": self.malformed,
+        }
+
+
+async def play_episode(
+    prompt: list[Message],
+    context: RolloutContext,
+    toolbox: Toolbox,
+    conversation: Conversation,
+    engine: Engine,
+    config: RolloutConfig,
+) -> Trajectory:
+    """Rolls out one trajectory; only a user's mistake, or the engine's error, raises.
+
+    Args:
+        prompt (`list[dict]`):
+            Messages before the first sampled token.
+        context ([`RolloutContext`]):
+            The trajectory's name, place and seed; tools can read it.
+        toolbox ([`Toolbox`]):
+            Its tools; closed at the end.
+        conversation ([`Conversation`]):
+            Template and dialect.
+        engine ([`Engine`]):
+            Samples the turns.
+        config ([`RolloutConfig`]):
+            Limits and sampling.
+    """
+    enter_rollout(context)
+    start = time.monotonic()
+    transcript = Transcript(prompt)
+    failure, reward = None, None
+    try:
+        transcript.prompt = append_observation(prompt, await toolbox.reset())
+        transcript.prompt_ids = conversation.template.prompt_ids(transcript.prompt)
+        stop_reason = await _converse(transcript, context, toolbox, conversation, engine, config)
+        reward = await toolbox.reward()
+    except ToolFailure as error:
+        stop_reason, failure = StopReason.TOOL_FAILED, str(error)
+        if not transcript.prompt_ids:  # the environment never started
+            transcript.prompt_ids = conversation.template.prompt_ids(transcript.prompt)
+    finally:
+        engine.release(context.trajectory_id)
+        await toolbox.close()
+    info: dict[str, Any] = {"trajectory_id": context.trajectory_id, "seed": context.seed, **transcript.counts()}
+    if failure is not None:
+        info["tool_failure"] = failure
+    if reward is not None:
+        info["environment_reward"] = reward
+    if transcript.final_observation is not None:
+        info["final_observation"] = transcript.final_observation
+    info["timing"] = {
+        "seconds": time.monotonic() - start,
+        "tool_seconds": sum(result.seconds for result in transcript.results),
+    }
+    return Trajectory(
+        prompt=transcript.prompt,
+        completion=transcript.completion,
+        prompt_ids=transcript.prompt_ids,
+        completion_ids=transcript.completion_ids,
+        action_mask=transcript.action_mask,
+        logps=transcript.logps,
+        stop_reason=stop_reason,
+        info=info,
+    )
+
+
+async def _converse(
+    transcript: Transcript,
+    context: RolloutContext,
+    toolbox: Toolbox,
+    conversation: Conversation,
+    engine: Engine,
+    config: RolloutConfig,
+) -> StopReason:
+    for number in range(config.max_tool_calling_iterations + 1):
+        room = min(config.max_turn_tokens, config.max_trajectory_tokens - len(transcript))
+        if room < 1:
+            return StopReason.MAX_TOKENS
+        prefix_ids = transcript.prompt_ids + transcript.completion_ids
+        sampling = config.sampling(
+            room,
+            stop_token_ids=conversation.stop_token_ids,
+            stop_strings=conversation.stop_strings,
+            seed=derive_seed(context.seed, number),
+        )
+        generation = await engine.generate(prefix_ids, sampling, session=context.trajectory_id)
+        turn = conversation.read(generation, prefix_ids)
+        transcript.add_sampled(generation)
+        transcript.completion.append(turn.message)
+        transcript.malformed += turn.problem is not None
+        stop_reason = _after_turn(turn, generation, number, config)
+        if stop_reason is not None:
+            return stop_reason
+
+        results = await toolbox.call(turn.calls)
+        transcript.results += results
+        observations = conversation.dialect.observe(turn, results)
+        if toolbox.done:
+            transcript.final_observation = "\n".join(result.output for result in results)
+            return StopReason.ANSWERED
+        context_ids = conversation.template.close_turn(generation.token_ids)
+        context_ids += conversation.observation_ids(turn, observations)
+        if len(transcript) + len(context_ids) >= config.max_trajectory_tokens:
+            return StopReason.MAX_TOKENS  # no room for another turn: the observation would be read by nobody
+        transcript.add_context(context_ids)
+        transcript.completion += observations
+    raise AssertionError("unreachable: the last round returns")
+
+
+def _after_turn(turn: Turn, generation: Generation, number: int, config: RolloutConfig) -> StopReason | None:
+    """Why the trajectory stops after this turn; `None` where its calls are to be run."""
+    if generation.finish_reason == "length":
+        return StopReason.MAX_TOKENS
+    if turn.answered:
+        return StopReason.ANSWERED
+    if not turn.calls and (turn.problem is None or config.malformed_calls == "end"):
+        return StopReason.ENDED
+    if number == config.max_tool_calling_iterations:
+        return StopReason.MAX_TURNS
+    return None

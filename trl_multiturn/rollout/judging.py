@@ -1,0 +1,101 @@
+"""Verdicts while the rollouts go on: whatever has finished is judged together, off the rollouts' path."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+from ..trajectory import Trajectory
+from ..verify.rewards import judge_async, resolve_reward_funcs, reward_name
+
+
+class Judge:
+    """Judges trajectories as they finish.
+
+    Args:
+        reward_funcs (`Callable`, `str` or list of them, *optional*):
+            TRL reward functions. Without any, and without an environment that owns its reward, trajectories stay
+            unjudged.
+        reward_weights (`list[float]`, *optional*):
+            One per function.
+        correct_threshold (`float`, *optional*, defaults to `0.5`):
+            Smallest reward of a correct trajectory.
+        timeout_seconds (`float`, *optional*):
+            Limit on each function's call; one that is late decides nothing.
+        missing (`str`, *optional*, defaults to `"undecided"`):
+            What a function's `None` means beside the others' values (see [`judge`]).
+        environment (`str`, *optional*):
+            Name of the environment that owns a reward. It counts with weight 1, as in [`~trl.GRPOTrainer`].
+
+    Raises:
+        `TypeError`, `ValueError`: if a reward function cannot be used.
+    """
+
+    def __init__(
+        self,
+        reward_funcs: Any = None,
+        reward_weights: Sequence[float] | None = None,
+        correct_threshold: float = 0.5,
+        timeout_seconds: float | None = None,
+        missing: Literal["undecided", "skip"] = "undecided",
+        environment: str | None = None,
+    ):
+        self._funcs = [] if reward_funcs is None else resolve_reward_funcs(reward_funcs)
+        weights = [1.0] * len(self._funcs) if reward_weights is None else list(reward_weights)
+        if len(weights) != len(self._funcs):
+            raise ValueError(
+                f"`reward_weights` has {len(weights)} entries for {len(self._funcs)} reward functions. Give one each."
+            )
+        self._threshold = correct_threshold
+        self._timeout = timeout_seconds
+        self._missing = missing
+        if environment is not None:
+            self._funcs.append(_environment_reward(environment))
+            weights.append(1.0)
+        self._weights = weights
+
+    def __bool__(self) -> bool:
+        return bool(self._funcs)
+
+    def versions(self) -> dict[str, Any]:
+        """Name and version of every verifier and the threshold, for provenance."""
+        names = [reward_name(func) for func in self._funcs]
+        versions = {name: str(getattr(func, "version", "")) for name, func in zip(names, self._funcs, strict=True)}
+        return {"rewards": versions, "weights": self._weights, "threshold": self._threshold}
+
+    async def judge(self, finished: Sequence[tuple[Trajectory, Mapping[str, Any]]]) -> list[Trajectory]:
+        """Judges trajectories, each with its prompt's row."""
+        if not self._funcs:
+            return [trajectory for trajectory, _ in finished]
+        rows = [
+            {**row, "environment_reward": trajectory.info.get("environment_reward")} for trajectory, row in finished
+        ]
+        return await judge_async(
+            [trajectory for trajectory, _ in finished],
+            rows,
+            self._funcs,
+            reward_weights=self._weights,
+            threshold=self._threshold,
+            missing=self._missing,
+            timeout_seconds=self._timeout,
+        )
+
+    async def serve(self, queue: asyncio.Queue, deliver: Callable[[Trajectory], None]) -> None:
+        """Judges all that waits in `queue` at a time, and hands it to `deliver`, until the queue brings `None`."""
+        more = True
+        while more:
+            batch = [await queue.get()]
+            while not queue.empty():
+                batch.append(queue.get_nowait())
+            more = batch[-1] is not None  # nothing follows the `None`
+            for trajectory in await self.judge(batch if more else batch[:-1]):
+                deliver(trajectory)
+
+
+def _environment_reward(name: str) -> Callable[..., list[float | None]]:
+    def environment_reward(completions: list, environment_reward: list[float | None], **_: Any) -> list[float | None]:
+        return environment_reward
+
+    environment_reward.__name__ = name
+    return environment_reward

@@ -1,0 +1,33 @@
+"""Where a trajectory comes from: seeds derived from its place, and hashes of what produced it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+
+def derive_seed(*parts: int | str) -> int:
+    """A seed in [0, 2^63) that depends on the parts alone, not on what else runs or ran before.
+
+    ```python
+    >>> derive_seed(config.seed, iteration, "current", prompt_index, sample_index)
+    ```
+    """
+    return int.from_bytes(hashlib.sha256(json.dumps(parts).encode()).digest()[:8], "big") >> 1
+
+
+def fingerprint(value: Any) -> str:
+    """A short hash of a JSON value."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def describe_tokenizer(processing_class: Any) -> dict[str, str]:
+    """Hashes of the vocabulary and of the chat template."""
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    return {
+        "tokenizer": fingerprint([tokenizer.get_vocab(), special]),
+        "chat_template": fingerprint(processing_class.chat_template),
+    }
