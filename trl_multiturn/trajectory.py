@@ -44,8 +44,8 @@ class Trajectory:
         completion_ids (`list[int]`):
             Token ids after the prompt, exactly as sampled and as the tools' text was tokenised: never re-tokenised.
         action_mask (`list[int]`):
-            Aligned with `completion_ids`: 1 on the tokens that the policy sampled (the end-of-turn token included), 0 on
-            observations and on whatever the chat template printed.
+            Aligned with `completion_ids`: 1 on the tokens that the policy sampled (the end-of-turn token included), 0
+            on observations and on whatever the chat template printed.
         stop_reason ([`StopReason`]):
             Why the rollout stopped.
         logps (`list[float]`, *optional*):

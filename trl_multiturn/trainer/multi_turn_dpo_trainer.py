@@ -12,6 +12,7 @@ from .. import _upstream
 from ..data.collators import DataCollatorForMultiTurnPreference
 from ..data.tokenization import tokenize_preference_row
 from ..data.truncation import PREFERENCE_SIDES
+from .iterative import IterativeTrainerMixin
 from .token_rows import TokenRowsMixin
 
 
@@ -19,7 +20,7 @@ from .token_rows import TokenRowsMixin
 _MARGIN_LOSS_TYPES = {"sigmoid", "hinge", "robust", "exo_pair", "discopop", "sft"}
 
 
-class MultiTurnDPOTrainer(TokenRowsMixin, DPOTrainer):
+class MultiTurnDPOTrainer(IterativeTrainerMixin, TokenRowsMixin, DPOTrainer):
     """
     Trainer for multi-turn Direct Preference Optimization (M-DPO).
 

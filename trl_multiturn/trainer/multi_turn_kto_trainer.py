@@ -12,6 +12,7 @@ from ..data.collators import DataCollatorForMultiTurnUnpairedPreference
 from ..data.tokenization import tokenize_unpaired_row
 from ..data.truncation import UNPAIRED_SIDES
 from ..data.unpaired import add_mismatched_completions, unpair_interleaved
+from .iterative import IterativeTrainerMixin
 from .multi_turn_dpo_trainer import MultiTurnDPOTrainer
 from .token_rows import TokenRowsMixin
 
@@ -19,7 +20,7 @@ from .token_rows import TokenRowsMixin
 logger = get_logger(__name__)
 
 
-class MultiTurnKTOTrainer(TokenRowsMixin, KTOTrainer):
+class MultiTurnKTOTrainer(IterativeTrainerMixin, TokenRowsMixin, KTOTrainer):
     """
     Trainer for multi-turn Kahneman-Tversky Optimization (M-KTO).
 

@@ -1,0 +1,126 @@
+"""What an iteration did, as one row of a table: kept with the run, printed at its end, read back by `stats`."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+REPORT_FILE = "report.json"
+
+
+@dataclass
+class IterationReport:
+    """Counts of one iteration.
+
+    Attributes:
+        iteration (`int`): 0-based.
+        first_step (`int`), last_step (`int`, *optional*): optimizer steps of the run before and after this iteration;
+            `last_step` is `None` until its epoch is over.
+        policy_revision (`str`): hash of the policy that rolled out.
+        trajectories, correct, incorrect, undecided (`int`): rollouts by verdict.
+        rows (`int`): pairs (preference) or trajectories (unpaired) found in this iteration.
+        trained_rows (`int`): rows of the training set; more than `rows` with `history="all"`.
+        dropped (`dict[str, int]`): rollouts dropped, by the name of the filter.
+        stop_reasons (`dict[str, int]`): rollouts by stop reason.
+        tool_calls, tool_failures (`int`): calls, and how many of them ended in an error the policy saw.
+        rollout_seconds, train_seconds, eval_seconds (`float`): wall time by stage.
+        evaluation (`dict[str, float]`, *optional*): metrics of the policy *after* the iteration on held-out prompts.
+    """
+
+    iteration: int
+    first_step: int = 0
+    last_step: int | None = None
+    policy_revision: str = ""
+    trajectories: int = 0
+    correct: int = 0
+    incorrect: int = 0
+    undecided: int = 0
+    rows: int = 0
+    trained_rows: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
+    stop_reasons: dict[str, int] = field(default_factory=dict)
+    tool_calls: int = 0
+    tool_failures: int = 0
+    rollout_seconds: float = 0.0
+    train_seconds: float = 0.0
+    eval_seconds: float = 0.0
+    evaluation: dict[str, float] | None = None
+
+    @property
+    def correct_share(self) -> float:
+        """Share of correct rollouts among the decided ones, 0 where none is."""
+        return self.correct / max(self.correct + self.incorrect, 1)
+
+    def metrics(self) -> dict[str, float]:
+        """The numbers under TRL's metric names."""
+        return {
+            "rollout/trajectories": self.trajectories,
+            "rollout/correct_share": self.correct_share,
+            "rollout/undecided": self.undecided,
+            "rollout/rows": self.rows,
+            "rollout/time_s": self.rollout_seconds,
+            "tools/call_frequency": self.tool_calls / max(self.trajectories, 1),
+            "tools/failure_frequency": self.tool_failures / max(self.tool_calls, 1),
+            **{f"data/dropped_{name}": count for name, count in self.dropped.items()},
+        }
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """Writes the report into an iteration's folder, atomically."""
+        path = Path(folder, REPORT_FILE)
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(asdict(self), indent=2), encoding="utf-8")
+        os.replace(partial, path)
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike) -> IterationReport | None:
+        """The report in an iteration's folder, or `None` where the iteration has not found its rows yet."""
+        path = Path(folder, REPORT_FILE)
+        return cls(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+
+
+def load_reports(run_folder: str | os.PathLike) -> list[IterationReport]:
+    """The reports of a run, in order; `run_folder` holds the `iteration_*` folders."""
+    reports = (IterationReport.load(folder) for folder in sorted(Path(run_folder).glob("iteration_*")))
+    return [report for report in reports if report is not None]
+
+
+def _pass_at_1(evaluation: dict[str, float] | None) -> str:
+    if not evaluation:
+        return "–"
+    return f"{100 * evaluation['pass@1']:.1f} ± {100 * evaluation['pass@1_se']:.1f}"
+
+
+def iteration_table(reports: list[IterationReport], start: dict[str, float] | None = None) -> Table:
+    """A `rich` table with a line per iteration; `start` is the evaluation before the first one."""
+    table = Table(title="Iterations", title_justify="left")
+    for name in ("iteration", "trajectories", "correct %", "rows", "dropped by filter", "tool calls", "failures"):
+        table.add_column(name, justify="left" if name == "dropped by filter" else "right")
+    table.add_column("pass@1 after, % ± s.e.", justify="right")
+    table.add_column("seconds", justify="right")
+    if start:
+        table.add_row("start", *[""] * 6, _pass_at_1(start), "")
+    for r in reports:
+        table.add_row(
+            str(r.iteration + 1),
+            str(r.trajectories),
+            f"{100 * r.correct_share:.1f}",
+            str(r.rows),
+            ", ".join(f"{name} {count}" for name, count in sorted(r.dropped.items()) if count) or "–",
+            str(r.tool_calls),
+            str(r.tool_failures),
+            _pass_at_1(r.evaluation),
+            f"{r.rollout_seconds + r.train_seconds + r.eval_seconds:.0f}",
+        )
+    return table
+
+
+def print_iterations(reports: list[IterationReport], start: dict[str, float] | None = None, **kwargs: Any) -> None:
+    """Prints [`iteration_table`]; `kwargs` go to `rich.console.Console`."""
+    Console(**kwargs).print(iteration_table(reports, start))
