@@ -328,6 +328,17 @@ def test_mistakes_in_the_configuration():
         build_preference_dataset(select([]), PairingConfig())
 
 
+def test_both_configurations_are_read_from_a_command_line():
+    from trl import TrlParser
+
+    (pairing,) = TrlParser(PairingConfig).parse_args_and_config(
+        ["--strategy", "best_worst", "--filters", "call_limit", "long_answer", "--deduplicate", "False"]
+    )
+    assert pairing == PairingConfig("best_worst", filters=["call_limit", "long_answer"], deduplicate=False)
+    (unpaired,) = TrlParser(UnpairedConfig).parse_args_and_config(["--strategy", "winners", "--max_positives", "1"])
+    assert unpaired == UnpairedConfig("winners", max_positives=1)
+
+
 def test_trainers_do_not_import_a_verifier():
     program = "import sys, trl_multiturn.data.pairing as p; sys.exit('trl_multiturn.verify' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0

@@ -16,51 +16,49 @@ from typing import Any, Literal
 from ..trajectory import Trajectory, Verdict
 
 
-@dataclass
-class _Selecting:
-    """What both ways of selecting share."""
+def _check_filters(filters: Sequence[Any]) -> None:
+    from ..verify.filters import resolve_filters  # here, so that trainers never import a verifier
 
-    filters: Sequence[Any] = ("error_before_answer", "over_length", "turn_without_code")
-    deduplicate: bool = True
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        from ..verify.filters import resolve_filters  # here, so that trainers never import a verifier
-
-        resolve_filters(self.filters)
+    resolve_filters(filters)
 
 
 @dataclass
-class PairingConfig(_Selecting):
-    """How winners meet losers.
+class PairingConfig:
+    """How winners meet losers. Defaults are those of the M-DPO paper (arXiv:2409.02392, section 3.1).
 
-    Args:
-        strategy (`str`, *optional*, defaults to `"random"`):
-            `"random"`: a random correct and a random incorrect trajectory of the prompt (M-DPO paper, section 3.1).
-            `"best_worst"`: the highest against the lowest reward, the second highest against the second lowest, and so
-            on; for graded rewards. `"step"`: a correct and an incorrect trajectory that share their first turns; the
-            shared turns become part of the prompt, so that the pair compares the turns where they part.
-        max_pairs_per_prompt (`int`, *optional*, defaults to `1`):
-            Most pairs per prompt. A trajectory is in one pair at most.
-        min_reward_gap (`float`, *optional*, defaults to `0.0`):
-            Smallest difference in reward between the sides; without any difference there is never a pair.
-        min_shared_turns (`int`, *optional*, defaults to `1`):
-            Assistant turns that the sides of a `"step"` pair share at least.
-        filters (`Sequence[str | Filter]`, *optional*):
-            Filters by name, or of your own ([`trl_multiturn.verify.Filter`]); the paper's by default.
-        deduplicate (`bool`, *optional*, defaults to `True`):
-            Keep one of several trajectories of a prompt with the same tokens.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of the random choices.
+    It is a plain dataclass, so [`~trl.TrlParser`] reads it from a command line or a YAML file.
     """
 
-    strategy: Literal["random", "best_worst", "step"] = "random"
-    max_pairs_per_prompt: int = 1
-    min_reward_gap: float = 0.0
-    min_shared_turns: int = 1
+    strategy: Literal["random", "best_worst", "step"] = field(
+        default="random",
+        metadata={
+            "help": "`random`: a random correct and a random incorrect trajectory of the prompt. `best_worst`: the "
+            "highest against the lowest reward, the second highest against the second lowest, and so on. `step`: a "
+            "correct and an incorrect trajectory that share their first turns; these become part of the prompt, so "
+            "that the pair compares the turns where the two part."
+        },
+    )
+    max_pairs_per_prompt: int = field(
+        default=1, metadata={"help": "Most pairs per prompt. A trajectory is in one pair at most."}
+    )
+    filters: list[str] = field(
+        default_factory=lambda: ["error_before_answer", "over_length", "turn_without_code"],
+        metadata={"help": "Filters by name (`trl_multiturn.verify.FILTERS`); in Python also `Filter` objects."},
+    )
+    deduplicate: bool = field(
+        default=True, metadata={"help": "Keep one of several trajectories of a prompt with the same tokens."}
+    )
+    min_reward_gap: float = field(
+        default=0.0,
+        metadata={"help": "Smallest difference in reward between the sides; equal rewards are never a pair."},
+    )
+    min_shared_turns: int = field(
+        default=1, metadata={"help": "Assistant turns that the sides of a `step` pair share at least."}
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of the random choices."})
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        _check_filters(self.filters)
         if self.strategy not in ("random", "best_worst", "step"):
             raise ValueError(f"`strategy={self.strategy!r}` is unknown. Use 'random', 'best_worst' or 'step'.")
         if self.max_pairs_per_prompt < 1:
@@ -72,31 +70,33 @@ class PairingConfig(_Selecting):
 
 
 @dataclass
-class UnpairedConfig(_Selecting):
-    """Which trajectories become unpaired rows.
+class UnpairedConfig:
+    """Which trajectories become unpaired rows. Defaults are those of the OREO paper (arXiv:2412.16145, appendix A).
 
-    Args:
-        strategy (`str`, *optional*, defaults to `"balanced"`):
-            `"balanced"`: at most `max_positives` correct and `max_negatives` incorrect trajectories per prompt, and no
-            more correct than incorrect ones, but one if there is any (OREO paper, appendix A). `"winners"`: at most
-            `max_positives` correct ones (RAFT). `"all"`: everything that the filters keep.
-        max_positives (`int`, *optional*, defaults to `4`), max_negatives (`int`, *optional*, defaults to `4`):
-            Most rows per prompt and label.
-        filters (`Sequence[str | Filter]`, *optional*):
-            Filters by name, or of your own; none by default, as in the OREO paper.
-        deduplicate (`bool`, *optional*, defaults to `True`):
-            Keep one of several trajectories of a prompt with the same tokens.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of the random choices.
+    It is a plain dataclass, so [`~trl.TrlParser`] reads it from a command line or a YAML file.
     """
 
-    filters: Sequence[Any] = ()
-    strategy: Literal["balanced", "winners", "all"] = "balanced"
-    max_positives: int = 4
-    max_negatives: int = 4
+    strategy: Literal["balanced", "winners", "all"] = field(
+        default="balanced",
+        metadata={
+            "help": "`balanced`: at most `max_positives` correct and `max_negatives` incorrect trajectories per "
+            "prompt, and no more correct than incorrect ones, but one if there is any. `winners`: at most "
+            "`max_positives` correct ones (RAFT). `all`: everything that the filters keep."
+        },
+    )
+    max_positives: int = field(default=4, metadata={"help": "Most correct trajectories per prompt."})
+    max_negatives: int = field(default=4, metadata={"help": "Most incorrect trajectories per prompt."})
+    filters: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Filters by name (`trl_multiturn.verify.FILTERS`); in Python also `Filter` objects."},
+    )
+    deduplicate: bool = field(
+        default=True, metadata={"help": "Keep one of several trajectories of a prompt with the same tokens."}
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of the random choices."})
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        _check_filters(self.filters)
         if self.strategy not in ("balanced", "winners", "all"):
             raise ValueError(f"`strategy={self.strategy!r}` is unknown. Use 'balanced', 'winners' or 'all'.")
         if self.max_positives < 1 or self.max_negatives < 1:
@@ -178,7 +178,7 @@ def select(trajectories: Sequence[Trajectory], config: PairingConfig | UnpairedC
     return Selection(pairs, chosen, Counter(r for r in reasons if r is not None), reasons, counts)
 
 
-def _drop(trajectories: Sequence[Trajectory], config: _Selecting) -> list[str | None]:
+def _drop(trajectories: Sequence[Trajectory], config: PairingConfig | UnpairedConfig) -> list[str | None]:
     from ..verify.filters import apply_filters
 
     reasons = apply_filters(trajectories, config.filters).reasons

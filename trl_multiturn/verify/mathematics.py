@@ -7,6 +7,7 @@ the main thread and its alarm signal, are off.
 
 from __future__ import annotations
 
+import importlib.metadata
 import logging
 import os
 import threading
@@ -155,3 +156,9 @@ def math_reward(
         if _default is None:
             _default = MathVerifier()
     return _default.reward(prompts, completions, completion_ids, answer, **kwargs)
+
+
+try:
+    math_reward.version = f"math-verify {importlib.metadata.version('math-verify')}"  # read for provenance
+except importlib.metadata.PackageNotFoundError:
+    math_reward.version = "math-verify missing"
