@@ -1,0 +1,112 @@
+"""
+Which models may be packed: what rules one out, and a self-test on the very model that is to be trained.
+
+The list of what is refused is short and by property, never by model name. What remains is tried: two trajectories that
+fork must score the same packed as padded, and every attention layer must have asked for the window its config states.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from .forward import PackedForward
+
+
+_PACKABLE_LAYERS = {"full_attention", "sliding_attention"}
+_PACKABLE_ATTENTION = {"sdpa", "eager", "flash_attention_2", "flash_attention_3", "packed_sdpa", "packed_eager"}
+
+_FORK, _LENGTH = 12, 21
+
+
+def reason_against_hooks(model: nn.Module) -> str | None:
+    """Why not even the scored head can be used with this model, or `None`."""
+    if getattr(model, "is_deepspeed_managed", False) or any(hasattr(p, "ds_id") for p in model.parameters()):
+        return "DeepSpeed shards or schedules the parameters that the packed path reads"
+    peft_configs = getattr(model, "peft_config", None) or {}
+    if any(getattr(config, "is_prompt_learning", False) for config in peft_configs.values()):
+        return "prompt-learning PEFT puts virtual tokens into the sequences"
+    causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if causal_lm.config.get_text_config() is not causal_lm.config:
+        return "the model is multimodal"
+    if causal_lm.base_model is causal_lm:
+        return "the model has no separate backbone"
+    return None
+
+
+def reason_against_packing(model: nn.Module) -> str | None:
+    """What rules packing out before anything is run, or `None`."""
+    causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+    config = causal_lm.config.get_text_config()
+    unpackable = sorted(set(getattr(config, "layer_types", None) or ()) - _PACKABLE_LAYERS)
+    if unpackable:
+        return f"layers of type {', '.join(unpackable)} cannot branch"
+    if config._attn_implementation not in _PACKABLE_ATTENTION:
+        return f"attention runs on `{config._attn_implementation}`; pass `attn_implementation='sdpa'` to have it packed"
+    if not getattr(causal_lm, "_supports_attention_backend", False):
+        return "the architecture does not take attention functions from transformers' AttentionInterface"
+    if getattr(config, "attention_dropout", 0.0):
+        return "`attention_dropout` is set, and a token shared by several trajectories would drop for all at once"
+    if any(isinstance(module, nn.Dropout) and module.p for module in model.modules()):
+        return "dropout is on, and a token shared by several trajectories would drop for all at once"
+    return None
+
+
+def self_test(forward: PackedForward) -> str | None:
+    """
+    Score two trajectories that fork, padded and then packed; why the results differ, or `None` where they agree.
+
+    The model is left as it was. Weights are only read, and PyTorch's random state is not touched.
+    """
+    model, config = forward.model, forward.causal_lm.config.get_text_config()
+    batch = _forked_batch(config.vocab_size, next(forward.backbone.parameters()).device)
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    always, forward._pack = forward._pack, True
+    try:
+        with torch.no_grad():
+            forward.enabled = False
+            padded = model(**batch, fused_lm_head=True).log_probs
+            forward.enabled = True
+            row = forward.plan({**batch, "fused_lm_head": True}).row
+            packed = model(**batch, fused_lm_head=True).log_probs
+    except (NotImplementedError, TypeError, RuntimeError, ValueError) as error:
+        return f"the self-test raised {type(error).__name__}: {error}"
+    finally:
+        forward.enabled, forward._pack = True, always
+        for module in training:
+            module.training = True
+        forward._last = ((), None)
+        forward.calls.update(packed=0, padded=0)
+    return _disagreement(padded, packed, forward.causal_lm.dtype) or _missing_windows(row.windows_seen, config)
+
+
+def _forked_batch(vocab_size: int, device: torch.device) -> dict[str, Tensor]:
+    """Two trajectories with `_FORK` common tokens, one of them padded; ids spread over the vocabulary."""
+    ids = (torch.arange(2 * _LENGTH).view(2, _LENGTH) * 7919 + 13) % vocab_size
+    ids[1, :_FORK] = ids[0, :_FORK]
+    mask = torch.ones_like(ids)
+    mask[1, -3:] = 0
+    labels = ids.masked_fill(mask == 0, -100)
+    return {name: x.to(device) for name, x in (("input_ids", ids), ("attention_mask", mask), ("labels", labels))}
+
+
+def _disagreement(padded: Tensor, packed: Tensor, dtype: torch.dtype) -> str | None:
+    tolerance = max(1e-3, 32 * torch.finfo(dtype).eps)
+    difference = (padded.float() - packed.float()).abs().max().item()
+    if difference <= tolerance:
+        return None
+    return f"packed log-probabilities differ from padded ones by {difference:.2g} in the self-test"
+
+
+def _missing_windows(seen: list[int | None], config: PreTrainedConfig) -> str | None:
+    """The test is shorter than most windows, so what each layer asked for is compared with what the config states."""
+    window, types = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    if types is not None:
+        expected = [window if kind == "sliding_attention" else None for kind in types]
+    else:
+        expected = [window] * config.num_hidden_layers
+    if seen == expected:
+        return None
+    return f"layers asked for windows {seen}, but the config states {expected}"

@@ -1,0 +1,199 @@
+"""
+The seat of the packed path: three module hooks around the fused forward that TRL gives a model.
+
+TRL's trainers call `model(input_ids, attention_mask, labels, fused_lm_head=True)` and read padded `(B, L - 1)` fields.
+Everything in between is theirs: wrapping (PEFT, DDP, autocast), the router's auxiliary loss, the meaning of each field.
+So nothing is replaced; PyTorch's hooks change what goes in and what comes out:
+
+    before the model      batch            -> packed row, and the scored tokens as `shift_labels`
+    before the backbone   no mask          -> a NaN mask, which only the packed attention ignores
+    after the backbone    hidden states    -> those that predict a scored token
+    after the model       scores           -> the padded fields of the batch that came in
+
+The losses never see the difference. Hooks sit at the module's call, outside whatever accelerate wraps around `forward`,
+so they can be put on before or after it prepares the model, and they are removed without a trace.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from .attention import implementation_for, poison_mask, register
+from .plan import Plan, chunk_overhead, plan_call
+from .scored_head import FIELDS, TokenScores, score_tokens
+
+
+# What a call may carry for us to answer it; anything else (images, token types) goes by unchanged
+_KNOWN = {"input_ids", "attention_mask", "labels", "fused_lm_head", "use_cache", "output_router_logits"}
+
+# Config names by which architectures scale their logits; TRL's head knows what each means, so it scores those
+_LOGIT_SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
+
+
+class PackedForward:
+    """
+    Answers a model's `fused_lm_head=True` calls from a packed row.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`): a causal LM that went through TRL's `add_fused_lm_head`.
+        fields (`Iterable[str]`, *optional*): per-token fields to return besides `log_probs`, as TRL's `outputs`.
+        pack (`bool` or `"auto"`, *optional*, defaults to `"auto"`): whether batches are packed; `"auto"` packs those
+            whose shapes say that it pays. With `False` every batch stays padded and only the LM head is spared the
+            tokens that are not scored, which is exact for every architecture.
+    """
+
+    def __init__(self, model: nn.Module, fields: Iterable[str] = (), pack: bool | str = "auto") -> None:
+        self.model = model
+        self.causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.backbone = self.causal_lm.base_model
+        self.fields = tuple(name for name in FIELDS if name in fields)
+        self.enabled = True
+        self.calls: dict[str, int] = {"packed": 0, "padded": 0}
+        self._pack = pack
+        self._plan: Plan | None = None
+        self._scores: TokenScores | None = None
+        self._last: tuple[tuple[Any, ...], Plan | None] = ((), None)
+        self._handles: list[RemovableHandle] = []
+        self._implementation_before: str | None = None
+
+    def install(self) -> PackedForward:
+        """Put the hooks on, and the packed attention where rows may be packed."""
+        if self._pack:
+            register()
+            config = self.causal_lm.config.get_text_config()
+            self._implementation_before = config._attn_implementation
+            softcap = getattr(config, "attn_logit_softcapping", None) is not None
+            self.causal_lm.set_attn_implementation(implementation_for(self._implementation_before, softcap))
+        self._handles = [
+            self.model.register_forward_pre_hook(self._before_model, with_kwargs=True),
+            self.backbone.register_forward_pre_hook(self._before_backbone, with_kwargs=True),
+            self.backbone.register_forward_hook(self._after_backbone),
+            self.model.register_forward_hook(self._after_model, always_call=True),
+        ]
+        return self
+
+    def remove(self) -> None:
+        """Take everything back; the model is as it came."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        if self._implementation_before is not None:
+            self.causal_lm.set_attn_implementation(self._implementation_before)
+            self._implementation_before = None
+        self._last = ((), None)
+
+    def stop_packing(self) -> None:
+        """Keep the batches padded from now on, with the attention the model came with."""
+        self._pack = False
+        self._last = ((), None)
+        if self._implementation_before is not None:
+            self.causal_lm.set_attn_implementation(self._implementation_before)
+            self._implementation_before = None
+
+    def plan(self, kwargs: dict[str, Any]) -> Plan | None:
+        """The plan for a call, or `None` for a call that is not ours; the last plan is kept for the reference."""
+        if not self.enabled or not kwargs.get("fused_lm_head"):
+            return None
+        if any(value is not None for name, value in kwargs.items() if name not in _KNOWN):
+            return None
+        batch = tuple(kwargs.get(name) for name in ("input_ids", "attention_mask", "labels"))
+        if batch[0] is None or batch[2] is None:
+            return None
+        # The policy, then the reference, are called with the very same tensors
+        if len(self._last[0]) != 3 or any(a is not b for a, b in zip(batch, self._last[0], strict=True)):
+            self._last = (batch, plan_call(*batch, pack=self._pack, overhead=self._overhead(batch[0].device)))
+        return self._last[1]
+
+    def share_plans_with(self, other: PackedForward) -> None:
+        """Start from the other model's last plan: a batch is packed once for the policy and its reference."""
+        self._last = other._last
+
+    def _overhead(self, device: torch.device) -> int:
+        return chunk_overhead(self.causal_lm.config.get_text_config().hidden_size, device)
+
+    def _before_model(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
+        self._plan = self._scores = None
+        plan = None if args else self.plan(kwargs)
+        if plan is None:
+            return None
+        if plan.row is None and not self._scores_here():
+            return None  # TRL's own head already skips what is not scored
+        self._plan = plan
+        self.calls["padded" if plan.row is None else "packed"] += 1
+        kwargs = {name: value for name, value in kwargs.items() if name != "labels"}
+        targets = plan.targets if not self._scores_here() else plan.targets[:0]
+        kwargs["shift_labels"] = targets[None]
+        if plan.row is not None:
+            kwargs |= {
+                "input_ids": plan.row.input_ids,
+                "position_ids": plan.row.position_ids,
+                "attention_mask": None,
+                "packed_row": plan.row,
+            }
+        return args, kwargs
+
+    def _before_backbone(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
+        if self._plan is None:
+            return None
+        if self._plan.row is not None:
+            return args, kwargs | {"attention_mask": poison_mask(self._plan.row, self.causal_lm.dtype)}
+        if self._pack and not kwargs.get("output_router_logits"):
+            # A token never sees the padding to its right, and without a mask attention takes its causal fast path
+            return args, kwargs | {"attention_mask": None}
+        return None
+
+    def _after_backbone(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        plan = self._plan
+        if plan is None:
+            return None
+        hidden = output.last_hidden_state
+        selected = hidden.flatten(0, 1).index_select(0, plan.sources)
+        if self._scores_here():
+            head = self.causal_lm.get_output_embeddings()
+            softcap = getattr(self.causal_lm.config.get_text_config(), "final_logit_softcapping", None)
+            self._scores = score_tokens(
+                selected, head.weight, head.bias, plan.targets, softcap=softcap, fields=self.fields
+            )
+            selected = selected[:0]
+        output.last_hidden_state = selected[None]
+        if plan.row is not None and getattr(output, "router_logits", None) is not None:
+            # The balancing loss counts a shared token once per sequence, as the padded batch does
+            output.router_logits = tuple(logits[plan.row.paths] for logits in output.router_logits)
+        return output
+
+    def _after_model(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        plan, scores = self._plan, self._scores
+        self._plan = self._scores = None
+        if plan is None or output is None:
+            return None
+        for name in ("log_probs", *FIELDS):
+            score = getattr(output, name) if scores is None else getattr(scores, name)
+            if score is not None:
+                setattr(output, name, plan.scatter(score.flatten()))
+        output.label_mask = plan.mask
+        output.loss = -output.log_probs.sum() / plan.mask.sum().clamp(min=1)
+        if output.aux_loss is not None:
+            config = self.causal_lm.config.get_text_config()
+            output.loss = output.loss + getattr(config, "router_aux_loss_coef", 0.0) * output.aux_loss
+        return output
+
+    def _scores_here(self) -> bool:
+        """Whether our head scores: off CUDA, for a plain linear head whose logits are at most soft-capped."""
+        head = self.causal_lm.get_output_embeddings()
+        config = self.causal_lm.config.get_text_config()
+        return (
+            type(head) is nn.Linear
+            and type(head.weight) is nn.Parameter
+            and head.weight.device.type == "cpu"
+            and all(getattr(config, name, None) is None for name in _LOGIT_SCALES)
+        )
+
+
+def model_of_hooks(model: nn.Module) -> nn.Module:
+    """The module that trainers call through every wrapper: under DDP and the like, what they wrap."""
+    return model.module if isinstance(model, torch.nn.parallel.DistributedDataParallel) else model

@@ -1,0 +1,117 @@
+"""
+The packed row on CUDA: one variable-length flash-attention call per layer, keys and values gathered along the paths.
+
+Queries are the row as it is, one sequence per chunk. A chunk's keys are its whole path, so they are longer than its
+queries, and the kernels align the causal diagonal at the bottom right, which is what a path needs. The index arithmetic
+is checked on CPU against these documented semantics; `trl_multiturn` has not yet been run with the kernels themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers.utils import is_flash_attn_2_available
+
+from .row import PackedRow
+
+
+class VarlenIndex(NamedTuple):
+    """What a variable-length kernel needs to know of a row."""
+
+    kv_index: Tensor  # (K,) row indices of all chunks' keys, chunk after chunk
+    cu_seq_q: Tensor  # (chunks + 1,) int32, cumulative numbers of queries
+    cu_seq_k: Tensor  # (chunks + 1,) int32, cumulative numbers of keys
+    max_q: int
+    max_k: int
+
+
+def varlen_index(row: PackedRow) -> VarlenIndex:
+    """The row's gather indices and cumulative lengths, computed once per row."""
+    cached = getattr(row, "_varlen_index", None)
+    if cached is not None:
+        return cached
+    starts = torch.tensor([0, *row.segment_lengths]).cumsum(0).tolist()
+    pieces, lengths = [], []
+    for chunk in row.chunks:
+        pieces += [torch.arange(starts[s], starts[s + 1]) for s in chunk.prefix_segments]
+        pieces.append(torch.arange(chunk.start, chunk.end))
+        lengths.append(chunk.prefix_length + chunk.end - chunk.start)
+    device = row.input_ids.device
+    row._varlen_index = VarlenIndex(
+        kv_index=torch.cat(pieces).to(device),
+        cu_seq_q=torch.tensor([0, *row.chunk_lengths]).cumsum(0).to(device, torch.int32),
+        cu_seq_k=torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32),
+        max_q=max(row.chunk_lengths),
+        max_k=max(lengths),
+    )
+    return row._varlen_index
+
+
+def varlen_kernel(query: Tensor, softcap: float | None) -> Callable | None:
+    """The kernel for these queries: flash-attention where installed, else PyTorch's own; `None` off CUDA."""
+    if query.device.type != "cuda" or query.dtype not in (torch.float16, torch.bfloat16) or query.shape[-1] > 256:
+        return None
+    if is_flash_attn_2_available():
+        return _flash_attn
+    if softcap is None and find_spec("torch.nn.attention.varlen") is not None:
+        return _torch_varlen
+    return None
+
+
+def varlen_attention(
+    kernel: Callable,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    row: PackedRow,
+    scaling: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """Attention along the row's paths in one kernel call, `(1, T, heads, head_dim)`; shapes as `packed_attention`'s."""
+    index = varlen_index(row)
+    query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    if row.shares:
+        key, value = key.index_select(0, index.kv_index), value.index_select(0, index.kv_index)
+    # A window counts the token itself here, and the tokens to its left there
+    left = -1 if window is None else window - 1
+    return kernel(query.contiguous(), key.contiguous(), value.contiguous(), index, scaling, left, softcap)[None]
+
+
+def _torch_varlen(query, key, value, index: VarlenIndex, scaling: float, left: int, softcap: None) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    return varlen_attn(
+        query,
+        key,
+        value,
+        index.cu_seq_q,
+        index.cu_seq_k,
+        index.max_q,
+        index.max_k,
+        scale=scaling,
+        window_size=(left, 0),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+
+
+def _flash_attn(query, key, value, index: VarlenIndex, scaling: float, left: int, softcap: float | None) -> Tensor:
+    from flash_attn import flash_attn_varlen_func
+
+    return flash_attn_varlen_func(
+        query,
+        key,
+        value,
+        index.cu_seq_q,
+        index.cu_seq_k,
+        index.max_q,
+        index.max_k,
+        softmax_scale=scaling,
+        causal=True,
+        window_size=(left, 0),
+        softcap=softcap or 0.0,
+    )
