@@ -1,0 +1,251 @@
+"""How good a policy is: pass@1, pass@k and maj@n on held-out prompts, each with a standard error.
+
+Every metric is a mean over prompts of an unbiased per-prompt estimate `x_i`, so its standard error has the closed form
+`sqrt(Σ (x_i − mean)² / (m (m − 1)))` over the `m` prompts: prompts are drawn independently, and the spread of `x_i`
+already contains the sampling noise inside a prompt. For greedy pass@1, where `x_i` is 0 or 1, this is
+`sqrt(p (1 − p) / (m − 1))`. Nothing is bootstrapped.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from .rollout.config import RolloutConfig
+from .rollout.engine import Engine
+from .rollout.loop import generate_trajectories
+from .trajectory import Trajectory, Verdict
+from .verify.answers import canonical_answer, final_answer
+
+
+logger = logging.getLogger(__name__)
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """Unbiased estimate of the chance that one of `k` samples is correct, from `n` samples of which `c` are.
+
+    `1 − C(n − c, k) / C(n, k)` (Chen et al. 2021, arXiv:2107.03374, eq. 1): the share of the subsets of size `k` that
+    hold a correct sample.
+    """
+    if not 0 <= c <= n or not 1 <= k <= n:
+        raise ValueError(f"pass@k needs 0 <= c <= n and 1 <= k <= n, got n={n}, c={c}, k={k}.")
+    return 1.0 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def majority_vote(answers: Iterable[str | None]) -> list[str]:
+    """The answers with the most votes in canonical form: one, several in a tie, none where nothing was answered.
+
+    Answers vote together where they are plainly equal ([`~trl_multiturn.verify.canonical_answer`]).
+    """
+    votes = Counter(canonical_answer(answer) for answer in answers if answer)
+    most = max(votes.values(), default=0)
+    return sorted(answer for answer, count in votes.items() if count == most)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over prompts.
+
+    Attributes:
+        value (`float`): the mean; NaN where no prompt could be decided.
+        standard_error (`float`): of the mean; NaN for fewer than two prompts.
+        num_prompts (`int`): prompts that entered it.
+    """
+
+    value: float
+    standard_error: float
+    num_prompts: int
+
+    @classmethod
+    def of(cls, values: Iterable[float | None]) -> Estimate:
+        """The mean of per-prompt values; `None` (undecided) does not enter."""
+        known = [value for value in values if value is not None]
+        m = len(known)
+        if m == 0:
+            return cls(math.nan, math.nan, 0)
+        mean = math.fsum(known) / m
+        if m == 1:
+            return cls(mean, math.nan, 1)
+        return cls(mean, math.sqrt(math.fsum((value - mean) ** 2 for value in known) / (m * (m - 1))), m)
+
+    def __str__(self) -> str:
+        return f"{100 * self.value:.1f} ± {100 * self.standard_error:.1f} %"
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """What [`evaluate_policy`] measured.
+
+    Attributes:
+        greedy ([`Estimate`]): pass@1 with greedy decoding.
+        pass_at_k (`dict[int, Estimate]`): unbiased pass@k of the samples, for every `k` up to `n`; empty with `n=1`.
+        majority ([`Estimate`], *optional*): maj@n; `None` with `n=1` and where no sample gave an answer to vote with.
+        n (`int`): samples per prompt.
+        counts (`Counter`): trajectories by verdict (`"correct"`, …) and by stop reason (`"stop:answered"`, …).
+        trajectories (`list[Trajectory]`): all of them: one greedy trajectory per prompt, then `n` samples per prompt.
+    """
+
+    greedy: Estimate
+    pass_at_k: dict[int, Estimate]
+    majority: Estimate | None
+    n: int
+    counts: Counter[str]
+    trajectories: list[Trajectory]
+
+    @property
+    def pass_at_1(self) -> float:
+        """Greedy pass@1."""
+        return self.greedy.value
+
+    def metrics(self) -> dict[str, float]:
+        """Flat numbers for a log: `pass@1` (greedy), and with samples `mean@n` (the share of correct samples, which is
+        pass@1 under sampling), `pass@k` for powers of two and `n`, `maj@n`; each with `…_se`; and `undecided`."""
+        estimates = {"pass@1": self.greedy}
+        if self.pass_at_k:
+            estimates[f"mean@{self.n}"] = self.pass_at_k[1]
+        for k, estimate in self.pass_at_k.items():
+            if k > 1 and (k == self.n or k.bit_count() == 1):
+                estimates[f"pass@{k}"] = estimate
+        if self.majority is not None:
+            estimates[f"maj@{self.n}"] = self.majority
+        flat = {}
+        for name, estimate in estimates.items():
+            flat |= {name: estimate.value, f"{name}_se": estimate.standard_error}
+        return {**flat, "undecided": float(self.counts[Verdict.UNDECIDED.value])}
+
+
+def evaluate_policy(
+    prompts: Any,
+    engine: Engine,
+    tools: Sequence[Any] | None = None,
+    reward_funcs: Any = None,
+    n: int = 1,
+    temperature: float = 0.7,
+    config: RolloutConfig | None = None,
+    answer: Callable[[Trajectory], str | None] | None = None,
+    **kwargs: Any,
+) -> EvaluationResult:
+    r"""Evaluates a policy on held-out prompts: pass@1 with greedy decoding and, for `n > 1`, pass@k and maj@n.
+
+    A trajectory without a verdict (the verifier timed out, a tool's machine failed) is not a wrong one: it leaves the
+    estimates, and is counted. A prompt enters pass@k with the samples that were decided, if these are `k` at least.
+
+    Args:
+        prompts (`Dataset` or `list[dict]`):
+            Rows with `prompt` messages and the columns that the reward functions need.
+        engine ([`Engine`]):
+            The policy.
+        tools (`list`, *optional*):
+            What it may call.
+        reward_funcs (`Callable`, `str` or list of them, *optional*):
+            What decides; a reward of 0.5 or more is correct (`correct_threshold` changes that).
+        n (`int`, *optional*, defaults to `1`):
+            Samples per prompt beside the greedy one; 1 means greedy alone.
+        temperature (`float`, *optional*, defaults to `0.7`):
+            Of the samples (M-DPO paper, figure 4).
+        config ([`RolloutConfig`], *optional*):
+            Limits and dialect. Its temperature and number of generations are not used.
+        answer (`Callable[[Trajectory], str | None]`, *optional*):
+            The answer with which a trajectory votes in maj@n; by default the last `\boxed{}` of its last turn.
+        **kwargs:
+            For [`generate_trajectories`], e.g. `environment_factory`, `reward_weights`, `progress`.
+
+    Returns:
+        [`EvaluationResult`]
+    """
+    if n < 1:
+        raise ValueError(f"`n` must be at least 1, got {n}.")
+    if n > 1 and temperature <= 0:
+        raise ValueError(
+            f"`temperature={temperature}` makes all {n} samples of a prompt the same, so pass@{n} would only repeat "
+            "pass@1. Pass a positive temperature, or `n=1`."
+        )
+    config = config or RolloutConfig()
+
+    def roll_out(count: int, at: float, policy: str) -> list[Trajectory]:
+        return generate_trajectories(
+            prompts,
+            engine,
+            tools,
+            replace(config, temperature=at),
+            reward_funcs=reward_funcs,
+            num_generations=count,
+            **{"policy": policy, **kwargs},
+        )
+
+    greedy = roll_out(1, 0.0, "evaluation-greedy")
+    samples = roll_out(n, temperature, "evaluation-samples") if n > 1 else []
+    result = summarize(greedy, samples, answer)
+    undecided = result.counts[Verdict.UNDECIDED.value]
+    if undecided:
+        logger.warning("%d of %d evaluation trajectories have no verdict.", undecided, len(result.trajectories))
+    return result
+
+
+def summarize(
+    greedy: Sequence[Trajectory],
+    samples: Sequence[Trajectory] = (),
+    answer: Callable[[Trajectory], str | None] | None = None,
+) -> EvaluationResult:
+    """The estimates from judged trajectories: one greedy one per prompt, and the same number of samples of each.
+
+    Args:
+        greedy (`Sequence[Trajectory]`), samples (`Sequence[Trajectory]`, *optional*):
+            Judged trajectories, with `info["prompt_index"]`.
+        answer (`Callable`, *optional*):
+            As in [`evaluate_policy`].
+    """
+    answer = answer or (lambda trajectory: final_answer(trajectory.completion))
+    groups: dict[int, list[Trajectory]] = {}
+    for trajectory in samples:
+        groups.setdefault(trajectory.info["prompt_index"], []).append(trajectory)
+    n = len(next(iter(groups.values()))) if groups else 1
+    if any(len(group) != n for group in groups.values()):
+        raise ValueError(
+            "The prompts have different numbers of samples, so maj@n is not one number. Give each prompt the same."
+        )
+
+    verdicts = [[trajectory.verdict for trajectory in group] for group in groups.values()]
+    trajectories = [*greedy, *samples]
+    counts = Counter(trajectory.verdict.value for trajectory in trajectories)
+    counts.update(f"stop:{trajectory.stop_reason.value}" for trajectory in trajectories)
+    votes = any(answer(trajectory) for trajectory in samples)
+    return EvaluationResult(
+        greedy=Estimate.of(_correct([trajectory.verdict]) for trajectory in greedy),
+        pass_at_k={k: Estimate.of(_pass_at_k(row, k) for row in verdicts) for k in range(1, n + 1)} if groups else {},
+        majority=Estimate.of(_majority(group, answer) for group in groups.values()) if votes else None,
+        n=n,
+        counts=counts,
+        trajectories=trajectories,
+    )
+
+
+def _correct(verdicts: Sequence[Verdict]) -> float | None:
+    """The share of correct ones among the decided; `None` where none is decided."""
+    decided = [verdict is Verdict.CORRECT for verdict in verdicts if verdict is not Verdict.UNDECIDED]
+    return sum(decided) / len(decided) if decided else None
+
+
+def _pass_at_k(verdicts: Sequence[Verdict], k: int) -> float | None:
+    counts = Counter(verdicts)
+    n = counts[Verdict.CORRECT] + counts[Verdict.INCORRECT]
+    return pass_at_k(n, counts[Verdict.CORRECT], k) if n >= k else None
+
+
+def _majority(group: Sequence[Trajectory], answer: Callable[[Trajectory], str | None]) -> float | None:
+    """Whether the majority's answer is correct; the expected value over a tie; `None` where that is undecided."""
+    answers = {id(trajectory): answer(trajectory) for trajectory in group}
+    winners = majority_vote(answers.values())
+    if not winners:  # nobody answered: wrong, unless nobody could be judged at all
+        return None if _correct([trajectory.verdict for trajectory in group]) is None else 0.0
+    by_answer: dict[str, list[Verdict]] = {winner: [] for winner in winners}
+    for trajectory in group:
+        text = answers[id(trajectory)]
+        if text and canonical_answer(text) in by_answer:
+            by_answer[canonical_answer(text)].append(trajectory.verdict)
+    shares = [_correct(verdicts) for verdicts in by_answer.values()]
+    return None if None in shares else sum(shares) / len(shares)
