@@ -12,7 +12,8 @@ from trl_multiturn.rollout.scripted_engine import ScriptedEngine
 
 TOKENIZER = byte_tokenizer()
 END = TOKENIZER.convert_tokens_to_ids("<|im_end|>")
-PARAMS = SamplingParams(100, stop_token_ids=(END, 7))
+PAD = TOKENIZER.pad_token_id
+PARAMS = SamplingParams(100, stop_token_ids=(END, PAD))
 
 
 def say(engine, text="hi", params=PARAMS, session=None):
@@ -47,8 +48,8 @@ def test_limits_cut():
     # A turn that fits to the token still finishes with its end.
     exact = say(ScriptedEngine(["ab"], TOKENIZER), params=SamplingParams(3, stop_token_ids=(END,)))
     assert exact.finish_reason == "stop"
-    early = say(ScriptedEngine([[5, 7, 6]], TOKENIZER))
-    assert (early.token_ids, early.finish_reason) == ([5, 7], "stop")
+    early = say(ScriptedEngine([[5, PAD, 6]], TOKENIZER))
+    assert (early.token_ids, early.finish_reason) == ([5, PAD], "stop")
     string = say(ScriptedEngine(["a stop b"], TOKENIZER), params=SamplingParams(50, stop_strings=("stop",)))
     assert (TOKENIZER.decode(string.token_ids), string.finish_reason) == ("a stop", "stop_string")
 

@@ -17,12 +17,17 @@ class SamplingParams:
             Most tokens to sample in this turn.
         temperature (`float`, *optional*, defaults to `1.0`):
             Softmax temperature; 0 decodes greedily.
-        top_p (`float`, *optional*, defaults to `1.0`), top_k (`int`, *optional*, defaults to `0`), min_p (`float`, *optional*, defaults to `0.0`):
-            Truncation of the distribution; the defaults truncate nothing (`top_k=0` is off).
+        top_p (`float`, *optional*, defaults to `1.0`):
+            Only the most probable tokens that hold this mass together; 1 truncates nothing.
+        top_k (`int`, *optional*, defaults to `0`):
+            Only this many of the most probable tokens; 0 truncates nothing.
+        min_p (`float`, *optional*, defaults to `0.0`):
+            Only tokens at least this probable relative to the most probable one; 0 truncates nothing.
         stop_token_ids (`tuple[int, ...]`, *optional*):
             Ids that end the turn; the one sampled is part of the generation.
         stop_strings (`tuple[str, ...]`, *optional*):
-            Strings that end the turn as soon as the decoded turn contains one; the tokens sampled so far are kept whole.
+            Strings that end the turn as soon as the decoded turn contains one; the tokens sampled so far are kept
+            whole.
         seed (`int`, *optional*):
             Seed of this turn alone: the same seed, prompt and weights give the same tokens, whatever else runs.
     """
@@ -85,7 +90,8 @@ class Engine(Protocol):
             sampling ([`SamplingParams`]):
                 How to sample.
             session (`str`, *optional*):
-                Name of the trajectory. An engine may keep its key-value cache under this name until `release(session)`.
+                Name of the trajectory. An engine may keep its key-value cache under this name until
+                `release(session)`.
         """
         ...
 

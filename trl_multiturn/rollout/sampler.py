@@ -89,8 +89,12 @@ def truncate_logits(
     Args:
         logits (`torch.Tensor` of shape `(N, V)`):
             Logits after temperature, float32.
-        top_k (`torch.Tensor` of shape `(N, 1)`), top_p (`torch.Tensor` of shape `(N, 1)`), log_min_p (`torch.Tensor` of shape `(N, 1)`):
-            Per row; 0, 1 and -inf truncate nothing.
+        top_k (`torch.Tensor` of shape `(N, 1)`):
+            Per row; 0 truncates nothing.
+        top_p (`torch.Tensor` of shape `(N, 1)`):
+            Per row; 1 truncates nothing.
+        log_min_p (`torch.Tensor` of shape `(N, 1)`):
+            Logarithm of `min_p`, per row; -inf truncates nothing.
 
     Returns:
         `(N, V)` logits. The most probable token is always kept.

@@ -28,7 +28,7 @@ MAX_STEPS_WAITING = 4
 
 
 class EngineError(RuntimeError):
-    """Generation failed inside the model; the cause is attached. The requests in flight are lost, the engine is not."""
+    """Generation failed inside the model; the cause is attached. The requests in flight are lost, not the engine."""
 
 
 class TransformersEngine:
@@ -111,8 +111,8 @@ class TransformersEngine:
             raise ValueError("`prompt_ids` is empty: there is nothing to continue. Pass at least one token.")
         if min(prompt_ids) < 0 or max(prompt_ids) >= self._vocab_size:
             raise ValueError(
-                f"`prompt_ids` holds ids outside [0, {self._vocab_size}), the model's embedding, so it cannot be read. "
-                "Use the tokenizer that belongs to the model, or resize the model's embeddings."
+                f"`prompt_ids` holds ids outside [0, {self._vocab_size}), the model's embedding, so it cannot be "
+                "read. Use the tokenizer that belongs to the model, or resize the model's embeddings."
             )
         seed = self._seeds.getrandbits(64) if sampling.seed is None else sampling.seed
         request = DecodingRequest(list(prompt_ids), sampling, session, random.Random(seed))
@@ -295,8 +295,8 @@ def unwrap_policy(model: nn.Module) -> PreTrainedModel:
             policy = policy.get_base_model()
     if not isinstance(policy, PreTrainedModel) or not policy.can_generate() or policy.config.is_encoder_decoder:
         raise ValueError(
-            f"A {type(policy).__name__} is no decoder-only Transformers model with a language-model head, so it cannot "
-            "be sampled from. Pass e.g. `AutoModelForCausalLM.from_pretrained(...)`."
+            f"A {type(policy).__name__} is no decoder-only Transformers model with a language-model head, so it "
+            "cannot be sampled from. Pass e.g. `AutoModelForCausalLM.from_pretrained(...)`."
         )
     return policy
 
