@@ -1,4 +1,4 @@
-"""Tiny random models of every architecture that the packed path is proven on, and batches with branching trajectories."""
+"""Tiny random models of every architecture the packed path is proven on, and batches of branching trajectories."""
 
 from __future__ import annotations
 

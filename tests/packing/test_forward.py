@@ -1,4 +1,4 @@
-"""The packed forward against TRL's own fused forward on the padded batch: every field, every gradient, every family."""
+"""The packed forward against TRL's own fused forward on the padded batch: each field, gradient and family."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ def reason_against_packing(model: nn.Module) -> str | None:
     if unpackable:
         return f"layers of type {', '.join(unpackable)} cannot branch"
     if config._attn_implementation not in _PACKABLE_ATTENTION:
-        return f"attention runs on `{config._attn_implementation}`; pass `attn_implementation='sdpa'` to have it packed"
+        return f"attention runs on `{config._attn_implementation}`; load it with `attn_implementation='sdpa'`"
     if not getattr(causal_lm, "_supports_attention_backend", False):
         return "the architecture does not take attention functions from transformers' AttentionInterface"
     if getattr(config, "attention_dropout", 0.0):
@@ -77,7 +77,7 @@ def self_test(forward: PackedForward) -> str | None:
         forward.enabled, forward._pack = True, always
         for module in training:
             module.training = True
-        forward._last = ((), None)
+        forward.plans.clear()
         forward.calls.update(packed=0, padded=0)
     return _disagreement(padded, packed, forward.causal_lm.dtype) or _missing_windows(row.windows_seen, config)
 

@@ -2,7 +2,7 @@
 The seat of the packed path: three module hooks around the fused forward that TRL gives a model.
 
 TRL's trainers call `model(input_ids, attention_mask, labels, fused_lm_head=True)` and read padded `(B, L - 1)` fields.
-Everything in between is theirs: wrapping (PEFT, DDP, autocast), the router's auxiliary loss, the meaning of each field.
+What is in between is theirs: wrapping (PEFT, DDP, autocast), the router's auxiliary loss, the meaning of each field.
 So nothing is replaced; PyTorch's hooks change what goes in and what comes out:
 
     before the model      batch            -> packed row, and the scored tokens as `shift_labels`
@@ -10,8 +10,8 @@ So nothing is replaced; PyTorch's hooks change what goes in and what comes out:
     after the backbone    hidden states    -> those that predict a scored token
     after the model       scores           -> the padded fields of the batch that came in
 
-The losses never see the difference. Hooks sit at the module's call, outside whatever accelerate wraps around `forward`,
-so they can be put on before or after it prepares the model, and they are removed without a trace.
+The losses never see the difference. Hooks sit at the module's call, outside what accelerate wraps around `forward`, so
+they can be put on before or after it prepares the model, and they are removed without a trace.
 """
 
 from __future__ import annotations
@@ -19,12 +19,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from .attention import implementation_for, poison_mask, register
-from .plan import Plan, chunk_overhead, plan_call
+from .plan import Plan, PlanCache, chunk_overhead
 from .scored_head import FIELDS, TokenScores, score_tokens
 
 
@@ -45,9 +44,16 @@ class PackedForward:
         pack (`bool` or `"auto"`, *optional*, defaults to `"auto"`): whether batches are packed; `"auto"` packs those
             whose shapes say that it pays. With `False` every batch stays padded and only the LM head is spared the
             tokens that are not scored, which is exact for every architecture.
+        plans ([`PlanCache`], *optional*): another model's, to plan a batch once for the policy and its reference.
     """
 
-    def __init__(self, model: nn.Module, fields: Iterable[str] = (), pack: bool | str = "auto") -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        fields: Iterable[str] = (),
+        pack: bool | str = "auto",
+        plans: PlanCache | None = None,
+    ) -> None:
         self.model = model
         self.causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.backbone = self.causal_lm.base_model
@@ -57,7 +63,7 @@ class PackedForward:
         self._pack = pack
         self._plan: Plan | None = None
         self._scores: TokenScores | None = None
-        self._last: tuple[tuple[Any, ...], Plan | None] = ((), None)
+        self.plans = PlanCache() if plans is None else plans
         self._handles: list[RemovableHandle] = []
         self._implementation_before: str | None = None
 
@@ -85,18 +91,18 @@ class PackedForward:
         if self._implementation_before is not None:
             self.causal_lm.set_attn_implementation(self._implementation_before)
             self._implementation_before = None
-        self._last = ((), None)
+        self.plans.clear()
 
     def stop_packing(self) -> None:
         """Keep the batches padded from now on, with the attention the model came with."""
         self._pack = False
-        self._last = ((), None)
+        self.plans.clear()
         if self._implementation_before is not None:
             self.causal_lm.set_attn_implementation(self._implementation_before)
             self._implementation_before = None
 
     def plan(self, kwargs: dict[str, Any]) -> Plan | None:
-        """The plan for a call, or `None` for a call that is not ours; the last plan is kept for the reference."""
+        """The plan for a call, or `None` for a call that is not ours."""
         if not self.enabled or not kwargs.get("fused_lm_head"):
             return None
         if any(value is not None for name, value in kwargs.items() if name not in _KNOWN):
@@ -104,17 +110,8 @@ class PackedForward:
         batch = tuple(kwargs.get(name) for name in ("input_ids", "attention_mask", "labels"))
         if batch[0] is None or batch[2] is None:
             return None
-        # The policy, then the reference, are called with the very same tensors
-        if len(self._last[0]) != 3 or any(a is not b for a, b in zip(batch, self._last[0], strict=True)):
-            self._last = (batch, plan_call(*batch, pack=self._pack, overhead=self._overhead(batch[0].device)))
-        return self._last[1]
-
-    def share_plans_with(self, other: PackedForward) -> None:
-        """Start from the other model's last plan: a batch is packed once for the policy and its reference."""
-        self._last = other._last
-
-    def _overhead(self, device: torch.device) -> int:
-        return chunk_overhead(self.causal_lm.config.get_text_config().hidden_size, device)
+        overhead = chunk_overhead(self.causal_lm.config.get_text_config().hidden_size, batch[0].device)
+        return self.plans.plan(*batch, pack=self._pack, overhead=overhead)
 
     def _before_model(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
         self._plan = self._scores = None
@@ -192,8 +189,3 @@ class PackedForward:
             and head.weight.device.type == "cpu"
             and all(getattr(config, name, None) is None for name in _LOGIT_SCALES)
         )
-
-
-def model_of_hooks(model: nn.Module) -> nn.Module:
-    """The module that trainers call through every wrapper: under DDP and the like, what they wrap."""
-    return model.module if isinstance(model, torch.nn.parallel.DistributedDataParallel) else model

@@ -2,8 +2,8 @@
 The packed row on CUDA: one variable-length flash-attention call per layer, keys and values gathered along the paths.
 
 Queries are the row as it is, one sequence per chunk. A chunk's keys are its whole path, so they are longer than its
-queries, and the kernels align the causal diagonal at the bottom right, which is what a path needs. The index arithmetic
-is checked on CPU against these documented semantics; `trl_multiturn` has not yet been run with the kernels themselves.
+queries, and the kernels align the causal diagonal at the bottom right, which is what a path needs. The index
+arithmetic is checked on CPU against these documented semantics. The kernels themselves are not yet run or measured.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def varlen_attention(
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    """Attention along the row's paths in one kernel call, `(1, T, heads, head_dim)`; shapes as `packed_attention`'s."""
+    """Attention along the row's paths in one kernel call, `(1, T, heads, head_dim)`."""
     index = varlen_index(row)
     query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     if row.shares:

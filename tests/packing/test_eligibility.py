@@ -1,0 +1,96 @@
+"""Which models are packed: the self-test passes on every proven family and catches what it is there to catch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import LoraConfig, PromptTuningConfig, TaskType, get_peft_model
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, MptConfig, MptForCausalLM
+
+from tests.packing.families import FAMILIES, tiny
+from trl_multiturn._upstream import add_fused_lm_head
+from trl_multiturn.packing.eligibility import reason_against_hooks, reason_against_packing, self_test
+from trl_multiturn.packing.forward import PackedForward
+
+
+def seated(model):
+    add_fused_lm_head(model)
+    return PackedForward(model, pack=True).install()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_proven_families_pass(family):
+    model = tiny(family).train()
+    assert reason_against_hooks(model) is None
+    assert reason_against_packing(model) is None
+    assert self_test(seated(model)) is None
+    assert model.training and all(module.training for module in model.modules())
+
+
+def test_the_self_test_sees_a_layer_that_attends_across_trajectories():
+    model = tiny("llama")
+    forward = seated(model)
+    # A layer that kept another config, and with it another attention function
+    layer = model.model.layers[1].self_attn
+    layer.config = type(layer.config)(**layer.config.to_dict())
+    layer.config._attn_implementation = "sdpa"
+    assert "nan" in self_test(forward)
+
+
+def test_the_self_test_sees_a_window_that_the_attention_is_not_told_about():
+    model = tiny("mistral", sliding_window=64)
+    forward = seated(model)
+    original = model.model.layers[2].self_attn.config
+    model.model.layers[2].self_attn.config = type(original)(**{**original.to_dict(), "sliding_window": None})
+    model.model.layers[2].self_attn.config._attn_implementation = original._attn_implementation
+    assert "windows" in self_test(forward)
+
+
+def test_the_self_test_sees_wrong_positions():
+    model = tiny("llama")
+    forward = seated(model)
+    rotary = model.model.rotary_emb
+    inner = rotary.forward
+    rotary.forward = lambda x, position_ids: inner(x, torch.arange(x.shape[1])[None])
+    assert "differ" in self_test(forward)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "word"),
+    [({"attention_dropout": 0.1}, "attention_dropout"), ({"layer_types": ["linear_attention"] * 4}, "branch")],
+)
+def test_configs_that_cannot_branch_are_refused(overrides, word):
+    model = tiny("llama")
+    for name, value in overrides.items():
+        setattr(model.config, name, value)
+    assert word in reason_against_packing(model)
+
+
+def test_dropout_is_refused_until_it_is_off():
+    model = get_peft_model(tiny("llama"), LoraConfig(task_type=TaskType.CAUSAL_LM, lora_dropout=0.1))
+    assert "dropout" in reason_against_packing(model)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0
+    assert reason_against_packing(model) is None
+
+
+def test_prompt_learning_is_refused():
+    config = PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=3)
+    assert "virtual tokens" in reason_against_hooks(get_peft_model(tiny("llama"), config))
+
+
+def test_alibi_is_refused_because_it_is_no_attention_function():
+    model = MptForCausalLM(MptConfig(vocab_size=97, d_model=32, n_heads=4, n_layers=2, max_seq_len=64))
+    assert "AttentionInterface" in reason_against_packing(model)
+
+
+def test_an_architecture_not_listed_anywhere_is_packed_if_it_passes():
+    config = GPTNeoXConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        attention_dropout=0.0, hidden_dropout=0.0, initializer_range=0.3,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = GPTNeoXForCausalLM(config)
+    assert reason_against_packing(model) is None
+    assert self_test(seated(model)) is None
