@@ -1,0 +1,174 @@
+"""Rows of whole trajectories with rewards, for trainers that hold a value model."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedTokenizerBase
+
+from .collators import DataCollatorForMultiTurnUnpairedPreference
+from .steps import StepDelimiter, step_ids
+
+
+# Per-token columns of a completion that the collator lays out beside `input_ids`
+ALIGNED_COLUMNS = {
+    "token_rewards": torch.float32,
+    "behavior_logps": torch.float32,
+    "ref_logps": torch.float32,
+    "step_ids": torch.int64,
+}
+
+
+@dataclass
+class DataCollatorForTrajectories(DataCollatorForMultiTurnUnpairedPreference):
+    """
+    Data collator for trajectories with rewards.
+
+    As [`DataCollatorForMultiTurnUnpairedPreference`], and `reward` becomes a tensor `(B,)`. The columns
+    `token_rewards`, `behavior_logps`, `ref_logps` and `step_ids` (lists aligned with `completion_ids`) become tensors
+    `(B, L)` beside `input_ids`, 0 on the prompt and on padding. Rows must fit `max_length`: a trajectory that is cut
+    has no outcome.
+
+    Example:
+
+    ```python
+    >>> collator = DataCollatorForTrajectories(pad_token_id=0)
+    >>> row = {"prompt_ids": [1], "completion_ids": [2, 3, 4], "action_mask": [1, 0, 1], "label": True, "reward": 1.0}
+    >>> collator([row | {"token_rewards": [0.5, 0.0, 1.0]}])
+    {'input_ids': tensor([[1, 2, 3, 4]]),
+     'attention_mask': tensor([[1, 1, 1, 1]]),
+     'completion_mask': tensor([[0, 1, 0, 1]]),
+     'label': tensor([True]),
+     'reward': tensor([1.]),
+     'token_rewards': tensor([[0.0000, 0.5000, 0.0000, 1.0000]])}
+    ```
+    """
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        # The parent reads `ref_logps` as one number per row
+        output = super().torch_call([{k: v for k, v in row.items() if k not in ALIGNED_COLUMNS} for row in examples])
+        output["reward"] = torch.tensor([float(row["reward"]) for row in examples])
+        for name, dtype in ALIGNED_COLUMNS.items():
+            if name not in examples[0]:
+                continue
+            output[name] = torch.zeros(output["input_ids"].shape, dtype=dtype)
+            for index, row in enumerate(examples):
+                start = len(row["prompt_ids"])
+                output[name][index, start : start + len(row[name])] = torch.tensor(row[name], dtype=dtype)
+        return output
+
+
+def finish_rows(
+    dataset: Dataset | IterableDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int | None,
+    step_delimiter: StepDelimiter | None = None,
+    num_proc: int | None = None,
+    desc: str | None = None,
+) -> tuple[Dataset | IterableDataset, dict[str, float]]:
+    """
+    Give token rows the reward columns that [`DataCollatorForTrajectories`] reads, and drop what cannot train.
+
+    A row's outcome is `reward`, or 1 and 0 for its `label`; it is paid at the last action, on top of `turn_rewards`
+    (one per assistant turn, paid at the turn's last action). Rows longer than `max_length` are dropped, never cut: the
+    loss of every state sums up to the end of the trajectory.
+
+    Args:
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            Rows with `prompt_ids`, `completion_ids`, `action_mask`, and `reward` or `label`; optionally
+            `turn_rewards`, `behavior_logps`, `ref_logps`.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): reads step delimiters.
+        max_length (`int`, *optional*): most tokens of prompt and completion together.
+        step_delimiter (`str`, *optional*): adds `step_ids`; absent where nothing reads them.
+
+    Returns:
+        The rows, and for a [`~datasets.Dataset`] its counts under `data/…` (empty for a streamed one).
+
+    Raises:
+        `ValueError`: if a row has no outcome, a column is not aligned with its tokens, or no row is left.
+    """
+    streamed = isinstance(dataset, IterableDataset)
+    map_kwargs = {} if streamed else {"num_proc": num_proc, "desc": desc}
+    fn_kwargs = {"tokenizer": tokenizer, "step_delimiter": step_delimiter}
+    dataset = dataset.map(_finish_row, with_indices=True, fn_kwargs=fn_kwargs, **map_kwargs)
+    stats: dict[str, float] = {}
+    if not streamed:
+        lengths = [len(p) + len(c) for p, c in zip(dataset["prompt_ids"], dataset["completion_ids"], strict=True)]
+        too_long = [max_length is not None and length > max_length for length in lengths]
+        untrained = [not any(mask) and not long for mask, long in zip(dataset["action_mask"], too_long, strict=True)]
+        dropped = sum(too_long) + sum(untrained)
+        stats = {
+            "data/rows": len(dataset) - dropped,
+            "data/rows_dropped_too_long": sum(too_long),
+            "data/rows_dropped_untrained": sum(untrained),
+        }
+        if len(dataset) and dropped == len(dataset):
+            raise ValueError(
+                f"No row is left to train on: of {dropped} rows, {sum(too_long)} are longer than "
+                f"`max_length={max_length}` (the longest: {max(lengths)} tokens) and {sum(untrained)} no token "
+                "sampled by the policy. Raise `max_length`, or check the masks."
+            )
+        if not dropped:
+            return dataset, stats
+    keep_kwargs = {} if streamed else {"num_proc": num_proc}
+    return dataset.filter(_can_train, fn_kwargs={"max_length": max_length}, **keep_kwargs), stats
+
+
+def outcome(example: dict[str, Any], index: int) -> float:
+    """The row's terminal reward: `reward`, or its `label` as 1 or 0."""
+    reward, label = example.get("reward"), example.get("label")
+    if reward is None and label is None:
+        raise ValueError(
+            f"Row {index}: neither `reward` nor `label` is set, so the trajectory has no outcome to learn from. Give "
+            "it one, or drop it: an undecided trajectory is not a failed one."
+        )
+    reward = float(label if reward is None else reward)
+    if not math.isfinite(reward):
+        raise ValueError(f"Row {index}: the reward is {reward}, which no value can regress to. Drop or mend the row.")
+    return reward
+
+
+def _finish_row(
+    example: dict[str, Any], index: int, tokenizer: PreTrainedTokenizerBase, step_delimiter: StepDelimiter | None
+) -> dict[str, Any]:
+    mask = [int(bool(x)) for x in example["action_mask"]]
+    count = len(example["completion_ids"])
+    for name in ("action_mask", "behavior_logps", "ref_logps"):
+        if name in example and (example[name] is None or len(example[name]) != count):
+            entries = "no value" if example[name] is None else f"{len(example[name])} entries"
+            raise ValueError(
+                f"Row {index}: `{name}` has {entries} but `completion_ids` has {count}, so it is unknown which token "
+                f"each belongs to. Write one entry per token, or remove the column `{name}` from all rows."
+            )
+    reward = outcome(example, index)
+    label = example.get("label")
+    output = {"action_mask": mask, "reward": reward, "label": reward > 0 if label is None else bool(label)}
+    output["token_rewards"] = _token_rewards(mask, reward, example.get("turn_rewards"), index)
+    if step_delimiter is not None:
+        output["step_ids"] = step_ids(tokenizer, example["completion_ids"], mask, step_delimiter)
+    return output
+
+
+def _token_rewards(mask: list[int], reward: float, turn_rewards: list[float] | None, index: int) -> list[float]:
+    turn_ends = [i for i, action in enumerate(mask) if action and not (mask[i + 1 : i + 2] or [0])[0]]
+    if turn_rewards is not None and len(turn_rewards) != len(turn_ends):
+        raise ValueError(
+            f"Row {index}: `turn_rewards` has {len(turn_rewards)} entries, but the mask shows {len(turn_ends)} turns "
+            "of the policy. Give one reward per assistant turn, or `None` for a row without process rewards."
+        )
+    rewards = [0.0] * len(mask)
+    for position, turn_reward in zip(turn_ends, turn_rewards or [0.0] * len(turn_ends), strict=True):
+        rewards[position] += turn_reward
+    if turn_ends:
+        rewards[turn_ends[-1]] += reward
+    return rewards
+
+
+def _can_train(example: dict[str, Any], max_length: int | None) -> bool:
+    length = len(example["prompt_ids"]) + len(example["completion_ids"])
+    return any(example["action_mask"]) and (max_length is None or length <= max_length)

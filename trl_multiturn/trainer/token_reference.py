@@ -1,0 +1,188 @@
+"""
+The reference of a trainer whose loss needs it token by token: its log-probabilities, and its whole distributions.
+
+Three ways to have one, as in TRL: a second model, the policy with its adapter switched to a frozen copy (`ref`) or
+off, or columns of the rows. A column `ref_logps` holds one list per row, aligned with `completion_ids`, 0 outside the
+mask.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+from typing import Any, Literal
+
+import torch
+from accelerate.logging import get_logger
+from accelerate.utils import is_peft_model, tqdm
+from datasets import Dataset, IterableDataset, concatenate_datasets
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from .. import _upstream
+from ..losses import LMHead
+from .joint_forward import capture_hidden_states, lm_head
+
+
+logger = get_logger(__name__)
+
+
+class TokenReferenceMixin:
+    """Mixed in before `TokenRowsMixin`, whose reference columns hold one number per row."""
+
+    @property
+    def _needs_reference_distributions(self) -> bool:
+        """Whether log-probabilities of the sampled tokens are not enough."""
+        return False
+
+    def _reference(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor | None, LMHead | None]:
+        """
+        Reference log-probabilities `(B, L−1)`, and where distributions are needed hidden states `(B, L, H)` and head.
+
+        Log-probabilities that come with the rows are used as they are.
+        """
+        from_rows = batch["ref_logps"][:, 1:] if "ref_logps" in batch else None
+        if from_rows is not None and not self._needs_reference_distributions:
+            return from_rows, None, None
+        logps, hidden, head = self._score_by_reference(self.ref_model or self.model, batch)
+        if not self._needs_reference_distributions:
+            hidden = head = None
+        return (logps if from_rows is None else from_rows), hidden, head
+
+    @torch.no_grad()
+    def _score_by_reference(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, LMHead]:
+        adapter = contextlib.nullcontext()
+        policy = self.accelerator.unwrap_model(self.model)
+        if self.ref_model is None and is_peft_model(policy):
+            adapter = _upstream.use_adapter(policy, adapter_name="ref" if "ref" in policy.peft_config else None)
+        scorer = self.accelerator.unwrap_model(model)
+        labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+        with (
+            _upstream.disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs),
+            adapter,
+            self.accelerator.autocast(),
+            capture_hidden_states(scorer) as captured,
+        ):
+            log_probs = model(
+                input_ids=batch["input_ids"],
+                attention_mask=batch["attention_mask"],
+                labels=labels,
+                fused_lm_head=True,
+            ).log_probs
+        length = labels.size(1)  # prompt-learning adapters prepend positions
+        return log_probs[:, -(length - 1) :], captured[0][:, -length:], lm_head(scorer)
+
+    # Columns
+
+    def compute_reference_columns(
+        self,
+        dataset: Dataset,
+        reference: Literal["policy", "reference"] = "policy",
+        batch_size: int | None = None,
+        desc: str = "Computing reference log-probabilities",
+    ) -> Dataset:
+        """
+        Adds (or replaces) the column `ref_logps`: one list per row, aligned with `completion_ids`, 0 outside the mask.
+
+        Args:
+            dataset ([`~datasets.Dataset`]):
+                Prepared rows (see `prepare_rows`), the same on every process.
+            reference (`"policy"` or `"reference"`, *optional*, defaults to `"policy"`):
+                `"policy"` makes the weights being trained, as they are now, the reference: log-ratios of these rows
+                restart at 0, and where the loss needs the reference's whole distributions, `refresh_reference` is
+                called so that both agree. `"reference"` takes the trainer's present reference.
+            batch_size (`int`, *optional*):
+                Rows per forward pass and process. Defaults to `precompute_ref_batch_size`, or the training batch size.
+
+        Returns:
+            [`~datasets.Dataset`]: the rows with `ref_logps`, complete on every process.
+        """
+        if isinstance(dataset, IterableDataset):
+            raise ValueError(
+                "Reference log-probabilities cannot be precomputed for an IterableDataset: they are columns of rows "
+                "that exist. Use a map-style Dataset, or `precompute_ref_log_probs=False`."
+            )
+        if "ref_logps" in dataset.column_names:
+            dataset = dataset.remove_columns("ref_logps")
+        if reference == "policy" and self._needs_reference_distributions:
+            self.refresh_reference()
+        batch_size = batch_size or self.args.precompute_ref_batch_size or self.args.per_device_train_batch_size
+        loader = DataLoader(dataset, batch_size=batch_size, collate_fn=self.data_collator, shuffle=False)
+        loader = self.accelerator.prepare(loader)
+        rows: list[list[float]] = []
+        disable = bool(os.environ.get("TQDM_DISABLE", ""))
+        with self._reference_forward(reference) as model:
+            for batch in tqdm(iterable=loader, desc=desc, disable=disable):
+                logps, _, _ = self._score_by_reference(model, batch)
+                logps = self.accelerator.pad_across_processes(logps.float(), dim=1)
+                rows += self.accelerator.gather_for_metrics(logps).cpu().tolist()
+        spans = zip(rows, dataset["prompt_ids"], dataset["completion_ids"], strict=True)
+        # Column t scores token t + 1, so the completion's first token is scored by column len(prompt) - 1
+        column = [row[len(prompt) - 1 : len(prompt) - 1 + len(ids)] for row, prompt, ids in spans]
+        return concatenate_datasets([dataset, Dataset.from_dict({"ref_logps": column})], axis=1)
+
+    def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
+        if isinstance(dataset, Dataset) and "ref_logps" in dataset.column_names:
+            return dataset  # rows that bring their reference
+        desc = f"Computing reference log probs for {name} dataset"
+        return self.compute_reference_columns(dataset, "reference", batch_size, desc)
+
+    # The reference itself
+
+    def refresh_reference(self) -> None:
+        """
+        Makes the policy, as it is now, the reference; log-ratios and KL restart at 0.
+
+        Copies the weights into the reference model, or the trained adapter into the frozen adapter `ref`. Columns
+        `ref_logps` of rows are left alone: recompute them with `compute_reference_columns`. Where the trainer holds no
+        reference (all rows bring their own), nothing is done.
+
+        Raises:
+            `ValueError`: where the weights are sharded (FSDP, DeepSpeed), so that this process cannot copy them.
+        """
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError(
+                "The weights are sharded (FSDP or DeepSpeed), so the reference cannot be refreshed in place. Train "
+                "with DDP, or start a new run from the checkpoint."
+            )
+        policy = self.accelerator.unwrap_model(self.model)
+        if self.ref_model is not None:
+            weights = policy.state_dict()
+            for module_name, module in self.accelerator.unwrap_model(self.ref_model).named_modules():
+                prefix = f"{module_name}." if module_name else ""
+                for name, parameter in list(module._parameters.items()):
+                    if parameter is None:
+                        continue
+                    # A new parameter: the old one may be the base of the value model, which must not move
+                    copied = weights[f"{prefix}{name}"].detach().to(parameter).clone()
+                    setattr(module, name, nn.Parameter(copied, requires_grad=False))
+        elif is_peft_model(policy):
+            if "ref" not in policy.peft_config:
+                policy.add_adapter("ref", policy.peft_config["default"])
+            with torch.no_grad():
+                for name, parameter in policy.named_parameters():
+                    if ".default." in name:
+                        target = policy.get_parameter(name.replace(".default.", ".ref."))
+                        target.copy_(parameter)
+                        target.requires_grad_(False)
+
+    def _hold_reference_model(self) -> None:
+        """Keeps a frozen copy of the policy where distributions are needed and nothing else can give them."""
+        if self.ref_model is not None or is_peft_model(self.model):
+            return
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError(
+                "`precompute_ref_log_probs=True` leaves no reference model, but the KL term needs the reference's "
+                "whole distributions. Set `kl_coef=0`, or `precompute_ref_log_probs=False`."
+            )
+        if self._row_source is None:
+            logger.warning(
+                "`precompute_ref_log_probs=True` saves no memory here: the KL term needs the reference's whole "
+                "distributions, so a reference model is kept. Set `kl_coef=0` to do without."
+            )
+        reference: Any = copy.deepcopy(self.model)
+        reference.__dict__.pop("forward", None)  # the copied fused forward would fall back on the policy's own
+        _upstream.add_fused_lm_head(reference)
+        reference.requires_grad_(False)
+        self.ref_model = self.accelerator.prepare_model(reference.eval(), evaluation_mode=True)
