@@ -137,17 +137,19 @@ class NativeDialect:
 
     def read(self, text: str, sampled_ids: Sequence[int], prefix_ids: Sequence[int]) -> Turn:
         written = {"role": "assistant", "content": text}
-        if self._opening is None:
+        if self._opening is None or not sampled_ids:
             return Turn(written, [], answered=self._answer.search(text) is not None)
         message = _upstream.parse_response(
             self._tokenizer, list(sampled_ids), prefix=list(prefix_ids), tools=self.template_tools
         )
         # Some parsers leave the end of a tool call's turn in the content
         message["content"] = message["content"].removesuffix(self._tokenizer.decode(sampled_ids)[len(text) :])
-        calls = [_tool_call(call) for call in message.get("tool_calls") or []]
-        if calls:
-            return Turn(message, calls, answered=False)
-        if self._opening in text:
+        opened = self._opening in text
+        if message.get("tool_calls") and opened:
+            return Turn(message, [_tool_call(call) for call in message["tool_calls"]], answered=False)
+        if message.get("tool_calls"):  # some response patterns also match prose, such as `, f(` for `[f(`
+            return Turn(written, [], answered=self._answer.search(text) is not None)
+        if opened:
             return Turn(written, [], answered=False, problem=str({"error": "The tool call could not be read."}))
         answered = self._answer.search(message["content"]) is not None
         # The parser trims blanks; what it takes apart (reasoning, channels) must stay apart to render again

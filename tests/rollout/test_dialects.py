@@ -1,0 +1,167 @@
+"""Dialects: what a sampled turn says, and how its answer is worded."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.support import TOOLS, assistant, byte_tokenizer, call, user
+from trl_multiturn.rollout.dialects import FencedDialect, NativeDialect, Turn, choose_dialect
+from trl_multiturn.templates import TurnTemplate
+from trl_multiturn.tools import ToolCall, ToolResult
+
+
+PYTHON = {
+    "type": "function",
+    "function": {
+        "name": "python",
+        "description": "Runs Python code.",
+        "parameters": {
+            "type": "object",
+            "properties": {"code": {"type": "string", "description": "The code."}},
+            "required": ["code"],
+        },
+    },
+}
+
+
+def fenced(text):
+    return FencedDialect([PYTHON]).read(text, [], [])
+
+
+@pytest.mark.parametrize(
+    ("text", "codes"),
+    [
+        ("Let us see.\n```python\nx = 1\nprint(x)\n```", ["x = 1\nprint(x)\n"]),
+        ("```python\nprint(1)\n```\n```output", ["print(1)\n"]),  # stopped where it began to write the output itself
+        ("```python\na\n```\nand\n```python\nb\n```\n", ["a\n", "b\n"]),
+        ('```python\nprint("```")\n```', ['print("```")\n']),  # backticks within a line do not close the block
+        ('```python\nprint(r"\\boxed{3}")\n```', ['print(r"\\boxed{3}")\n']),  # an answer in the code is none
+        ("```python  \nprint(1)\n  ```", ["print(1)\n"]),
+    ],
+)
+def test_fenced_blocks_are_calls(text, codes):
+    turn = fenced(text)
+    assert turn.message == {"role": "assistant", "content": text}
+    assert turn.calls == [ToolCall("python", {"code": code}) for code in codes]
+    assert not turn.answered and turn.problem is None
+
+
+@pytest.mark.parametrize("text", ["It is \\boxed{3}.", "\\boxed {3}", "\\boxed{3}\n```python\nprint(1)\n```"])
+def test_a_boxed_answer_ends_the_conversation_and_runs_no_code(text):
+    turn = fenced(text)
+    assert turn.answered and turn.calls == []
+
+
+@pytest.mark.parametrize("text", ["I give up.", "", "```c\nmain()\n```", "```\nprint(1)\n```"])
+def test_other_turns_neither_call_nor_answer(text):
+    turn = fenced(text)
+    assert (turn.calls, turn.answered, turn.problem) == ([], False, None)
+
+
+def test_an_unclosed_block_is_a_problem_that_the_policy_reads():
+    turn = fenced("```python\nprint(1)\n")
+    assert turn.calls == [] and "not closed" in turn.problem
+    (message,) = FencedDialect([PYTHON]).observe(turn, [])
+    assert message["role"] == "user" and message["content"].startswith("```output\nSyntaxError: ")
+
+
+def test_fenced_observations_are_one_user_turn_in_call_order():
+    turn = fenced("```python\na\n```\n```python\nb\n```")
+    observations = FencedDialect([PYTHON]).observe(turn, [ToolResult("1\n"), ToolResult("NameError: b", "error")])
+    assert observations == [user("```output\n1\n```\n```output\nNameError: b\n```")]
+
+
+def test_the_answer_can_be_marked_otherwise():
+    dialect = FencedDialect([PYTHON], answer_pattern=r"^#### ")
+    assert dialect.read("#### 5", [], []).answered
+    assert not dialect.read("\\boxed{5}", [], []).answered
+
+
+def test_a_tool_with_two_arguments_cannot_be_fenced():
+    with pytest.raises(ValueError, match="Tool `add` does not take exactly one required text argument"):
+        FencedDialect(TOOLS)
+
+
+NATIVE_FAMILIES = ["qwen2_5", "qwen3", "qwen3_5_nothink", "llama3_1", "glm4moe", "gptoss", "lfm2_2_5", "gemma4"]
+
+
+@pytest.mark.parametrize("family", NATIVE_FAMILIES)
+@pytest.mark.parametrize("message", [call(2, 3), assistant("It is 5.")], ids=["call", "answer"])
+def test_native_turns_are_read_back_as_they_were_rendered(family, message):
+    tokenizer = byte_tokenizer(family)
+    template = TurnTemplate(tokenizer, tools=TOOLS)
+    row = template.tokenize([user("2+3?")], [message])
+    sampled = [token for token, bit in zip(row["completion_ids"], row["action_mask"], strict=True) if bit]
+    text = tokenizer.decode(sampled[:-1])
+    turn = choose_dialect("auto", tokenizer, TOOLS).read(text, sampled, template.prompt_ids([user("2+3?")]))
+    assert turn.message == message
+    assert turn.calls == ([ToolCall("add", {"a": 2, "b": 3})] if "tool_calls" in message else [])
+    assert turn.answered == ("tool_calls" not in message)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '<tool_call>\n{"name": "add", "arguments": {"a": 2,</tool_call>',
+        '<tool_call>\n{"name": "add", "arguments": {"a": 2, "b": 3}}',
+        '<tool_call>\n{"nom": "add"}\n</tool_call>',
+        "<tool_call>\n[1, 2]\n</tool_call>",
+    ],
+)
+def test_a_broken_native_call_is_a_problem_that_the_policy_reads(text):
+    tokenizer = byte_tokenizer("qwen2_5")
+    dialect = choose_dialect("native", tokenizer, TOOLS)
+    sampled = tokenizer(text + "<|im_end|>")["input_ids"]
+    turn = dialect.read(text, sampled, TurnTemplate(tokenizer, tools=TOOLS).prompt_ids([user("q")]))
+    assert turn.message == {"role": "assistant", "content": text}
+    assert turn.calls == [] and not turn.answered
+    assert dialect.observe(turn, []) == [user("{'error': 'The tool call could not be read.'}")]
+
+
+def test_prose_that_merely_resembles_a_call_is_an_answer():
+    tokenizer = byte_tokenizer("lfm2_2_5")  # its call pattern also matches ", f("
+    text = "So, f(x) is 5."
+    prefix = TurnTemplate(tokenizer, tools=TOOLS).prompt_ids([user("q")])
+    turn = choose_dialect("auto", tokenizer, TOOLS).read(text, tokenizer(text + "<|im_end|>")["input_ids"], prefix)
+    assert turn.answered and turn.problem is None
+
+
+def test_a_turn_without_a_token_is_no_answer():
+    turn = choose_dialect("native", byte_tokenizer("qwen2_5"), TOOLS).read("", [], [1])
+    assert turn == Turn(assistant(""), [], answered=False)
+
+
+def test_native_content_keeps_its_blanks():
+    tokenizer = byte_tokenizer("qwen2_5")
+    prefix = TurnTemplate(tokenizer, tools=TOOLS).prompt_ids([user("q")])
+    turn = choose_dialect("native", tokenizer, TOOLS).read(" 5 \n", tokenizer(" 5 \n<|im_end|>")["input_ids"], prefix)
+    assert turn.message == assistant(" 5 \n") and turn.answered
+
+
+def test_native_observations_carry_name_and_id_in_call_order():
+    tokenizer = byte_tokenizer("qwen2_5")
+    dialect = choose_dialect("native", tokenizer, TOOLS)
+    turn = Turn(call(1, 2), [ToolCall("add", {}, "c1"), ToolCall("sub", {})], answered=False)
+    assert dialect.observe(turn, [ToolResult("3"), ToolResult("x", "error")]) == [
+        {"role": "tool", "name": "add", "content": "3", "tool_call_id": "c1"},
+        {"role": "tool", "name": "sub", "content": "x"},
+    ]
+
+
+def test_auto_prefers_native_and_falls_back_to_the_fence():
+    assert isinstance(choose_dialect("auto", byte_tokenizer("qwen2_5"), [PYTHON]), NativeDialect)
+    without_tools = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    assert isinstance(choose_dialect("auto", byte_tokenizer(without_tools), [PYTHON]), FencedDialect)
+    unknown = byte_tokenizer("qwen2_5")
+    unknown.chat_template += " "  # edited: TRL knows no response template for it
+    assert isinstance(choose_dialect("auto", unknown, [PYTHON]), FencedDialect)
+    with pytest.raises(ValueError, match="no `response_template`"):
+        choose_dialect("native", unknown, [PYTHON])
+    with pytest.raises(ValueError, match="leaves out tool calls"):
+        choose_dialect("auto", byte_tokenizer(without_tools), TOOLS)
+
+
+def test_choosing_changes_nothing_of_the_users_tokenizer():
+    tokenizer = byte_tokenizer("qwen2_5")
+    choose_dialect("native", tokenizer, TOOLS)
+    assert getattr(tokenizer, "response_template", None) is None

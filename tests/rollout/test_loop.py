@@ -1,0 +1,527 @@
+"""The rollout loop, played by a scripted engine: order, concurrency, masks, budgets, failures, verdicts."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+import pytest
+
+from tests.support import assistant, byte_tokenizer, render_actions, user
+from trl_multiturn import StopReason, Verdict
+from trl_multiturn.rollout import (
+    RolloutConfig,
+    ScriptedEngine,
+    TooManyToolFailures,
+    agenerate_trajectories,
+    generate_trajectories,
+)
+from trl_multiturn.templates import TurnTemplate
+from trl_multiturn.tools import PythonTool, SandboxConfig, ToolFailure, ToolResult, current_rollout
+
+
+TOKENIZER = byte_tokenizer("qwen2_5")
+CODE = "Compute.\n```python\nprint(1)\n```"
+ANSWER = "It is \\boxed{1}."
+
+
+class Echo:
+    """A session tool for the fenced dialect: answers with the number of its calls and what `reply` says."""
+
+    name = "python"
+    version = "echo-1"
+    schema = {
+        "type": "function",
+        "function": {
+            "name": "python",
+            "description": "Echo.",
+            "parameters": {
+                "type": "object",
+                "properties": {"code": {"type": "string", "description": "Code."}},
+                "required": ["code"],
+            },
+        },
+    }
+
+    def __init__(self, reply=lambda number: f"out {number}"):
+        self.reply = reply
+
+    def open(self):
+        return EchoSession(self.reply)
+
+
+class EchoSession:
+    def __init__(self, reply):
+        self.reply, self.number = reply, 0
+
+    async def arun(self, code):
+        self.number += 1
+        reply = self.reply(self.number)
+        return ToolResult(await reply if asyncio.iscoroutine(reply) else reply)
+
+    def run(self, code):
+        raise AssertionError("arun is preferred")
+
+    def close(self):
+        pass
+
+
+def add(a: int, b: int) -> int:
+    """
+    Adds.
+
+    Args:
+        a: First.
+        b: Second.
+    """
+    return a + b
+
+
+def rows(count=1, **columns):
+    return [{"prompt": [user(f"Question {i}?")], "answer": str(i), **columns} for i in range(count)]
+
+
+def roll(script, tools=None, prompts=None, tokenizer=TOKENIZER, dialect="fenced", **settings):
+    names = {name: settings.pop(name) for name in list(settings) if name not in RolloutConfig.__dataclass_fields__}
+    settings = {"num_generations": 1, **settings}
+    engine = ScriptedEngine(script, tokenizer, logp=-0.25)
+    tools = [Echo()] if tools is None else tools
+    config = RolloutConfig(dialect=dialect, **settings)
+    return generate_trajectories(prompts or rows(), engine, tools, config, progress=False, **names), engine
+
+
+def tool_call(**arguments):
+    text = ", ".join(f'"{name}": {value}' for name, value in arguments.items())
+    return f'<tool_call>\n{{"name": "add", "arguments": {{{text}}}}}\n</tool_call>'
+
+
+# What a trajectory holds
+
+
+def test_a_trajectory_is_what_was_sampled_and_what_was_read():
+    (trajectory,), engine = roll([CODE, CODE, ANSWER])
+    assert trajectory.stop_reason is StopReason.ANSWERED
+    assert trajectory.completion == [
+        assistant(CODE), user("```output\nout 1\n```"),
+        assistant(CODE), user("```output\nout 2\n```"),
+        assistant(ANSWER),
+    ]  # fmt: skip
+    assert render_actions(TOKENIZER, trajectory.to_dict()) == [text + "<|im_end|>" for text in (CODE, CODE, ANSWER)]
+    assert trajectory.logps == [-0.25 * bit for bit in trajectory.action_mask]
+    # ids sampled = ids trained: each turn was sampled after exactly the ids that stand before it
+    ids = trajectory.prompt_ids + trajectory.completion_ids
+    spans = [
+        (len(trajectory.prompt_ids) + start, len(trajectory.prompt_ids) + stop)
+        for start, stop in trajectory.turn_spans()
+    ]
+    assert [(ids[:start], ids[start:stop]) for start, stop in spans] == [
+        (call.prompt_ids, call.generation.token_ids) for call in engine.calls
+    ]
+    assert engine.released == ["0/current/0/0"]
+    assert trajectory.info["tool_calls"] == 2 and trajectory.info["tool_errors"] == 0
+
+
+@pytest.mark.parametrize(
+    ("family", "dialect", "script"),
+    [
+        ("qwen2_5", "fenced", [CODE, CODE, ANSWER]),
+        ("gemma", "fenced", [CODE, ANSWER]),
+        ("llama3", "fenced", [CODE, CODE, ANSWER]),
+        ("qwen2_5", "native", [tool_call(a=1, b=2), tool_call(a=3, b=4), "It is 7."]),
+        ("qwen3_instruct_2507", "native", [tool_call(a=1, b=2), "It is 3."]),
+        ("llama3_1", "native", ['{"name": "add", "parameters": {"a": 1, "b": 2}}', "It is 3."]),
+    ],
+)
+def test_the_mask_equals_that_of_the_same_messages_tokenised_as_text(family, dialect, script):
+    tokenizer = byte_tokenizer(family)
+    tools = [add] if dialect == "native" else [Echo()]
+    (trajectory,), _ = roll(script, tools, tokenizer=tokenizer, dialect=dialect)
+    assert trajectory.stop_reason is StopReason.ANSWERED
+    schemas = trajectory.info["dialect"] == "native" and [add]
+    row = TurnTemplate(tokenizer, tools=schemas or None).tokenize(trajectory.prompt, trajectory.completion)
+    length = len(trajectory.completion_ids)  # the rendering may go on after the last end-of-turn token
+    assert row["prompt_ids"] == trajectory.prompt_ids
+    assert row["completion_ids"][:length] == trajectory.completion_ids
+    assert row["action_mask"] == trajectory.action_mask + [0] * (len(row["completion_ids"]) - length)
+
+
+def test_a_turn_cut_by_a_stop_string_is_closed_but_the_closing_is_not_trained():
+    (trajectory,), engine = roll([CODE + "\n```output\n1\n```", ANSWER])
+    assert render_actions(TOKENIZER, trajectory.to_dict()) == [CODE + "\n```output", ANSWER + "<|im_end|>"]
+    assert engine.calls[1].prompt_text.endswith(
+        "```output<|im_end|>\n<|im_start|>user\n```output\nout 1\n```<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+def test_native_calls_of_a_turn_are_answered_in_order():
+    script = [tool_call(a=1, b=1) + "\n" + tool_call(a=2, b=2) + "\n" + tool_call(a=2), "Done."]
+    (trajectory,), _ = roll(script, [add], dialect="native")
+    outputs = ["2", "4", "{'error': 'Missing argument(s): b.'}"]
+    assert trajectory.completion[1:4] == [{"role": "tool", "name": "add", "content": text} for text in outputs]
+    assert trajectory.info["tool_statuses"] == ["ok", "ok", "error"] and trajectory.info["tool_errors"] == 1
+
+
+def test_the_interpreter_is_real():
+    with PythonTool(SandboxConfig(isolation="best_effort")) as tool:
+        script = ["```python\nx = 6\n```", "```python\nx * 7\n```", "```python\ny\n```", "\\boxed{42}"]
+        trajectories, _ = roll(script, [tool], rows(2), num_generations=2)
+    for trajectory in trajectories:
+        outputs = [message["content"] for message in trajectory.completion if message["role"] == "user"]
+        assert outputs[1:] == ["```output\n42\n```", "```output\nNameError: name 'y' is not defined\n```"]
+        assert trajectory.info["tool_statuses"] == ["ok", "ok", "error"]
+
+
+# Order and concurrency
+
+
+def test_trajectories_come_by_prompt_then_by_sample_whatever_finishes_first():
+    async def slow_first(number):
+        context = current_rollout()
+        for _ in range(20 - 5 * context.prompt_index - context.sample_index):
+            await asyncio.sleep(0)
+        return "x"
+
+    finished = []
+    trajectories, _ = roll(
+        [CODE, ANSWER], [Echo(slow_first)], rows(3), num_generations=2, on_trajectory=lambda t: finished.append(t)
+    )
+    places = [(t.info["prompt_index"], t.info["sample_index"]) for t in trajectories]
+    assert places == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1)]
+    assert [t.prompt for t in trajectories[::2]] == [row["prompt"] for row in rows(3)]
+    assert sorted(map(id, finished)) == sorted(map(id, trajectories)) and finished[0] is not trajectories[0]
+
+
+def test_no_trajectory_waits_for_anothers_tools():
+    done = asyncio.Event()
+
+    async def reply(number):
+        if current_rollout().prompt_index == 0:
+            await done.wait()  # a lock-step loop would wait here for ever: the others' later turns set it
+        elif number == 3:
+            done.set()
+        return "x"
+
+    def script(prompt_text, sampling, session):
+        return ANSWER if prompt_text.count("```output") == (1 if session == "0/current/0/0" else 3) else CODE
+
+    trajectories, engine = roll(script, [Echo(reply)], rows(2))
+    assert [t.info["tool_calls"] for t in trajectories] == [1, 3]
+    assert engine.calls[-1].session == "0/current/0/0"
+
+
+def test_64_sleeping_trajectories_sleep_together():
+    sleeping, most = 0, 0
+
+    async def sleep(number):
+        nonlocal sleeping, most
+        sleeping += 1
+        most = max(most, sleeping)
+        await asyncio.sleep(0.05)
+        sleeping -= 1
+        return "x"
+
+    def script(prompt_text, sampling, session):
+        turns = int(session.split("/")[2]) % 6 + 1
+        return ANSWER if prompt_text.count("```output") == turns else CODE
+
+    trajectories, _ = roll(script, [Echo(sleep)], rows(64))
+    assert [t.info["tool_calls"] for t in trajectories] == [i % 6 + 1 for i in range(64)]
+    assert most == 64
+
+
+@pytest.mark.parametrize(("limit", "value"), [("max_concurrent_trajectories", 3), ("max_concurrent_tools", 2)])
+def test_concurrency_limits_hold(limit, value):
+    running, most = 0, 0
+
+    async def reply(number):
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        await asyncio.sleep(0.001)
+        running -= 1
+        return "x"
+
+    roll([CODE, ANSWER], [Echo(reply)], rows(12), **{limit: value})
+    assert most == value
+
+
+def test_every_turn_has_its_own_seed_that_depends_on_its_place_alone():
+    def seeds(**kwargs):
+        _, engine = roll([CODE, ANSWER], prompts=rows(2), num_generations=2, **kwargs)
+        return {(call.session, len(call.prompt_ids)): call.sampling.seed for call in engine.calls}
+
+    base = seeds()
+    assert len(set(base.values())) == 8
+    assert seeds(max_concurrent_trajectories=1) == base
+    for change in ({"seed": 1}, {"iteration": 1}, {"policy": "previous"}, {"sample_offset": 2}):
+        assert not set(seeds(**change).values()) & set(base.values())
+    share = seeds(prompt_indices=[1, 5])  # another process's share: row 0 here is row 1 of the whole
+    assert {seed for (name, _), seed in share.items() if "/1/" in name} == {
+        seed for (name, _), seed in base.items() if name.startswith("0/current/1/")
+    }
+
+
+def test_it_runs_inside_a_running_loop_too():
+    async def notebook():
+        return roll([CODE, ANSWER], prompts=rows(2))[0]
+
+    async def native():
+        engine = ScriptedEngine([CODE, ANSWER], TOKENIZER)
+        config = RolloutConfig(num_generations=1, dialect="fenced")
+        return await agenerate_trajectories(rows(2), engine, [Echo()], config, progress=False)
+
+    plain = [t.completion_ids for t in roll([CODE, ANSWER], prompts=rows(2))[0]]
+    assert [t.completion_ids for t in asyncio.run(notebook())] == plain
+    assert [t.completion_ids for t in asyncio.run(native())] == plain
+
+
+# Limits
+
+
+def test_turns_beyond_the_limit_end_the_trajectory_unrun():
+    (trajectory,), engine = roll([CODE] * 3, max_tool_calling_iterations=2)
+    assert trajectory.stop_reason is StopReason.MAX_TURNS
+    assert trajectory.num_turns == 3 and trajectory.info["tool_calls"] == 2
+
+
+def test_a_turn_over_its_limit_is_cut_off_not_finished():
+    (trajectory,), engine = roll(["x" * 40], max_turn_tokens=30)
+    assert trajectory.stop_reason is StopReason.MAX_TOKENS
+    assert trajectory.num_sampled_tokens == 30 and trajectory.completion == [assistant("x" * 30)]
+
+
+@pytest.mark.parametrize("limit", range(160, 300, 7))
+def test_prompt_and_completion_never_exceed_the_limit(limit):
+    (trajectory,), engine = roll([CODE, CODE, ANSWER], max_trajectory_tokens=limit)
+    length = len(trajectory.prompt_ids) + len(trajectory.completion_ids)
+    assert length <= limit
+    assert trajectory.stop_reason in (StopReason.MAX_TOKENS, StopReason.ANSWERED)
+    assert trajectory.completion[-1]["role"] == "assistant" and trajectory.action_mask[-1] == 1
+    assert all(len(call.prompt_ids) + call.sampling.max_new_tokens <= limit for call in engine.calls)
+
+
+def test_an_observation_that_leaves_no_room_is_not_appended():
+    (trajectory,), engine = roll([CODE], [Echo(lambda number: "y" * 500)], max_trajectory_tokens=400)
+    assert trajectory.stop_reason is StopReason.MAX_TOKENS
+    assert trajectory.completion == [assistant(CODE)] and set(trajectory.action_mask) == {1}
+
+
+def test_neither_call_nor_answer_is_an_end():
+    (trajectory,), _ = roll(["I give up."])
+    assert trajectory.stop_reason is StopReason.ENDED
+
+
+def test_a_malformed_call_is_answered_or_ends_as_configured():
+    (trajectory,), _ = roll(["```python\nprint(1)", ANSWER])
+    assert trajectory.stop_reason is StopReason.ANSWERED and trajectory.info["malformed_calls"] == 1
+    assert "not closed" in trajectory.completion[1]["content"]
+    (trajectory,), _ = roll(["```python\nprint(1)"], malformed_calls="end")
+    assert trajectory.stop_reason is StopReason.ENDED and len(trajectory.completion) == 1
+
+
+# Failures
+
+
+def broken(number):
+    if current_rollout().prompt_index == 1:
+        raise ToolFailure("no interpreter")
+    return "x"
+
+
+def test_the_machines_failure_is_never_evidence():
+    judged = []
+
+    def reward(prompts, completions, **columns):
+        judged.extend(prompts)
+        return [0.0] * len(prompts)
+
+    prompts = rows(3)
+    trajectories, engine = roll([CODE, ANSWER], [Echo(broken)], prompts, tool_retries=0, reward_funcs=reward)
+    assert [t.stop_reason for t in trajectories] == [StopReason.ANSWERED, StopReason.TOOL_FAILED, StopReason.ANSWERED]
+    assert [t.verdict for t in trajectories] == [Verdict.INCORRECT, Verdict.UNDECIDED, Verdict.INCORRECT]
+    assert trajectories[1].reward is None and trajectories[1].info["tool_failure"] == "no interpreter"
+    assert prompts[1]["prompt"] not in judged and len(judged) == 2
+    assert sorted(engine.released) == [f"0/current/{i}/0" for i in range(3)]
+
+
+def test_too_many_failures_stop_the_run():
+    def mostly_broken(number):
+        raise ToolFailure("no interpreter")
+
+    with pytest.raises(TooManyToolFailures, match="20 of 20 trajectories.*no interpreter"):
+        roll([CODE, ANSWER], [Echo(mostly_broken)], rows(40), tool_retries=0)
+    trajectories, _ = roll([CODE, ANSWER], [Echo(mostly_broken)], rows(40), tool_retries=0, max_tool_failure_share=1.0)
+    assert {t.stop_reason for t in trajectories} == {StopReason.TOOL_FAILED}
+
+
+def test_the_engines_error_surfaces_as_it_is_and_everything_is_released():
+    def script(prompt_text, sampling, session):
+        if session == "0/current/2/0":
+            raise ZeroDivisionError("engine")
+        return CODE
+
+    engine = ScriptedEngine(script, TOKENIZER)
+    config = RolloutConfig(
+        num_generations=1, dialect="fenced", max_tool_calling_iterations=10**6, max_trajectory_tokens=10**6
+    )
+    with pytest.raises(ZeroDivisionError, match="engine"):
+        generate_trajectories(rows(4), engine, [Echo()], config, progress=False)
+    assert sorted(engine.released) == [f"0/current/{i}/0" for i in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "settings", "error", "words"),
+    [
+        ([{"prompt": "text"}], {}, ValueError, "Row 0: `prompt` is not a list of messages"),
+        ([], {}, ValueError, "empty"),
+        (iter(rows()), {}, TypeError, "cannot be counted"),
+        (rows(), {"max_trajectory_tokens": 50}, ValueError, "leaves no room for a turn"),
+        (rows(), {"policy": "a/b"}, ValueError, "names files"),
+        (rows(), {"prompt_indices": [0, 1]}, ValueError, "2 entries for 1 prompts"),
+        (rows(), {"reward_funcs": []}, ValueError, "reward_funcs"),
+        (rows(), {"tools": [add], "dialect": "fenced"}, ValueError, "one required text argument"),
+    ],
+)
+def test_the_users_mistakes_raise_before_anything_is_sampled(prompts, settings, error, words):
+    engine = ScriptedEngine([ANSWER], TOKENIZER)
+    settings = dict(settings)
+    names = {k: settings.pop(k) for k in list(settings) if k not in RolloutConfig.__dataclass_fields__}
+    tools = names.pop("tools", [Echo()])
+    with pytest.raises(error, match=words):
+        config = RolloutConfig(num_generations=1, **settings)
+        generate_trajectories(prompts, engine, tools, config, progress=False, **names)
+    assert engine.calls == []
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_generations": 0},
+        {"temperature": -1.0},
+        {"top_p": 0.0},
+        {"dialect": "xml"},
+        {"max_turn_tokens": 0},
+        {"stop_strings": "x"},
+        {"tool_timeout_seconds": 0},
+        {"max_tool_failure_share": 1.5},
+        {"answer_pattern": "("},
+        {"chat_template_kwargs": "{"},
+    ],
+)
+def test_the_configuration_is_checked_when_it_is_made(settings):
+    (name,) = settings
+    with pytest.raises(ValueError, match=name):
+        RolloutConfig(**settings)
+
+
+# Verdicts
+
+
+def test_rewards_see_trls_arguments_and_decide_the_verdict():
+    def reward(prompts, completions, completion_ids, answer, **columns):
+        return [None if a == "2" else float(a == "1") for a in answer]
+
+    async def bonus(completions, **columns):
+        return [0.25 for _ in completions]
+
+    trajectories, _ = roll([CODE, ANSWER], prompts=rows(3), reward_funcs=[reward, bonus], reward_weights=[1.0, 2.0])
+    assert [t.verdict for t in trajectories] == [Verdict.CORRECT, Verdict.CORRECT, Verdict.UNDECIDED]
+    assert [t.reward for t in trajectories] == [0.5, 1.5, None]
+    assert trajectories[1].info["rewards"] == {"reward": 1.0, "bonus": 0.25}
+
+
+def test_without_rewards_nothing_is_decided():
+    (trajectory,), _ = roll([ANSWER])
+    assert trajectory.verdict is Verdict.UNDECIDED and trajectory.reward is None
+
+
+def test_a_slow_verifier_holds_up_no_rollout():
+    released = threading.Event()
+
+    def reward(completions, **columns):
+        assert released.wait(30)  # set by the last rollout: judging on the rollouts' path would never get there
+        return [1.0] * len(completions)
+
+    def script(prompt_text, sampling, session):
+        if session == "0/current/7/0" and "```output" in prompt_text:
+            released.set()
+        return ANSWER if "```output" in prompt_text else CODE
+
+    trajectories, _ = roll(script, prompts=rows(8), reward_funcs=reward, max_concurrent_trajectories=1)
+    assert {t.verdict for t in trajectories} == {Verdict.CORRECT}
+
+
+def test_a_reward_functions_error_surfaces():
+    def reward(completions, **columns):
+        raise ZeroDivisionError("reward")
+
+    with pytest.raises(ZeroDivisionError, match="reward"):
+        roll([CODE, ANSWER], prompts=rows(3), reward_funcs=reward)
+
+
+# Environments, prompts, provenance
+
+
+class Counter:
+    """Counts up to a goal."""
+
+    def reset(self, goal: int, **row) -> str:
+        self.count, self.goal = 0, goal
+        return f" Reach {goal}."
+
+    def increment(self, step: int) -> str:
+        """
+        Adds to the counter.
+
+        Args:
+            step: How much.
+        """
+        self.count += step
+        return f"count is {self.count}"
+
+    def get_reward(self) -> float:
+        return float(self.count == self.goal)
+
+    @property
+    def done(self) -> bool:
+        return self.count >= self.goal
+
+
+def test_an_environment_plays_along_and_owns_its_reward():
+    step = '<tool_call>\n{"name": "increment", "arguments": {"step": 2}}\n</tool_call>'
+    prompts = [{"prompt": [user("Play.")], "goal": goal} for goal in (4, 3)]
+    trajectories, _ = roll([step] * 5, [], prompts, dialect="native", environment_factory=Counter)
+    assert [t.prompt[-1]["content"] for t in trajectories] == ["Play. Reach 4.", "Play. Reach 3."]
+    assert [t.verdict for t in trajectories] == [Verdict.CORRECT, Verdict.INCORRECT]
+    for trajectory in trajectories:
+        assert trajectory.stop_reason is StopReason.ANSWERED  # the environment was done
+        assert trajectory.num_turns == 2 and trajectory.completion[-1]["role"] == "assistant"
+        assert trajectory.info["final_observation"] == "count is 4"
+    assert prompts[0]["prompt"] == [user("Play.")], "the row was changed"
+
+
+def test_an_environment_that_does_not_start_is_the_machines_failure():
+    class Broken(Counter):
+        def reset(self, **row):
+            raise ToolFailure("no game")
+
+    (trajectory,), _ = roll([], [], rows(goal=1), dialect="native", environment_factory=Broken, tool_retries=0)
+    assert trajectory.stop_reason is StopReason.TOOL_FAILED and trajectory.completion_ids == []
+
+
+def test_the_system_prompt_is_for_prompts_that_have_none():
+    prompts = [rows()[0], {"prompt": [{"role": "system", "content": "mine"}, user("q")]}]
+    trajectories, _ = roll([ANSWER], prompts=prompts, system_prompt="theirs")
+    assert [t.prompt[0]["content"] for t in trajectories] == ["theirs", "mine"]
+
+
+def test_provenance_says_what_made_the_row():
+    (trajectory,), _ = roll([CODE, ANSWER], temperature=0.7, iteration=2, policy="previous", policy_revision="abc")
+    info = trajectory.info
+    assert (info["iteration"], info["policy"], info["policy_revision"]) == (2, "previous", "abc")
+    assert info["engine"]["engine"] == "scripted" and info["sampler"]["temperature"] == 0.7
+    assert info["tools"] == {"python": "echo-1"} and info["dialect"] == "fenced"
+    other = byte_tokenizer("qwen2_5")
+    other.chat_template += "{# edited #}"
+    (edited,), _ = roll([CODE, ANSWER], tokenizer=other)
+    assert edited.info["tokenizer"] == info["tokenizer"] and edited.info["chat_template"] != info["chat_template"]
