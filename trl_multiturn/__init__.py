@@ -14,7 +14,34 @@ from .version import __version__ as __version__
 
 # public name -> module that defines it
 _MODULES = {
+    "callbacks": ["ToolRolloutGenerator"],
+    "data.pairing": ["PairingConfig", "UnpairedConfig", "build_preference_dataset", "build_unpaired_dataset"],
+    "data.preview": ["preview_masks"],
+    "data.tokenization": ["tokenize_trajectory"],
+    "evaluation": ["EvaluationResult", "evaluate_policy"],
+    "modeling": ["ValueModel"],
+    "report": ["IterationReport"],
+    "rollout.config": ["RolloutConfig"],
+    "rollout.engine": ["Engine", "Generation", "SamplingParams"],
+    "rollout.journal": ["Journal"],
+    "rollout.loop": ["agenerate_trajectories", "generate_trajectories"],
+    "rollout.scripted_engine": ["ScriptedEngine"],
+    "rollout.transformers_engine": ["TransformersEngine"],
+    "templates": ["TurnTemplate"],
+    "tools.base": ["current_rollout"],
+    "tools.python_tool": ["PythonTool"],
+    "tools.result": ["ToolFailure", "ToolResult"],
+    "tools.sandbox": ["Sandbox", "SandboxConfig"],
+    "trainer.dqo_config": ["DQOConfig"],
+    "trainer.dqo_trainer": ["DQOTrainer"],
+    "trainer.multi_turn_dpo_config": ["MultiTurnDPOConfig"],
+    "trainer.multi_turn_dpo_trainer": ["MultiTurnDPOTrainer"],
+    "trainer.multi_turn_kto_config": ["MultiTurnKTOConfig"],
+    "trainer.multi_turn_kto_trainer": ["MultiTurnKTOTrainer"],
+    "trainer.oreo_config": ["OREOConfig"],
+    "trainer.oreo_trainer": ["OREOTrainer"],
     "trajectory": ["StopReason", "Trajectory", "Verdict"],
+    "verify.mathematics": ["math_reward"],
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -6,7 +6,6 @@ import json
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -99,28 +98,30 @@ def _pass_at_1(evaluation: dict[str, float] | None) -> str:
 
 def iteration_table(reports: list[IterationReport], start: dict[str, float] | None = None) -> Table:
     """A `rich` table with a line per iteration; `start` is the evaluation before the first one."""
-    table = Table(title="Iterations", title_justify="left")
-    for name in ("iteration", "trajectories", "correct %", "rows", "dropped by filter", "tool calls", "failures"):
-        table.add_column(name, justify="left" if name == "dropped by filter" else "right")
-    table.add_column("pass@1 after, % ± s.e.", justify="right")
-    table.add_column("seconds", justify="right")
+    table = Table(title="Iterations (pass@1 on held-out prompts, after training)", title_justify="left")
+    for name in ("iteration", "rollouts", "correct %", "rows", "tool calls", "failed", "pass@1 % ± s.e.", "seconds"):
+        table.add_column(name, justify="right")
+    table.add_column("dropped by filter")
     if start:
-        table.add_row("start", *[""] * 6, _pass_at_1(start), "")
+        table.add_row("start", *[""] * 5, _pass_at_1(start))
     for r in reports:
         table.add_row(
             str(r.iteration + 1),
             str(r.trajectories),
             f"{100 * r.correct_share:.1f}",
             str(r.rows),
-            ", ".join(f"{name} {count}" for name, count in sorted(r.dropped.items()) if count) or "–",
             str(r.tool_calls),
             str(r.tool_failures),
             _pass_at_1(r.evaluation),
             f"{r.rollout_seconds + r.train_seconds + r.eval_seconds:.0f}",
+            "\n".join(f"{name} {count}" for name, count in sorted(r.dropped.items()) if count) or "–",
         )
     return table
 
 
-def print_iterations(reports: list[IterationReport], start: dict[str, float] | None = None, **kwargs: Any) -> None:
-    """Prints [`iteration_table`]; `kwargs` go to `rich.console.Console`."""
-    Console(**kwargs).print(iteration_table(reports, start))
+def print_iterations(reports: list[IterationReport], start: dict[str, float] | None = None) -> None:
+    """Prints [`iteration_table`], as wide as it needs where the output is no terminal."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=140)
+    console.print(iteration_table(reports, start))

@@ -1,0 +1,316 @@
+"""`ToolRolloutGenerator`: the callback that turns a TRL trainer's epochs into the iterations of online training."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+from datasets import Dataset, load_from_disk
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from .data.pairing import PairingConfig, UnpairedConfig
+from .evaluation import evaluate_policy
+from .iteration import (
+    IterationSettings,
+    iteration_folder,
+    keep_policy,
+    policy_file,
+    refresh,
+    run_iteration,
+    unwrapped_policy,
+)
+from .report import IterationReport, load_reports, print_iterations
+from .rollout.config import RolloutConfig
+from .rollout.engine import Engine
+from .trainer.policy_weights import load_policy_weights, policy_revision
+
+
+logger = logging.getLogger(__name__)
+
+
+class ToolRolloutGenerator(TrainerCallback):
+    """Refreshes the training rows and the reference at the start of every epoch: one epoch is one iteration.
+
+    Pass it in `callbacks=` of [`MultiTurnDPOTrainer`], [`MultiTurnKTOTrainer`], [`OREOTrainer`] or [`DQOTrainer`]
+    instead of a `train_dataset`. At each epoch's start the policy rolls out on `prompts` with the tools, the rewards
+    judge, filters and pairing select rows, the reference's log-probabilities are computed, and the epoch is exactly
+    one pass over the rows found. Everything an iteration finds is kept under `<output_dir>/rollouts`, so that a run
+    that was stopped anywhere goes on where it was (M-DPO paper 2409.02392, Algorithm 1).
+
+    Args:
+        prompts (`Dataset`):
+            `prompt` (messages) and whatever columns the rewards need, such as `answer`.
+        tools (`list`, *optional*):
+            What the policy may call: [`PythonTool`] and other session tools, or the plain callables that
+            [`~trl.GRPOTrainer`] takes.
+        reward_funcs (`Callable` or `list[Callable]`):
+            Reward functions with TRL's signature, such as [`math_reward`]. `None` for a row means undecided, and
+            undecided rollouts are never trained on.
+        config ([`RolloutConfig`], *optional*):
+            Sampling and limits.
+        pairing ([`PairingConfig`] or [`UnpairedConfig`], *optional*):
+            Filters, and how rows are chosen.
+        reference (`str`, *optional*, defaults to `"previous"`):
+            `"previous"`: each iteration's reference is the policy that rolled it out (eq. 15, better in domain);
+            `"initial"`: it stays the policy before the first iteration (eq. 14).
+        history (`str`, *optional*, defaults to `"latest"`):
+            `"latest"` trains on the iteration's rows, `"all"` on the rows of all iterations so far.
+        prompts_per_iteration (`int`, *optional*):
+            Prompts of one iteration, taken in order and from the front again when they run out; the paper's iterations
+            use disjoint prompts. By default every iteration uses all.
+        eval_prompts (`Dataset`, *optional*):
+            Held-out prompts. With them the policy is evaluated before the first and after every iteration, and the
+            best one is loaded into the model at the end.
+        eval_generations (`int`, *optional*, defaults to `1`):
+            Samples per held-out prompt for pass@n and maj@n besides the greedy one; 1 means greedy only.
+        lr_schedule (`str`, *optional*, defaults to `"run"`):
+            One learning-rate schedule over the whole run, or one per `"iteration"` (warm-up included).
+        reward_weights (`list[float]`, *optional*):
+            Weights of the reward functions.
+        environment_factory (`Callable`, *optional*):
+            As in [`~trl.GRPOTrainer`].
+        engine ([`Engine`], *optional*):
+            What samples; by default a [`TransformersEngine`] on the model that is being trained.
+        run_folder (`str`, *optional*):
+            Defaults to `<output_dir>/rollouts`.
+    """
+
+    def __init__(
+        self,
+        prompts: Dataset,
+        tools: list[Any] | None = None,
+        reward_funcs: Callable | list[Callable] | None = None,
+        config: RolloutConfig | None = None,
+        pairing: PairingConfig | UnpairedConfig | None = None,
+        reference: Literal["previous", "initial"] = "previous",
+        history: Literal["latest", "all"] = "latest",
+        *,
+        prompts_per_iteration: int | None = None,
+        eval_prompts: Dataset | None = None,
+        eval_generations: int = 1,
+        lr_schedule: Literal["run", "iteration"] = "run",
+        reward_weights: list[float] | None = None,
+        environment_factory: Any = None,
+        engine: Engine | None = None,
+        run_folder: str | None = None,
+    ):
+        if not reward_funcs:
+            raise ValueError(
+                "No `reward_funcs` were given, so no rollout could be told from another and no row could be built. "
+                "Pass for example `reward_funcs=[math_reward]`."
+            )
+        for name, dataset in (("prompts", prompts), ("eval_prompts", eval_prompts)):
+            if dataset is not None and "prompt" not in dataset.column_names:
+                raise ValueError(
+                    f"`{name}` has the columns {dataset.column_names} but no `prompt`, so there is nothing to roll "
+                    "out from. Add a `prompt` column of messages."
+                )
+        for name, value, choices in (
+            ("reference", reference, ("previous", "initial")),
+            ("history", history, ("latest", "all")),
+            ("lr_schedule", lr_schedule, ("run", "iteration")),
+        ):
+            if value not in choices:
+                raise ValueError(f"`{name}={value!r}` is unknown. Use one of {choices}.")
+        if prompts_per_iteration is not None and not 1 <= prompts_per_iteration <= len(prompts):
+            raise ValueError(
+                f"`prompts_per_iteration={prompts_per_iteration}` is not between 1 and the {len(prompts)} prompts."
+            )
+        self.prompts = prompts
+        self.eval_prompts = eval_prompts
+        self.eval_generations = eval_generations
+        self.prompts_per_iteration = prompts_per_iteration or len(prompts)
+        self.lr_schedule = lr_schedule
+        self.engine = engine
+        self.settings = IterationSettings(
+            tools=list(tools or []),
+            reward_funcs=reward_funcs if isinstance(reward_funcs, list) else [reward_funcs],
+            rollout=config or RolloutConfig(),
+            pairing=pairing or PairingConfig(),
+            reference=reference,
+            history=history,
+            reward_weights=reward_weights,
+            environment_factory=environment_factory,
+        )
+        self.run_folder = Path(run_folder) if run_folder else None
+        self.trainer: Any = None
+        self._report: IterationReport | None = None  # of the iteration under way
+        self._epoch_started = 0.0
+
+    # What the trainer asks (see `trainer.iterative.TrainingRowSource`)
+
+    def attach(self, trainer: Any) -> None:
+        """Binds the trainer; its constructor calls this."""
+        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+            raise ValueError(
+                "The model's weights are sharded (FSDP or DeepSpeed), so this process cannot keep snapshots of the "
+                "policy. Train with DDP, with LoRA where the model is too large for full fine-tuning."
+            )
+        self.trainer = trainer
+        self.run_folder = self.run_folder or Path(trainer.args.output_dir, "rollouts")
+        if self.engine is None:
+            from .rollout.transformers_engine import TransformersEngine
+
+            self.engine = TransformersEngine(unwrapped_policy(trainer), trainer.processing_class)
+
+    def position(self, global_step: int) -> tuple[int, int]:
+        """`(iteration, its first global step)` of a run that stopped after `global_step` optimizer steps."""
+        for report in self.reports:
+            if report.last_step is None or global_step < report.last_step:
+                return report.iteration, report.first_step
+        return len(self.reports), global_step
+
+    # The trainer's events
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step == 0 and self.eval_prompts is not None and self.start_evaluation is None:
+            evaluation = self._evaluate()
+            if self.trainer.accelerator.is_main_process:
+                _write_json(self._start_file, evaluation)
+            self.trainer.accelerator.wait_for_everyone()
+            self.trainer.log(_prefixed(evaluation))
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        iteration, _ = self.position(state.global_step)
+        folder = iteration_folder(self.run_folder, iteration)
+        self._report = IterationReport.load(folder)
+        if self._report is not None and not self._belongs_to_this_run(self._report, state.global_step):
+            self._set_aside(folder)
+            self._report = None
+        if self._report is None:
+            rows, self._report = run_iteration(
+                iteration, self._prompts_of(iteration), self.trainer, self.engine, self.settings, self.run_folder
+            )
+            self._save_report()
+        else:
+            logger.info("Iteration %d goes on with the rows in %s.", iteration + 1, folder)
+            rows = load_from_disk(folder / "training_rows")
+        if len(rows) == 0:
+            logger.warning(
+                "Iteration %d found no row to train on (%d trajectories: %d correct, %d incorrect; dropped: %s). A "
+                "prompt gives rows where some of its trajectories are correct and some are not: raise "
+                "`num_generations` or the temperature, or use prompts of the policy's level.",
+                *(iteration + 1, self._report.trajectories, self._report.correct, self._report.incorrect),
+                self._report.dropped,
+            )
+        self.trainer.train_dataset = rows
+        self.trainer.log(self._report.metrics())
+        self._epoch_started = time.perf_counter()
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        report = self._report
+        report.train_seconds = time.perf_counter() - self._epoch_started
+        if self.eval_prompts is not None:
+            started = time.perf_counter()
+            report.evaluation = self._evaluate()
+            report.eval_seconds = time.perf_counter() - started
+            self.trainer.log(_prefixed(report.evaluation))
+        report.last_step = state.global_step
+        # The policy after this iteration is the one with which the next would start; kept now, in case it is the best.
+        keep_policy(self.trainer, report.iteration + 1, self.run_folder)
+        self._save_report()
+        self._forget_policies(report.iteration + 1)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        best = self.best_policy
+        if best is not None and best != len(self.reports):
+            load_policy_weights(unwrapped_policy(self.trainer), policy_file(self.run_folder, best))
+            refresh(self.engine, self.trainer, iteration_folder(self.run_folder, best))
+        if args.process_index == 0:
+            print_iterations(self.reports, self.start_evaluation)
+
+    # What the run has found so far
+
+    @property
+    def reports(self) -> list[IterationReport]:
+        """The reports of the iterations so far."""
+        return load_reports(self.run_folder)
+
+    @property
+    def start_evaluation(self) -> dict[str, float] | None:
+        """The evaluation of the policy before the first iteration."""
+        if not self._start_file.exists():
+            return None
+        return json.loads(self._start_file.read_text(encoding="utf-8"))
+
+    @property
+    def best_policy(self) -> int | None:
+        """Number of iterations after which the policy was best on the held-out prompts (0 is the initial policy).
+
+        `None` without `eval_prompts`. Of equals the earlier one is best, being nearer to the initial policy.
+        """
+        evaluations = [self.start_evaluation, *(report.evaluation for report in self.reports)]
+        scores = {i: e["pass@1"] for i, e in enumerate(evaluations) if e is not None}
+        return max(scores, key=scores.get) if scores else None
+
+    @property
+    def _start_file(self) -> Path:
+        return self.run_folder / "start.json"
+
+    def _prompts_of(self, iteration: int) -> Dataset:
+        """The iteration's share of the prompts: consecutive ones, from the front again when they run out."""
+        first = iteration * self.prompts_per_iteration
+        return self.prompts.select([(first + i) % len(self.prompts) for i in range(self.prompts_per_iteration)])
+
+    def _belongs_to_this_run(self, report: IterationReport, global_step: int) -> bool:
+        """Rows on disk are this run's if we stand inside their epoch, or if the present policy rolled them out."""
+        inside = report.first_step < global_step
+        return inside or report.policy_revision == policy_revision(unwrapped_policy(self.trainer))
+
+    def _evaluate(self) -> dict[str, float]:
+        result = evaluate_policy(
+            self.eval_prompts,
+            self.engine,
+            self.settings.tools,
+            self.settings.reward_funcs,
+            n=self.eval_generations,
+            config=self.settings.rollout,
+        )
+        return result.metrics()
+
+    def _save_report(self) -> None:
+        if self.trainer.accelerator.is_main_process:
+            self._report.save(iteration_folder(self.run_folder, self._report.iteration))
+        self.trainer.accelerator.wait_for_everyone()
+
+    def _set_aside(self, folder: Path) -> None:
+        """Renames the folder of an iteration that another policy rolled out: its rows are off-policy, but not lost."""
+        number = 1
+        while (aside := folder.with_name(f"stale_{folder.name}_{number}")).exists():
+            number += 1
+        logger.warning("%s was rolled out by another policy than the present one. It is kept as %s.", folder, aside)
+        self.trainer.accelerator.wait_for_everyone()
+        if self.trainer.accelerator.is_main_process:
+            folder.rename(aside)
+        self.trainer.accelerator.wait_for_everyone()
+
+    def _forget_policies(self, current: int) -> None:
+        """Deletes the snapshots that nothing needs any more: all but the last two, the best and the initial one."""
+        keep = {current, current - 1, self.best_policy, 0}
+        if self.trainer.accelerator.is_main_process:
+            for iteration in set(range(current)) - keep:
+                policy_file(self.run_folder, iteration).unlink(missing_ok=True)
+
+
+def _prefixed(evaluation: dict[str, float]) -> dict[str, float]:
+    return {f"eval_{name}": value for name, value in evaluation.items()}
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(value, indent=2), encoding="utf-8")
+    os.replace(partial, path)

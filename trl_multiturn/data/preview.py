@@ -1,0 +1,174 @@
+"""See a mask: the tokens of a trajectory coloured by what the loss does with them, in a terminal or a notebook."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, Literal
+
+from rich.console import Console, Group
+from rich.panel import Panel
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
+
+from ..trajectory import Trajectory
+from .tokenization import tokenize_preference_row, tokenize_unpaired_row
+from .truncation import PREFERENCE_SIDES, UNPAIRED_SIDES, completion_cut
+
+
+Kind = Literal["context", "trained", "truncated"]
+
+_TERMINAL = {"context": "dim", "trained": "bold green", "truncated": "strike red"}
+_CSS = {
+    "context": "color:#777",
+    "trained": "background:#b7e4c7;color:#081c15;font-weight:600",
+    "truncated": "color:#c1121f;text-decoration:line-through",
+}
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Consecutive tokens with one fate; `turn` numbers the assistant turns from 1, 0 outside them."""
+
+    kind: Kind
+    turn: int
+    text: str
+    num_tokens: int
+
+
+@dataclass(frozen=True)
+class MaskPreview:
+    """Sequences with their masks; prints itself in a terminal (`rich`) and in a notebook (HTML).
+
+    Attributes:
+        sequences (`list[tuple[str, list[Segment]]]`): a title and the segments of each sequence.
+    """
+
+    sequences: list[tuple[str, list[Segment]]]
+
+    def __rich__(self) -> Group:
+        return Group(*(Panel(_text(segments), title=title, title_align="left") for title, segments in self.sequences))
+
+    def _repr_html_(self) -> str:
+        blocks = (
+            f'<div style="border:1px solid #ccc;margin:6px 0;padding:6px;white-space:pre-wrap;font-family:monospace">'
+            f"<b>{html.escape(title)}</b>\n{''.join(map(_span, segments))}</div>"
+            for title, segments in self.sequences
+        )
+        legend = " ".join(f'<span style="{style}">{kind}</span>' for kind, style in _CSS.items())
+        return f"<div>{legend}{''.join(blocks)}</div>"
+
+    def __str__(self) -> str:
+        console = Console(width=100, color_system=None)
+        with console.capture() as capture:
+            console.print(self)
+        return capture.get()
+
+
+def preview_masks(
+    source: Any,
+    num_rows: int = 1,
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+    max_length: int | None = None,
+    show: bool = True,
+) -> MaskPreview:
+    """Shows which tokens are trained (the policy's own), which are context, and which a `max_length` cuts off.
+
+    Args:
+        source:
+            A trainer (its training rows, as they are trained on), a dataset of text or token rows, or a
+            [`Trajectory`] or a list of them.
+        num_rows (`int`, *optional*, defaults to `1`):
+            Rows to show; a preference row shows both of its sides.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            Tokenizer; a trainer brings its own.
+        max_length (`int`, *optional*):
+            Tokens beyond it are shown as truncated, cut where the trainers would cut.
+        show (`bool`, *optional*, defaults to `True`):
+            Print at once: in colours in a terminal, as HTML in a notebook.
+
+    Returns:
+        [`MaskPreview`]
+    """
+    processing_class = processing_class or getattr(source, "processing_class", None)
+    if processing_class is None:
+        raise ValueError("Token ids are shown as text, which needs a tokenizer. Pass `processing_class=`.")
+    if hasattr(source, "train_dataset"):
+        source = source.train_dataset
+    sequences = [
+        (title, list(_segments(prompt, completion, mask, max_length, processing_class)))
+        for title, prompt, completion, mask in _sequences(source, num_rows, processing_class)
+    ]
+    preview = MaskPreview(sequences)
+    if show:
+        _show(preview)
+    return preview
+
+
+def _sequences(source: Any, num_rows: int, processing_class: Any) -> Iterator[tuple[str, list, list, list]]:
+    if isinstance(source, Trajectory):
+        source = [source]
+    rows = source.take(num_rows) if not isinstance(source, list) else source[:num_rows]
+    for index, row in enumerate(rows):
+        if isinstance(row, Trajectory):
+            title = f"trajectory {index} · {row.stop_reason.value} · {row.verdict.value}"
+            yield title, row.prompt_ids, row.completion_ids, row.action_mask
+            continue
+        paired = "chosen" in row or "chosen_ids" in row
+        sides = PREFERENCE_SIDES if paired else UNPAIRED_SIDES
+        if sides[0][1] not in row:
+            row = row | (tokenize_preference_row if paired else tokenize_unpaired_row)(row, processing_class)
+        for ids, mask in sides:
+            side = ids.removesuffix("_ids")
+            label = f" · label {row['label']}" if "label" in row else ""
+            yield f"row {index} · {side}{label}", row["prompt_ids"], row[ids], row[mask]
+
+
+def _segments(
+    prompt: list[int], completion: list[int], mask: list[int], max_length: int | None, processing_class: Any
+) -> Iterator[Segment]:
+    kept = len(completion) if max_length is None else completion_cut(mask, max_length - len(prompt))
+    kinds = [("context", 0)] * len(prompt)
+    turn, before = 0, 0
+    for position, bit in enumerate(mask):
+        turn += bit and not before
+        before = bit
+        kind = "truncated" if position >= kept else "trained" if bit else "context"
+        kinds.append((kind, turn if bit else 0))
+    tokens = zip(kinds, [*prompt, *completion], strict=True)
+    for (kind, number), group in groupby(tokens, key=lambda item: item[0]):
+        ids = [token for _, token in group]
+        yield Segment(kind, number, processing_class.decode(ids), len(ids))
+
+
+def _text(segments: list[Segment]) -> Text:
+    text = Text()
+    for segment in segments:
+        if segment.turn:
+            text.append(
+                f" turn {segment.turn} ", style="reverse green" if segment.kind == "trained" else "reverse red"
+            )
+        text.append(segment.text, style=_TERMINAL[segment.kind])
+    trained = sum(segment.num_tokens for segment in segments if segment.kind == "trained")
+    total = sum(segment.num_tokens for segment in segments)
+    text.append(f"\n{trained} of {total} tokens trained", style="italic")
+    return text
+
+
+def _span(segment: Segment) -> str:
+    label = f'<sub title="assistant turn">{segment.turn}</sub>' if segment.turn else ""
+    return f'{label}<span style="{_CSS[segment.kind]}">{html.escape(segment.text)}</span>'
+
+
+def _show(preview: MaskPreview) -> None:
+    try:
+        from IPython import get_ipython
+        from IPython.display import display
+    except ImportError:
+        get_ipython = None
+    if get_ipython is not None and getattr(get_ipython(), "kernel", None) is not None:
+        display(preview)
+    else:
+        Console().print(preview)

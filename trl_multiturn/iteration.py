@@ -1,0 +1,230 @@
+"""The online iterative loop, one iteration at a time (M-DPO paper 2409.02392, Algorithm 1): the table of contents.
+
+[`run_iteration`] reads like the algorithm. What it calls lives in a part of the package of its own, and what it finds
+is on disk before the next step starts, so that a run that was stopped anywhere goes on where it was. The trainer's
+next epoch is one pass over the rows it returns.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from datasets import Dataset, concatenate_datasets, load_from_disk
+
+from .data.pairing import (
+    PairingConfig,
+    Selection,
+    UnpairedConfig,
+    build_preference_dataset,
+    build_unpaired_dataset,
+    select,
+)
+from .report import IterationReport
+from .rollout.config import RolloutConfig
+from .rollout.engine import Engine
+from .rollout.journal import Journal
+from .rollout.loop import generate_trajectories
+from .trainer.policy_weights import policy_revision, policy_weights, save_policy_weights
+from .trajectory import Trajectory
+
+
+@dataclass
+class IterationSettings:
+    """What stays the same from iteration to iteration; [`ToolRolloutGenerator`] describes each field."""
+
+    tools: list[Any]
+    reward_funcs: list[Callable]
+    rollout: RolloutConfig
+    pairing: PairingConfig | UnpairedConfig
+    reference: Literal["previous", "initial"] = "previous"
+    history: Literal["latest", "all"] = "latest"
+    reward_weights: list[float] | None = None
+    environment_factory: Any = None
+
+
+def run_iteration(
+    iteration: int, prompts: Dataset, trainer: Any, engine: Engine, settings: IterationSettings, run_folder: Path
+) -> tuple[Dataset, IterationReport]:
+    """Prompts in, the training rows of one iteration out.
+
+    Args:
+        iteration (`int`):
+            0-based.
+        prompts (`Dataset`):
+            The iteration's prompts: `prompt` messages and the columns that the rewards need.
+        trainer:
+            The trainer; its model is the policy π_t.
+        engine ([`Engine`]):
+            What samples.
+        settings ([`IterationSettings`]):
+            Tools, rewards, limits, pairing, choice of reference.
+        run_folder (`Path`):
+            Where the run keeps its `iteration_*` folders.
+
+    Returns:
+        `(rows, report)`: token rows with the reference's log-probabilities, and the iteration's counts.
+    """
+    started = time.perf_counter()
+    folder = iteration_folder(run_folder, iteration)
+
+    # π_t is kept: the next iteration explores with it, and it may turn out to be the best of all.
+    revision = keep_policy(trainer, iteration, run_folder)
+
+    # Roll out with π_t and, for exploration, with the previous policy; every answer is verified on the way.
+    trajectories = roll_out(iteration, prompts, trainer, engine, settings, run_folder)
+
+    # Filter and pair.
+    selection = select(trajectories, settings.pairing)
+    build = build_preference_dataset if trainer.row_format == "preference" else build_unpaired_dataset
+    rows = on_disk(build(selection), folder / "rows", trainer)
+
+    # Train on these rows, or on all so far, against the reference of this iteration.
+    training_rows = rows if settings.history == "latest" else with_history(rows, iteration, run_folder)
+    training_rows = with_reference(training_rows, trainer, settings.reference, run_folder)
+    training_rows = on_disk(training_rows, folder / "training_rows", trainer)
+
+    report = count(trajectories, selection)
+    report.iteration, report.first_step, report.policy_revision = iteration, trainer.state.global_step, revision
+    report.rows, report.trained_rows = len(rows), len(training_rows)
+    report.rollout_seconds = time.perf_counter() - started
+    return training_rows, report
+
+
+def roll_out(
+    iteration: int,
+    prompts: Dataset,
+    trainer: Any,
+    engine: Engine,
+    settings: IterationSettings,
+    run_folder: Path,
+) -> list[Trajectory]:
+    """Rolls out with the current and, after the first iteration, the previous policy (mixture sampling, section 3.1).
+
+    Every finished trajectory is in the iteration's journal the moment it finishes. With several processes each rolls
+    out its share of the prompts, and all read the trajectories of all from the journal.
+    """
+    config, policy = settings.rollout, unwrapped_policy(trainer)
+    folder = iteration_folder(run_folder, iteration)
+    explore = min(config.previous_policy_generations, config.num_generations) if iteration else 0
+    share = range(trainer.args.process_index, len(prompts), trainer.args.world_size)
+
+    def sample(label: str, num_generations: int, sample_offset: int) -> None:
+        refresh(engine, trainer, folder)
+        generate_trajectories(
+            prompts.select(share),
+            engine,
+            settings.tools,
+            config,
+            reward_funcs=settings.reward_funcs,
+            reward_weights=settings.reward_weights,
+            environment_factory=settings.environment_factory,
+            num_generations=num_generations,
+            sample_offset=sample_offset,
+            prompt_indices=list(share),
+            policy=label,
+            policy_revision=policy_revision(policy),
+            iteration=iteration,
+            journal=journal,
+            progress=trainer.args.process_index == 0 and not trainer.args.disable_tqdm,
+        )
+
+    with Journal(folder / "journal") as journal:
+        if share:
+            sample("current", config.num_generations - explore, sample_offset=0)
+            if explore:
+                with policy_weights(policy, policy_file(run_folder, iteration - 1)):
+                    sample("previous", explore, sample_offset=config.num_generations - explore)
+                refresh(engine, trainer, folder)
+        trainer.accelerator.wait_for_everyone()
+        return list(journal.read())
+
+
+def with_history(rows: Dataset, iteration: int, run_folder: Path) -> Dataset:
+    """The rows of all iterations so far (`D ← D ∪ D_t`)."""
+    earlier = [load_from_disk(iteration_folder(run_folder, t) / "rows") for t in range(iteration)]
+    return concatenate_datasets([*earlier, rows])
+
+
+def with_reference(
+    rows: Dataset, trainer: Any, reference: Literal["previous", "initial"], run_folder: Path
+) -> Dataset:
+    """Prepares rows for the trainer and adds the reference's log-probabilities, so that no second model is kept.
+
+    `"previous"`: the policy that has just rolled out (eq. 15), so every margin starts the iteration at exactly 0.
+    `"initial"`: the policy before the first iteration (eq. 14), whose weights are put into the model for the moment.
+    """
+    weights = nullcontext()
+    if reference == "initial":
+        weights = policy_weights(unwrapped_policy(trainer), policy_file(run_folder, 0))
+    if len(rows) == 0:
+        return rows
+    rows = trainer.prepare_rows(rows)
+    with weights:
+        return trainer.compute_reference_columns(rows, reference="policy")
+
+
+def count(trajectories: list[Trajectory], selection: Selection) -> IterationReport:
+    """The counts of an iteration's report that come from its trajectories."""
+    verdicts = Counter(trajectory.verdict.value for trajectory in trajectories)
+    return IterationReport(
+        iteration=0,
+        trajectories=len(trajectories),
+        correct=verdicts["correct"],
+        incorrect=verdicts["incorrect"],
+        undecided=verdicts["undecided"],
+        dropped=dict(selection.dropped),
+        stop_reasons=dict(Counter(trajectory.stop_reason.value for trajectory in trajectories)),
+        tool_calls=sum(trajectory.info.get("tool_calls", 0) for trajectory in trajectories),
+        tool_failures=sum(trajectory.info.get("tool_errors", 0) for trajectory in trajectories),
+    )
+
+
+# Where things lie, and who writes them
+
+
+def iteration_folder(run_folder: Path, iteration: int) -> Path:
+    """The folder of one iteration."""
+    return run_folder / f"iteration_{iteration:03d}"
+
+
+def policy_file(run_folder: Path, iteration: int) -> Path:
+    """The snapshot of π_t, the policy with which iteration t starts; file 0 is the initial policy."""
+    return iteration_folder(run_folder, iteration) / "policy.safetensors"
+
+
+def unwrapped_policy(trainer: Any) -> Any:
+    """The policy itself, without the wrapper of a distributed backend."""
+    return trainer.accelerator.unwrap_model(trainer.model)
+
+
+def keep_policy(trainer: Any, iteration: int, run_folder: Path) -> str:
+    """Writes the snapshot of π_t and returns its revision."""
+    policy = unwrapped_policy(trainer)
+    if trainer.accelerator.is_main_process:
+        save_policy_weights(policy, policy_file(run_folder, iteration))
+    trainer.accelerator.wait_for_everyone()
+    return policy_revision(policy)
+
+
+def refresh(engine: Engine, trainer: Any, folder: Path) -> None:
+    """Tells the engine that the policy's weights changed; one with weights of its own gets a checkpoint to load."""
+    if not getattr(engine, "loads_checkpoints", False):
+        engine.refresh()
+        return
+    checkpoint = folder / f"engine_checkpoint_{trainer.args.process_index}"  # each process has an engine of its own
+    unwrapped_policy(trainer).save_pretrained(checkpoint)
+    engine.refresh(str(checkpoint))
+
+
+def on_disk(rows: Dataset, folder: Path, trainer: Any) -> Dataset:
+    """Writes rows from the main process and loads them in every one, so that all ranks train on the same file."""
+    if trainer.accelerator.is_main_process:
+        rows.save_to_disk(folder, num_shards=1)  # without a number, an empty dataset is written as no shard at all
+    trainer.accelerator.wait_for_everyone()
+    return load_from_disk(folder)
