@@ -23,6 +23,10 @@ from IPython.core.displayhook import DisplayHook
 from IPython.core.interactiveshell import InteractiveShell
 
 
+class CellTimeout(BaseException):
+    """Raised in the main thread when the cell's time is over, again and again until it stops."""
+
+
 _read, _write, _exit = os.read, os.write, os._exit
 _setitimer, _set_handler, _sleep, _cpu_clock = signal.setitimer, signal.signal, time.sleep, time.pthread_getcpuclockid
 _clock = time.clock_gettime
@@ -36,13 +40,10 @@ _unblock, _MASK = signal.pthread_sigmask, (signal.SIG_UNBLOCK, {signal.SIGALRM})
 _task_ids = os.listdir
 _pristine = dict(vars(builtins))
 _builtins = vars(builtins)
+_COMPILE_ERRORS = (SyntaxError, ValueError, OverflowError, MemoryError, RecursionError, CellTimeout)
 _REPEAT_SECONDS = 0.05
 _STATIONARY = 0.25  # share of a core above which a thread left behind counts as spinning
 _RECURSION = sys.getrecursionlimit()
-
-
-class CellTimeout(BaseException):
-    """Raised in the main thread when the cell's time is over, again and again until it stops."""
 
 
 class Output:
@@ -139,6 +140,7 @@ class Shell(InteractiveShell):
     displayhook_class = Display
     failure: BaseException | None = None
     output: Output | None = None
+    started = False
 
     def answer(self, text: str) -> None:
         output = self.output
@@ -150,6 +152,10 @@ class Shell(InteractiveShell):
 
     def showsyntaxerror(self, *args, **kwargs) -> None:
         self.failure = sys.exc_info()[1]
+
+    async def run_code(self, *args, **kwargs):
+        self.started = True
+        return await super().run_code(*args, **kwargs)
 
     def enable_gui(self, gui=None) -> None:
         pass
@@ -202,11 +208,11 @@ class Cells:
             self.expired = True
             raise CellTimeout
 
-    def run(self, code: str, timeout: float) -> tuple[int, str, int]:
-        """Returns the status, the text, and the number of characters cut out of its middle."""
+    def run(self, code: str, timeout: float) -> tuple[int, int, str, int]:
+        """Returns the status, the flags, the text, and the number of characters cut out of its middle."""
         shell, output = self.shell, Output(self.limit)
         silenced = frozenset(_task_ids("/proc/self/task")) - {str(_native_id())} if _thread_count() else frozenset()
-        shell.output, shell.failure, failure = output, None, None
+        shell.output, shell.failure, shell.started, failure, flags = output, None, False, None, 0
         self.expired = False
         try:
             try:
@@ -217,7 +223,10 @@ class Cells:
                 self.running = True
                 _setitimer(signal.ITIMER_REAL, timeout, _REPEAT_SECONDS)
                 result = shell.run_cell(code, store_history=True)
-                failure = result.error_before_exec or result.error_in_exec or shell.failure
+                failure = result.error_before_exec or result.error_in_exec
+                if failure is not None:
+                    flags = self._blame(failure)
+                failure = failure or shell.failure
                 if failure is not None:
                     output = Output(self.limit)
                     output.add(describe(failure))
@@ -226,13 +235,25 @@ class Cells:
                 _setitimer(signal.ITIMER_REAL, 0)
                 _restore()
         except BaseException as error:
-            failure, output = error, Output(self.limit)
+            failure, output, flags = error, Output(self.limit), self._blame(error)
             output.add(describe(error))
         if self.expired:
-            return protocol.TIMEOUT, "", 0
+            return protocol.TIMEOUT, 0, "", 0
         if failure is None:
-            return protocol.OK, output.text().strip("\n"), output.dropped
-        return protocol.MEMORY if isinstance(failure, MemoryError) else protocol.ERROR, output.text(), output.dropped
+            return protocol.OK, 0, output.text().strip("\n"), output.dropped
+        status = protocol.MEMORY if isinstance(failure, MemoryError) else protocol.ERROR
+        return status, flags, output.text(), output.dropped
+
+    def _blame(self, error: BaseException) -> int:
+        """Flags an error that comes from the shell instead of from the cell: something has broken the shell."""
+        if not self.shell.started:
+            return 0 if isinstance(error, _COMPILE_ERRORS) else protocol.NOT_RUN
+        trace = error.__traceback__
+        while trace is not None:
+            if trace.tb_frame.f_globals is self.shell.user_ns:
+                return 0
+            trace = trace.tb_next
+        return 0 if isinstance(error, (CellTimeout, MemoryError, RecursionError)) else protocol.SPOILED
 
 
 def describe(error: BaseException) -> str:
@@ -327,7 +348,10 @@ def serve(descriptor: int, cells: Cells) -> None:
     while True:
         nonce, timeout, length = unpack(_read_exactly(descriptor, size))
         code = _read_exactly(descriptor, length).decode("utf-8", "replace")
-        status, text, dropped = cells.run(code, timeout)
-        flags = left if _thread_count() and end_spinning_threads() else 0
+        if timeout < 0:  # the client wants to know that no thread of an earlier cell has swallowed this one
+            report(descriptor, protocol.READY, nonce=nonce)
+        status, flags, text, dropped = cells.run(code, abs(timeout))
+        if _thread_count() and end_spinning_threads():
+            flags |= left
         data = text.encode("utf-8", "replace")
         _send(descriptor, pack(nonce, status, flags, dropped, len(data)) + data)

@@ -21,6 +21,7 @@ import sys
 import tempfile
 import threading
 import weakref
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,7 @@ _START_SECONDS = 60.0
 _SPAWN_SECONDS = 30.0
 _EXIT_SECONDS = 5.0
 _WATCH_AFTER_SECONDS = 0.02
+_WAKE_SECONDS = 1.0
 _SPAWNS_AT_ONCE = 16
 _THREAD_POOLS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 _HIDDEN_DEVICES = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ZE_AFFINITY_MASK")
@@ -49,6 +51,10 @@ _servers: weakref.WeakSet[ForkServer] = weakref.WeakSet()
 
 class IsolationError(ToolFailure):
     """This machine does not grant a layer of isolation that the configuration insists on."""
+
+
+class _NobodyListensError(Exception):
+    """A session takes no cell."""
 
 
 @dataclass
@@ -348,7 +354,7 @@ class ForkedInterpreter:
     async def ready(self) -> None:
         """Waits until the process has confined itself."""
         try:
-            status, _, _, text = await self._receive(protocol.NO_NONCE)
+            status, _, _, text = await self._receive(protocol.NO_NONCE, (protocol.READY, protocol.FAILED))
         except (ConnectionError, ValueError) as error:
             raise ToolFailure(f"A forked session ended before its first cell: {error}") from error
         if status != protocol.READY:
@@ -358,13 +364,13 @@ class ForkedInterpreter:
         """Runs one cell and says what became of it."""
         from .sandbox import Reply
 
-        if self._stopped:
-            self._stopped = False
-            self.server.tell(op="continue", id=self.number)
         watch = asyncio.get_running_loop().call_later(_WATCH_AFTER_SECONDS, self._watch, True)
         try:
+            nonce = await self._request(code, timeout)
             async with asyncio.timeout(timeout + self.config.grace_seconds):
-                status, flags, dropped, text = await self._exchange(code, timeout)
+                status, flags, dropped, text = await self._receive(nonce, protocol.STATUS)
+        except _NobodyListensError:
+            return Reply("RuntimeError: a thread of an earlier cell took this one", "crashed", alive=False, ran=False)
         except TimeoutError:
             return Reply(timeout_message(timeout), "timeout", alive=False)
         except (OSError, ValueError) as error:
@@ -373,6 +379,8 @@ class ForkedInterpreter:
             watch.cancel()
             if watch.when() <= asyncio.get_running_loop().time():
                 self._watch(False)
+        if flags & protocol.NOT_RUN:
+            return Reply(last_paragraph(text), "error", alive=False, ran=False)
         if flags & protocol.THREADS_LEFT:
             self._stopped = True  # what they do next is done on the next cell's time
             self.server.tell(op="stop", id=self.number)
@@ -383,24 +391,34 @@ class ForkedInterpreter:
             return Reply(timeout_message(timeout), "timeout")
         if status != protocol.OK:
             text = last_paragraph(text)
-        return Reply(text, protocol.STATUS[status], dropped=dropped)
+        return Reply(text, protocol.STATUS[status], alive=not flags & protocol.SPOILED, dropped=dropped)
 
     def _watch(self, on: bool) -> None:
         self.server.tell(op="watch", id=self.number, on=on)
 
-    async def _exchange(self, code: str, timeout: float) -> tuple[int, int, int, str]:
+    async def _request(self, code: str, timeout: float) -> bytes:
+        """Sends a cell; returns the nonce that its answer must carry."""
         with contextlib.suppress(BlockingIOError):
             if self._connection.recv(1) is not None:
                 raise ValueError("it spoke without being asked, or is gone")
-        nonce, data = secrets.token_bytes(8), code.encode("utf-8", "replace")
-        request = protocol.REQUEST.pack(nonce, timeout, len(data)) + data
-        await asyncio.get_running_loop().sock_sendall(self._connection, request)
-        return await self._receive(nonce)
+        nonce, data, stopped = secrets.token_bytes(8), code.encode("utf-8", "replace"), self._stopped
+        request = protocol.REQUEST.pack(nonce, -timeout if stopped else timeout, len(data)) + data
+        if stopped:
+            self._stopped = False
+            self.server.tell(op="continue", id=self.number)
+        try:
+            async with asyncio.timeout(_WAKE_SECONDS if stopped else timeout + self.config.grace_seconds):
+                await asyncio.get_running_loop().sock_sendall(self._connection, request)
+                if stopped:
+                    await self._receive(nonce, (protocol.READY,))
+        except TimeoutError:
+            raise _NobodyListensError from None
+        return nonce
 
-    async def _receive(self, nonce: bytes) -> tuple[int, int, int, str]:
+    async def _receive(self, nonce: bytes, expected: Container[int]) -> tuple[int, int, int, str]:
         header = await self._read(protocol.REPLY.size)
         echo, status, flags, dropped, size = protocol.REPLY.unpack(header)
-        if echo != nonce or size > self._largest or status > protocol.FAILED:
+        if echo != nonce or size > self._largest or status not in expected:
             raise ValueError("it answered garbage")
         return status, flags, dropped, (await self._read(size)).decode("utf-8", "replace")
 
@@ -421,8 +439,8 @@ class ForkedInterpreter:
             return Reply(f"RuntimeError: the interpreter was stopped, because {error}", "crashed", alive=False)
         try:
             ended = await self.server.exit_of(self.number)
-        except ConnectionError:
-            ended = None
+        except ConnectionError:  # the warm interpreter was killed, and its sessions with it: not this cell's fault
+            return Reply("RuntimeError: the sandbox was restarted", "crashed", alive=False, ran=False)
         if ended is not None and ended.reason.startswith("quota: "):
             return Reply(_quota_message(ended.reason.removeprefix("quota: ")), "error", alive=False)
         if ended is not None and -ended.code in _SIGNALS_OF_TIME:

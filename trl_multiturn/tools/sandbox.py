@@ -135,12 +135,17 @@ class SandboxConfig:
 
 @dataclass(frozen=True)
 class Reply:
-    """What an interpreter process says about one cell; `alive` is whether it can run another."""
+    """What an interpreter process says about one cell.
+
+    `alive`: whether it can run another. `ran`: `False` if the cell never ran, or was interrupted by somebody else, so
+    that it can be run again elsewhere. `dropped`: characters already cut out of the middle of `output`.
+    """
 
     output: str
     status: str
     alive: bool = True
     dropped: int = 0
+    ran: bool = True
 
 
 class Interpreter(Protocol):
@@ -257,9 +262,18 @@ class Session:
         return None
 
     async def _execute(self, code: str) -> Reply:
-        if self._interpreter is None:
-            await self._replace()
-        return await self._interpreter.execute(code, self._config.timeout_seconds)
+        for attempt in range(3):
+            if self._interpreter is None:
+                await self._replace()
+            reply = await self._interpreter.execute(code, self._config.timeout_seconds)
+            if reply.ran:
+                break
+            # An earlier cell broke the interpreter under this one. Once more in a fresh process; if the replay of
+            # the earlier cells breaks that one too, without them.
+            await self._discard()
+            if attempt:
+                self._history.clear()
+        return reply
 
     async def _replace(self) -> None:
         """A fresh process with the earlier successful cells run again, within the time of one cell."""

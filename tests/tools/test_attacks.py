@@ -1,0 +1,91 @@
+"""Every hostile cell is contained: the host is unharmed, the verdict is one of ours, and the next cell works."""
+
+import json
+import os
+import select
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from .attacks import ATTACKS, REFUSED
+
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the fork server confines on Linux only")
+
+_HERE = Path(__file__).parent
+_NOBODY = 65534
+_LATE_SECONDS = 60.0  # far beyond timeout and grace: a verdict that needs this long is a client that was blocked
+# a cell that stumbles over its own mistake attacks nothing
+_NEVER_RAN = ("SyntaxError", "NameError", "AttributeError", "TypeError", "ImportError", "ModuleNotFoundError")
+
+
+def _others_can_read(path: str) -> bool:
+    """Whether an unprivileged user reaches the path at all."""
+    resolved = Path(path).resolve()
+    return all(folder.stat().st_mode & stat.S_IXOTH for folder in [*resolved.parents])
+
+
+class Arena:
+    """The process in which the cells are let loose."""
+
+    def __init__(self, user: int) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, str(_HERE / "arena.py"), str(user)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+            start_new_session=True,
+        )
+        self.hello = self._answer()
+
+    def _answer(self) -> dict:
+        ready, _, _ = select.select([self.process.stdout], [], [], _LATE_SECONDS)
+        assert ready, "the arena does not answer: its client is blocked"
+        line = self.process.stdout.readline()
+        assert line, "the arena died"
+        return json.loads(line)
+
+    def attack(self, name: str) -> dict:
+        self.process.stdin.write(json.dumps({"name": name}) + "\n")
+        self.process.stdin.flush()
+        return self._answer()
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+@pytest.fixture(scope="module", params=["as_this_user", pytest.param("as_nobody", marks=pytest.mark.slow)])
+def arena(request):
+    user = os.geteuid()
+    if request.param == "as_nobody":
+        if user != 0:
+            pytest.skip("this user is unprivileged already")
+        if not all(_others_can_read(path) for path in (sys.executable, sys.base_prefix, __file__)):
+            pytest.skip("an unprivileged user cannot reach this Python or this checkout")
+        user = _NOBODY
+    arena = Arena(user)
+    yield arena
+    arena.close()
+
+
+def test_the_arena_has_every_wall(arena):
+    assert arena.hello["layers"]["landlock"] != "off" and arena.hello["layers"]["seccomp"] != "off"
+
+
+@pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.name)
+def test_attack_is_contained(arena, attack):
+    report = arena.attack(attack.name)
+    assert report["problems"] == []
+    assert report["status"] in attack.statuses, report
+    assert report["next"] == ["ok", "42"], report
+    if attack.statuses == REFUSED:
+        assert not report["output"].startswith(_NEVER_RAN), "the attack did not run"
