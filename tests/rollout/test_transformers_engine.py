@@ -8,8 +8,12 @@ import threading
 import pytest
 import torch
 import transformers
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from tests.support import byte_tokenizer, tiny_model
 from trl_multiturn.rollout.engine import Engine, SamplingParams
@@ -425,6 +429,28 @@ def test_a_ddp_policy_is_sampled_without_its_wrapper(tmp_path):
         (generation,) = run(TransformersEngine(wrapped, TOKENIZER), (prompt(7), SamplingParams(8, temperature=0)))
         assert wrapped.training and model.training
         assert generation.token_ids == score(model.eval(), prompt(7), generation.token_ids)[1]
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_accelerates_mixed_precision_and_compilation_are_seen_through():
+    model = tiny_model(TOKENIZER)
+    wrapped = torch.compile(Accelerator(cpu=True, mixed_precision="bf16").prepare_model(model))
+    dtypes = set()
+    model.lm_head.register_forward_hook(lambda module, args, out: dtypes.add(out.dtype))
+    (generation,) = run(TransformersEngine(wrapped, TOKENIZER), (prompt(7), SamplingParams(8, seed=0)))
+    assert dtypes == {torch.bfloat16}
+    logps, _ = score(model.eval(), prompt(7), generation.token_ids)
+    torch.testing.assert_close(torch.tensor(generation.logps), logps, atol=0.05, rtol=0)
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_sharded_weights_are_refused(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = fully_shard(tiny_model(TOKENIZER), mesh=init_device_mesh("cpu", (1,)))
+        with pytest.raises(EngineError, match="is sharded over processes.*unwrap_model_for_generation"):
+            run(TransformersEngine(model, TOKENIZER), (prompt(3), SamplingParams(1)))
     finally:
         torch.distributed.destroy_process_group()
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from .engine import Generation, SamplingParams
@@ -83,19 +85,29 @@ class DecodingBatch:
     from the same kind of step. Equal prompts that join together are read once.
 
     Args:
-        model ([`~transformers.PreTrainedModel`]):
-            The policy, unwrapped. Called with `input_ids`, `position_ids`, `past_key_values` and a 4-D
-            `attention_mask` (or a dict of them by layer type).
+        model (`torch.nn.Module`):
+            What is called: the policy, or PEFT's shell around it. It gets `input_ids`, `position_ids`,
+            `past_key_values` and a 4-D `attention_mask` (or a dict of them by layer type).
+        policy ([`~transformers.PreTrainedModel`]):
+            The decoder inside.
         matcher ([`StopStringMatcher`]):
             For stop strings.
         retained ([`RetainedCaches`]):
             Caches of sessions between turns.
         max_prefill_tokens (`int`):
             Most tokens, padding included, of one prefill pass.
+        max_batch_size (`int`):
+            Most rows.
     """
 
     def __init__(
-        self, model: PreTrainedModel, matcher: StopStringMatcher, retained: RetainedCaches, max_prefill_tokens: int
+        self,
+        model: nn.Module,
+        policy: PreTrainedModel,
+        matcher: StopStringMatcher,
+        retained: RetainedCaches,
+        max_prefill_tokens: int,
+        max_batch_size: int,
     ) -> None:
         self.rows: list[DecodingRequest] = []
         self.prefilled_tokens = 0
@@ -104,18 +116,23 @@ class DecodingBatch:
         self._matcher = matcher
         self._retained = retained
         self._max_prefill_tokens = max(max_prefill_tokens, ROW_MULTIPLE)
-        self._windows = attention_windows(model.config)
-        self._layer_types = getattr(model.config.get_text_config(decoder=True), "layer_types", None)
-        self._cache = SlotCache(len(self._windows))
+        self._policy = policy
+        self._max_rows = max(max_batch_size, ROW_MULTIPLE)
+        self._windows = attention_windows(policy.config)
+        self._layer_types = getattr(policy.config.get_text_config(decoder=True), "layer_types", None)
+        # Without it, all logits of a prompt are computed and thrown away.
+        keeps_logits = "logits_to_keep" in inspect.signature(type(policy).forward).parameters
+        self._options = {"use_cache": True} | ({"logits_to_keep": 1} if keeps_logits else {})
+        self.drop_buffers()
         self._sampler: TokenSampler | None = None
 
     @property
     def device(self) -> torch.device:
-        return self._model.get_input_embeddings().weight.device
+        return self._policy.get_input_embeddings().weight.device
 
     def drop_buffers(self) -> None:
         """Frees the shared cache. Only while no row is live."""
-        self._cache = SlotCache(len(self._windows))
+        self._cache = SlotCache(len(self._windows), self._max_rows)
 
     def join(self, requests: Sequence[DecodingRequest]) -> None:
         """Admits requests: fills their rows from retained caches and reads the rest of their prompts."""
@@ -158,7 +175,7 @@ class DecodingBatch:
         positions = torch.tensor([r.position for r in self.rows] + padding, device=device).unsqueeze(1)
         length = max(r.position for r in self.rows) + 1
         self._cache.reserve(len(token_ids), length)
-        logits = self._forward(0, token_ids, positions, positions, length)[:count, -1]
+        logits = self._forward(0, token_ids, positions, positions, length)[:count, 0]
         if self._sampler is None:
             self._sampler = TokenSampler([r.sampling for r in self.rows], device)
         uniforms = torch.tensor([r.rng.random() for r in self.rows], dtype=torch.float32, device=device)
@@ -247,10 +264,9 @@ class DecodingBatch:
             attention_mask=self._masks(columns, visible),
             position_ids=positions,
             past_key_values=self._cache,
-            use_cache=True,
-            logits_to_keep=1,
+            **self._options,
         )
-        return output.logits
+        return output.logits[:, -1:]
 
     def _masks(self, columns: torch.Tensor, visible: int) -> torch.Tensor | dict[str, torch.Tensor]:
         """`(N, 1, Q, K)` masks: a token sees the columns up to its own, within its layer's window."""
@@ -266,9 +282,9 @@ class DecodingBatch:
         return {kind: by_window[window] for kind, window in zip(self._layer_types, self._windows, strict=True)}
 
     def _in_model_format(self, allowed: torch.Tensor) -> torch.Tensor:
-        if self._model.config._attn_implementation != "eager":
+        if self._policy.config._attn_implementation != "eager":
             return allowed
-        dtype = self._model.dtype
+        dtype = self._policy.dtype
         return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(
             ~allowed, torch.finfo(dtype).min
         )

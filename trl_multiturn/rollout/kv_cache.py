@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, Dynam
 
 
 LENGTH_MULTIPLE = 64
+LENGTH_HEADROOM = 512
 
 
 def round_up(value: int, multiple: int) -> int:
@@ -160,10 +161,13 @@ class SlotCache(Cache):
     Args:
         num_layers (`int`):
             Layers of the model.
+        max_rows (`int`):
+            Most rows that will be asked for.
     """
 
-    def __init__(self, num_layers: int) -> None:
+    def __init__(self, num_layers: int, max_rows: int) -> None:
         self.window = SlotWindow()
+        self._max_rows = max_rows
         super().__init__(layers=[SlotLayer(self.window) for _ in range(num_layers)])
 
     def buffers(self) -> list[tuple[CacheLayerMixin, str]]:
@@ -177,11 +181,11 @@ class SlotCache(Cache):
         window = self.window
         if rows <= window.rows and length <= window.length:
             return
-        # Doubling keeps the number of copies logarithmic in the length.
+        # With room to spare, as every growth copies the buffer.
         if length > window.length:
-            window.length = round_up(max(length, window.length * 2 if window.length else 0), LENGTH_MULTIPLE)
+            window.length = round_up(length + min(length, LENGTH_HEADROOM), LENGTH_MULTIPLE)
         if rows > window.rows:
-            window.rows = max(rows, min(window.rows * 2, rows * 2))
+            window.rows = min(self._max_rows, max(rows, 2 * window.rows))
         for layer, name in self.buffers():
             old = getattr(layer, name)
             new = old.new_zeros(window.rows, window.length, *old.shape[2:])

@@ -14,6 +14,7 @@ import torch
 import transformers
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import is_peft_available
 
@@ -23,8 +24,10 @@ from .kv_cache import RetainedCaches
 from .stop_strings import StopStringMatcher
 
 
-# While other rows are live, new requests are gathered for at most this many steps, so that their prompts share a pass.
-MAX_STEPS_WAITING = 4
+# While other rows are live, new requests are gathered until they are one for so many live rows, or have waited so many
+# steps, so that their prompts share a pass.
+JOIN_SHARE = 16
+MAX_STEPS_WAITING = 2
 
 
 class EngineError(RuntimeError):
@@ -56,7 +59,8 @@ class TransformersEngine:
         processing_class ([`~transformers.PreTrainedTokenizerBase`]):
             Its tokenizer; used for stop strings only.
         max_batch_size (`int`, *optional*, defaults to `64`):
-            Most requests sampled at once; more wait in line.
+            Most requests sampled at once; more wait in line. The live cache has so many rows, each as long as the
+            longest live conversation.
         device (`torch.device` or `str`, *optional*):
             Moves the model there; by default it stays where it is.
         cache_memory_limit_mb (`int`, *optional*, defaults to `4096`):
@@ -83,13 +87,18 @@ class TransformersEngine:
         self.processing_class = processing_class
         self.max_batch_size = max_batch_size
         self.model = model
-        self._policy = unwrap_policy(model)
+        shell, self._policy = unwrap_policy(model)
         if device is not None:
             model.to(device)
         self._vocab_size = self._policy.get_input_embeddings().num_embeddings
         self._retained = RetainedCaches(cache_memory_limit_mb * 2**20)
         self._batch = DecodingBatch(
-            self._policy, StopStringMatcher(processing_class), self._retained, max_prefill_tokens
+            shell,
+            self._policy,
+            StopStringMatcher(processing_class),
+            self._retained,
+            max_prefill_tokens=max_prefill_tokens,
+            max_batch_size=max_batch_size,
         )
         self._seeds = random.Random(seed)
         # Guards the three fields below, which the event loop's thread and the worker share.
@@ -202,27 +211,26 @@ class TransformersEngine:
     def _serve(self) -> list[tuple[DecodingRequest, Generation]]:
         """Decodes until every request is done. Returns the results that are not delivered yet."""
         batch = self._batch
-        waiting: deque[DecodingRequest] = deque()
+        begun: deque[DecodingRequest] = deque()
+        new: deque[DecodingRequest] = deque()
         steps_waited = 0
         while True:
             with self._lock:
-                waiting += self._inbox
+                # Trajectories that have begun go first: they end sooner, and fewer caches are kept at a time.
+                for request in self._inbox:
+                    (begun if request.session in self._retained else new).append(request)
                 self._inbox.clear()
-            free = self.max_batch_size - len(batch.rows)
+            ready = min(self.max_batch_size - len(batch.rows), len(begun) + len(new))
             # A prefill pass costs about as much as a step, so a few newcomers share one; none waits for long.
-            if (
-                waiting
-                and free
-                and (len(waiting) >= max(1, len(batch.rows) // 8) or steps_waited >= MAX_STEPS_WAITING)
-            ):
-                joining = [waiting.popleft() for _ in range(min(free, len(waiting)))]
+            if ready > len(batch.rows) // JOIN_SHARE or (ready and steps_waited >= MAX_STEPS_WAITING):
+                joining = [(begun or new).popleft() for _ in range(ready)]
                 joining = [request for request in joining if not self._is_abandoned(request)]
                 if joining:
                     batch.join(joining)
-                steps_waited = 0
+                ready = steps_waited = 0
             finished = [(request, request.generation()) for request in batch.step() if not request.cancelled]
-            steps_waited += bool(waiting)
-            if not batch.rows and not waiting and not self._inbox:
+            steps_waited += bool(ready)
+            if not (batch.rows or begun or new or self._inbox):
                 return finished
             self._deliver(finished)
 
@@ -273,15 +281,15 @@ def _resolve(results: list[tuple[asyncio.Future, Generation | BaseException]]) -
             future.set_result(outcome)
 
 
-def unwrap_policy(model: nn.Module) -> PreTrainedModel:
-    """The decoder to call: without DDP, compilation and PEFT's shell (its layers, adapters active, stay inside).
+def unwrap_policy(model: nn.Module) -> tuple[nn.Module, PreTrainedModel]:
+    """What to call, without DDP and compilation, and the decoder inside it; they differ by PEFT's shell.
 
     Accelerate's mixed-precision wrapper around `forward` stays, so that sampling sees training's precision.
 
     Raises:
         ValueError: for PEFT methods that prepend to the prompt, and for models that are not decoders.
     """
-    policy = extract_model_from_parallel(model)
+    shell = policy = extract_model_from_parallel(model, keep_torch_compile=False)
     if is_peft_available():
         from peft import PeftModel
 
@@ -298,7 +306,12 @@ def unwrap_policy(model: nn.Module) -> PreTrainedModel:
             f"A {type(policy).__name__} is no decoder-only Transformers model with a language-model head, so it "
             "cannot be sampled from. Pass e.g. `AutoModelForCausalLM.from_pretrained(...)`."
         )
-    return policy
+    return shell, policy
+
+
+def _is_sharded(parameter: nn.Parameter) -> bool:
+    zero_3 = hasattr(parameter, "ds_id") and parameter.numel() == 0
+    return zero_3 or isinstance(parameter, DTensor) or getattr(parameter, "_is_flat_param", False)
 
 
 @contextmanager
@@ -313,7 +326,7 @@ def sampling_mode(model: nn.Module, policy: PreTrainedModel) -> Iterator[None]:
         RuntimeError: if the weights are sharded over processes (ZeRO-3, FSDP) and not gathered.
     """
     for name, parameter in policy.named_parameters():
-        if (hasattr(parameter, "ds_id") and parameter.numel() == 0) or hasattr(parameter, "device_mesh"):
+        if _is_sharded(parameter):
             raise RuntimeError(
                 f"The parameter {name!r} is sharded over processes, so this process cannot sample alone. Gather the "
                 "weights around the rollout (`trl.models.unwrap_model_for_generation` for DeepSpeed ZeRO-3), or use "
