@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import textwrap
 from typing import Any
 
@@ -75,6 +76,11 @@ class MultiTurnDPOTrainer(IterativeTrainerMixin, TokenRowsMixin, DPOTrainer):
     _extra_signature_columns = ("margin",)
     _upstream_collator = "DataCollatorForPreference"
     _collator_class = DataCollatorForMultiTurnPreference
+
+    # Help and completion show the parent's arguments, which are passed on as they are
+    @functools.wraps(DPOTrainer.__init__)
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
 
     def _prepare_dataset(
         self,

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from accelerate.logging import get_logger
@@ -49,6 +50,11 @@ class MultiTurnKTOTrainer(IterativeTrainerMixin, TokenRowsMixin, KTOTrainer):
     _extra_signature_columns = ("KL_action_mask",)
     _upstream_collator = "DataCollatorForUnpairedPreference"
     _collator_class = DataCollatorForMultiTurnUnpairedPreference
+
+    # Help and completion show the parent's arguments, which are passed on as they are
+    @functools.wraps(KTOTrainer.__init__)
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
 
     def _prepare_dataset(
         self,
