@@ -21,8 +21,18 @@ class LoopThread:
     def __init__(self, name: str) -> None:
         self._pid = os.getpid()
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name=name, daemon=True)
+        self._thread = threading.Thread(target=self._main, name=name, daemon=True)
         self._thread.start()
+
+    def _main(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        self._loop.run_forever()
+        self._loop.close()
+
+    @property
+    def usable(self) -> bool:
+        """Whether this is the process that started the thread, and the thread still runs."""
+        return os.getpid() == self._pid and self._thread.is_alive()
 
     def submit(self, coroutine: Coroutine[Any, Any, Any]) -> concurrent.futures.Future:
         """Schedules a coroutine; cancelling the future cancels it."""
@@ -52,16 +62,21 @@ class LoopThread:
 
     def stop(self) -> None:
         """Cancels what is left and ends the thread."""
-        if os.getpid() != self._pid or self._loop.is_closed():
+        if self.usable:
+            self.run(_cancel_all())
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+
+    def finish(self, coroutine: Coroutine[Any, Any, Any]) -> None:
+        """Runs a last coroutine and then ends the thread, without waiting: for finalizers, on whatever thread."""
+        if not self.usable:
+            coroutine.close()
             return
+        self.submit(coroutine).add_done_callback(lambda _: self._loop.call_soon_threadsafe(self._loop.stop))
 
-        async def drain() -> None:
-            tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
 
-        self.run(drain())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+async def _cancel_all() -> None:
+    tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

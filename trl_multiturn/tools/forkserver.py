@@ -370,7 +370,7 @@ class ForkedInterpreter:
             async with asyncio.timeout(timeout + self.config.grace_seconds):
                 status, flags, dropped, text = await self._receive(nonce, protocol.STATUS)
         except _NobodyListensError:
-            return Reply("RuntimeError: a thread of an earlier cell took this one", "crashed", alive=False, ran=False)
+            return Reply("RuntimeError: an earlier cell broke the interpreter", "crashed", alive=False, ran=False)
         except TimeoutError:
             return Reply(timeout_message(timeout), "timeout", alive=False)
         except (OSError, ValueError) as error:
@@ -399,8 +399,8 @@ class ForkedInterpreter:
     async def _request(self, code: str, timeout: float) -> bytes:
         """Sends a cell; returns the nonce that its answer must carry."""
         with contextlib.suppress(BlockingIOError):
-            if self._connection.recv(1) is not None:
-                raise ValueError("it spoke without being asked, or is gone")
+            self._connection.recv(1)
+            raise _NobodyListensError("it ended, or spoke unasked, between two cells")
         nonce, data, stopped = secrets.token_bytes(8), code.encode("utf-8", "replace"), self._stopped
         request = protocol.REQUEST.pack(nonce, -timeout if stopped else timeout, len(data)) + data
         if stopped:
@@ -412,7 +412,7 @@ class ForkedInterpreter:
                 if stopped:
                     await self._receive(nonce, (protocol.READY,))
         except TimeoutError:
-            raise _NobodyListensError from None
+            raise _NobodyListensError("a thread of an earlier cell took this one") from None
         return nonce
 
     async def _receive(self, nonce: bytes, expected: Container[int]) -> tuple[int, int, int, str]:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
+import contextlib
 import logging
 import os
 import threading
 import time
+import weakref
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -16,6 +19,8 @@ from .result import ToolResult
 
 
 logger = logging.getLogger(__name__)
+
+_sandboxes: weakref.WeakSet[Sandbox] = weakref.WeakSet()
 
 BACKENDS = ("forkserver", "jupyter")
 ISOLATION = ("strict", "best_effort", "none")
@@ -206,6 +211,13 @@ class Session:
     def __exit__(self, *exc_info: Any) -> None:
         self.close()
 
+    def __del__(self) -> None:
+        # forgotten rather than closed: its process must not wait for the sandbox's end
+        interpreter, thread = getattr(self, "_interpreter", None), self._sandbox._thread
+        if interpreter is not None and thread is not None and thread.usable:
+            with contextlib.suppress(RuntimeError):
+                thread.submit(interpreter.close())
+
     async def __aenter__(self) -> Session:
         return self
 
@@ -315,7 +327,8 @@ class Sandbox:
         self._backend: Backend | None = None
         self._thread: LoopThread | None = None
         self._guard = threading.Lock()
-        self._sessions: set[Session] = set()
+        self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
+        _sandboxes.add(self)
 
     def open(self) -> Session:
         """Opens a session. Raises [`ToolFailure`] where no interpreter can be started."""
@@ -329,9 +342,15 @@ class Sandbox:
         """Ends every session and the warm interpreter. The sandbox starts anew if it is used again."""
         with self._guard:
             thread, self._thread = self._thread, None
-        if thread is not None:
+        if thread is not None and thread.usable:
             thread.run(self._close())
             thread.stop()
+
+    def __del__(self) -> None:
+        thread, backend = getattr(self, "_thread", None), getattr(self, "_backend", None)
+        if thread is not None and thread.usable:
+            with contextlib.suppress(RuntimeError):
+                thread.finish(_stop(backend))
 
     def __enter__(self) -> Sandbox:
         return self
@@ -373,6 +392,21 @@ class Sandbox:
         backend, self._backend = self._backend, None
         if backend is not None:
             await backend.stop()
+
+
+async def _stop(backend: Backend | None) -> None:
+    if backend is not None:
+        await backend.stop()
+
+
+def _close_all() -> None:
+    """At the interpreter's exit; a killed trainer's sandboxes end by themselves."""
+    for sandbox in list(_sandboxes):
+        with contextlib.suppress(Exception):
+            sandbox.close()
+
+
+atexit.register(_close_all)
 
 
 def make_backend(config: SandboxConfig) -> Backend:
