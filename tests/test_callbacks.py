@@ -1,0 +1,267 @@
+"""The online loop: a real trainer and a real interpreter, a scripted policy where the outcome must be known."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from datasets import Dataset, load_from_disk
+from peft import LoraConfig
+
+from tests.support import byte_tokenizer, tiny_model
+from trl_multiturn import (
+    MultiTurnDPOConfig,
+    MultiTurnDPOTrainer,
+    MultiTurnKTOConfig,
+    MultiTurnKTOTrainer,
+    PairingConfig,
+    PythonTool,
+    RolloutConfig,
+    ScriptedEngine,
+    ToolRolloutGenerator,
+    math_reward,
+)
+from trl_multiturn.iteration import policy_file
+from trl_multiturn.trainer.policy_weights import load_policy_weights, policy_revision
+
+
+TOKENIZER = byte_tokenizer("qwen2_5")
+
+
+def problems(n, first=0):
+    questions = [(first + i, 2 * i + 3) for i in range(n)]
+    return Dataset.from_dict(
+        {
+            "prompt": [[{"role": "user", "content": f"{a}+{b}?"}] for a, b in questions],
+            "answer": [str(a + b) for a, b in questions],
+        }
+    )
+
+
+def solve(prompt_text, sampling, session):
+    """Even samples compute what was asked, odd ones subtract; each writes a comment of its own."""
+    a, b = re.search(r"(\d+)\+(\d+)\?", prompt_text).groups()
+    sample = int(session.rpartition("/")[2])
+    output = re.search(r"```output\n(.*?)\n```", prompt_text)
+    if output:
+        return f"\\boxed{{{output[1]}}}"
+    return f"```python\nprint({a} {'+-'[sample % 2]} {b})  # {sample}\n```"
+
+
+@pytest.fixture(scope="module")
+def tool():
+    tool = PythonTool()
+    yield tool
+    tool.close()
+
+
+def make_run(folder, tool, script=solve, model=None, iterations=2, trainer_class=MultiTurnDPOTrainer, config=None,
+             peft_config=None, generations=4, previous=2, **generator_kwargs):  # fmt: skip
+    args = (config or MultiTurnDPOConfig)(
+        output_dir=str(folder),
+        num_train_epochs=iterations,
+        per_device_train_batch_size=2,
+        learning_rate=1e-2,
+        logging_steps=1,
+        report_to="none",
+        bf16=False,
+        use_cpu=True,
+        save_strategy="epoch",
+        disable_tqdm=True,
+        gradient_checkpointing=False,
+    )
+    engine = ScriptedEngine(script, TOKENIZER)
+    generator = ToolRolloutGenerator(
+        generator_kwargs.pop("prompts", problems(3)),
+        tools=[tool],
+        reward_funcs=[math_reward],
+        config=RolloutConfig(
+            num_generations=generations, previous_policy_generations=previous, max_turn_tokens=100, dialect="fenced"
+        ),
+        engine=engine,
+        **generator_kwargs,
+    )
+    trainer = trainer_class(
+        model=model or tiny_model(TOKENIZER),
+        args=args,
+        processing_class=TOKENIZER,
+        callbacks=[generator],
+        peft_config=peft_config,
+    )
+    return trainer, generator, engine
+
+
+def training_rows(generator, iteration):
+    return load_from_disk(generator.run_folder / f"iteration_{iteration:03d}" / "training_rows")
+
+
+def logged(trainer, key):
+    return [entry[key] for entry in trainer.state.log_history if key in entry]
+
+
+LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
+
+
+@pytest.mark.parametrize("peft_config", [None, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("reference", ["previous", "initial"])
+def test_two_iterations_end_to_end(tmp_path, tool, peft_config, reference):
+    trainer, generator, engine = make_run(tmp_path, tool, peft_config=peft_config, reference=reference)
+    initial = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.train()
+
+    first, second = generator.reports
+    assert (first.trajectories, first.correct, first.incorrect, first.rows) == (12, 6, 6, 3)
+    assert (first.tool_calls, first.tool_failures) == (12, 0)
+    assert (second.first_step, second.last_step) == (2, 4) == (first.last_step, trainer.state.global_step)
+    assert trainer.ref_model is None
+    margins = logged(trainer, "rewards/margins")
+    assert margins[0] == 0.0 and margins[1] != 0.0
+    assert (margins[2] == 0.0) == (reference == "previous")  # the reference moved with the policy, or it did not
+
+    # the second iteration's reference columns are the log-probabilities of the policy that the reference names
+    rows = training_rows(generator, 1)
+    with torch.no_grad():
+        if reference == "previous":
+            load_policy_weights(trainer.model, policy_file(generator.run_folder, 1))
+        else:
+            for name, p in trainer.model.named_parameters():
+                p.copy_(initial[name])
+    expected = trainer.compute_reference_columns(rows)
+    for column in ("ref_chosen_logps", "ref_rejected_logps"):
+        torch.testing.assert_close(rows[column][:], expected[column][:], rtol=0, atol=0)
+
+
+def test_rows_are_what_was_rolled_out(tmp_path, tool):
+    trainer, generator, _ = make_run(tmp_path, tool, iterations=1)
+    trainer.train()
+    for row in training_rows(generator, 0):
+        assert "+" in TOKENIZER.decode(row["chosen_ids"]).partition("#")[0]
+        trained = [t for t, bit in zip(row["chosen_ids"], row["chosen_action_mask"], strict=True) if bit]
+        text = TOKENIZER.decode(trained)
+        assert "output" not in text and text.count("<|im_end|>") == 2
+
+
+def test_mixture_samples_with_the_previous_weights(tmp_path, tool):
+    seen = {}
+
+    def script(prompt_text, sampling, session):
+        seen.setdefault(session.rpartition("/")[0].rpartition("/")[0], set()).add(policy_revision(trainer.model))
+        return solve(prompt_text, sampling, session)
+
+    trainer, generator, engine = make_run(tmp_path, tool, script)
+    trainer.train()
+    first, second = generator.reports
+    assert first.policy_revision != second.policy_revision
+    assert seen == {
+        "0/current": {first.policy_revision},
+        "1/current": {second.policy_revision},
+        "1/previous": {first.policy_revision},
+    }
+
+
+def test_history_all_trains_on_every_iteration_so_far(tmp_path, tool):
+    prompts = problems(6)
+    trainer, generator, _ = make_run(tmp_path, tool, history="all", prompts=prompts, prompts_per_iteration=3)
+    trainer.train()
+    assert [r.rows for r in generator.reports] == [3, 3]
+    assert [r.trained_rows for r in generator.reports] == [3, 6]
+    asked = [{TOKENIZER.decode(row["prompt_ids"]) for row in training_rows(generator, i)} for i in range(2)]
+    assert len(asked[0]) == 3 and len(asked[1]) == 6 and asked[0] < asked[1]  # disjoint prompts, then both
+
+
+def test_the_best_policy_is_loaded_at_the_end(tmp_path, tool):
+    evaluations = []
+
+    def script(prompt_text, sampling, session):
+        if "evaluation" in session:
+            if "output" not in prompt_text:
+                evaluations.append(session)
+            right = 2 < len(evaluations) <= 4  # only the second evaluation, after the first iteration, goes well
+            return solve(prompt_text, sampling, "x/0" if right else "x/1")
+        return solve(prompt_text, sampling, session)
+
+    trainer, generator, _ = make_run(tmp_path, tool, script, eval_prompts=problems(2, first=50))
+    trainer.train()
+    assert generator.start_evaluation["pass@1"] == 0
+    assert [r.evaluation["pass@1"] for r in generator.reports] == [1, 0]
+    assert generator.best_policy == 1
+    assert policy_revision(trainer.model) == generator.reports[1].policy_revision
+
+
+def test_an_iteration_without_rows_is_skipped_with_a_warning(tmp_path, tool, caplog):
+    def script(prompt_text, sampling, session):
+        return solve(prompt_text, sampling, "x/0" if session.startswith("0/") else session)
+
+    trainer, generator, _ = make_run(tmp_path, tool, script)
+    trainer.train()
+    assert [r.rows for r in generator.reports] == [0, 3]
+    assert trainer.state.global_step == 2
+    assert "found no row to train on" in caplog.text
+
+
+def test_stopped_run_goes_on_and_ends_where_an_undisturbed_one_does(tmp_path, tool):
+    whole, reference_run, _ = make_run(tmp_path / "whole", tool, iterations=3)
+    whole.train()
+
+    class Stop(Exception):
+        pass
+
+    def stopping(prompt_text, sampling, session):
+        if session.startswith("1/current/2"):
+            raise Stop
+        return solve(prompt_text, sampling, session)
+
+    stopped, _, _ = make_run(tmp_path / "stopped", tool, stopping, iterations=3)
+    with pytest.raises(Stop):
+        stopped.train()
+
+    resumed, generator, engine = make_run(tmp_path / "stopped", tool, iterations=3)
+    resumed.train(resume_from_checkpoint=True)
+    assert not [call for call in engine.calls if call.session.startswith("0/")]  # nothing is rolled out twice
+    assert policy_revision(resumed.model) == policy_revision(whole.model)
+    for mine, theirs in zip(generator.reports, reference_run.reports, strict=True):
+        assert (mine.rows, mine.policy_revision, mine.last_step) == (
+            theirs.rows,
+            theirs.policy_revision,
+            theirs.last_step,
+        )
+
+
+def test_rows_of_another_policy_are_set_aside(tmp_path, tool, caplog):
+    trainer, generator, _ = make_run(tmp_path, tool, iterations=1)
+    trainer.train()
+    other, generator, _ = make_run(tmp_path, tool, iterations=1, model=tiny_model(TOKENIZER, seed=1))
+    generator.reports[0].last_step = None
+    report = generator.reports[0]
+    report.last_step = None  # as if the first run had been killed inside the iteration
+    report.save(generator.run_folder / "iteration_000")
+    other.train()
+    assert (generator.run_folder / "stale_iteration_000_1" / "training_rows").exists()
+    assert generator.reports[0].policy_revision != report.policy_revision
+    assert "another policy" in caplog.text
+
+
+def test_kto_takes_the_same_rollouts_unpaired(tmp_path, tool):
+    trainer, generator, _ = make_run(
+        tmp_path, tool, trainer_class=MultiTurnKTOTrainer, config=MultiTurnKTOConfig, pairing=PairingConfig()
+    )
+    trainer.train()
+    assert [r.rows for r in generator.reports] == [6, 6]
+    assert sorted(training_rows(generator, 0)["label"][:]) == [False] * 3 + [True] * 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(reward_funcs=None), "No `reward_funcs`"),
+        (dict(prompts=Dataset.from_dict({"question": ["2+2?"]})), "no `prompt`"),
+        (dict(reference="last"), "`reference='last'` is unknown"),
+        (dict(history="some"), "`history='some'` is unknown"),
+        (dict(lr_schedule="epoch"), "`lr_schedule='epoch'` is unknown"),
+        (dict(prompts_per_iteration=9), "not between 1 and the 3 prompts"),
+    ],
+)
+def test_mistakes_are_refused_at_once(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        ToolRolloutGenerator(**{"prompts": problems(3), "reward_funcs": [math_reward], **arguments})
