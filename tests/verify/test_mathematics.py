@@ -85,6 +85,8 @@ def test_plain_numbers_never_start_a_process():
 
 
 NUMBERS = [
+    r"50\%",
+    "1800%",
     "18",
     "18.0",
     "-18",
@@ -113,7 +115,22 @@ def test_the_fast_path_says_what_math_verify_says(verifier):
     assert decided > 150
     assert compare_numbers("1/3", "0.333333") is None  # rounding decides
     assert verifier.verify(["1/3"], ["0.333333"]) == [True]
-    assert compare_numbers("50", r"50\%") is None
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer", "equal"),
+    [
+        ("35", r"35.0\%", True),
+        ("0.35", r"$35\%$", True),
+        (r"35\%", "35%.", True),
+        (r"35\%", "7/20", True),
+        (r"0.5\%", r"50\%", False),
+        ("35", r"36\%", None),  # left to math-verify
+        ("35", r"x\%", None),
+    ],
+)
+def test_percentages(gold, answer, equal):
+    assert compare_numbers(gold, answer) is equal
 
 
 def test_a_hanging_comparison_is_killed_and_its_worker_replaced():

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -213,7 +213,7 @@ def resolve_filters(filters: Iterable[str | Filter]) -> tuple[Filter, ...]:
     return tuple(resolved)
 
 
-def apply_filters(trajectories: Sequence[Trajectory], filters: Iterable[str | Filter] = PAPER_FILTERS) -> FilterResult:
+def apply_filters(trajectories: Iterable[Trajectory], filters: Iterable[str | Filter] = PAPER_FILTERS) -> FilterResult:
     """Drops what must not be trained on, and counts why.
 
     A trajectory whose tools failed (`"tool_failed"`) or that has no verdict (`"undecided"`) is dropped whatever the
@@ -221,12 +221,12 @@ def apply_filters(trajectories: Sequence[Trajectory], filters: Iterable[str | Fi
     dropped it.
 
     Args:
-        trajectories (`Sequence[Trajectory]`):
+        trajectories (`Iterable[Trajectory]`):
             Judged trajectories.
         filters (`Iterable[str | Filter]`, *optional*):
             Names from `FILTERS`, or filters of your own; the paper's by default.
     """
-    chosen = resolve_filters(filters)
+    trajectories, chosen = list(trajectories), resolve_filters(filters)
     reasons: list[str | None] = []
     for trajectory in trajectories:
         if trajectory.stop_reason is StopReason.TOOL_FAILED:

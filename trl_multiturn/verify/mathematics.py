@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 import os
+import re
 import threading
 from collections.abc import Sequence
 from fractions import Fraction
@@ -24,22 +25,33 @@ logger = logging.getLogger(__name__)
 
 _SCRIPT = Path(__file__).with_name("_math_worker.py")
 _CACHE_SIZE = 65_536
+_PERCENT = re.compile(r"[\s$]*([^%]*?)\s*\\?%[\s$.]*")
 # math-verify rounds to six decimals where a side is a decimal: numbers further apart than this differ under it too
 _PLAINLY_DIFFERENT = Fraction(1, 100_000)
 
 
 def compare_numbers(gold: str, answer: str) -> bool | None:
-    """Compares two plain numbers without sympy: `True` when exactly equal, `False` when more than 1e-5 apart.
+    r"""Compares two plain numbers without sympy: `True` when exactly equal, `False` when more than 1e-5 apart.
 
-    `None` where either is not a plain number ([`~trl_multiturn.verify.exact_number`]), or they are so close that
-    rounding decides: math-verify's business.
+    A percentage equals its number and its hundredth, as in math-verify: `35.0\%` answers both `35` and `0.35`. `None`
+    where either is not a plain number ([`~trl_multiturn.verify.exact_number`]), or they are so close that rounding
+    decides: math-verify's business.
     """
+    (gold, gold_percent), (answer, answer_percent) = _split_percent(gold), _split_percent(answer)
     left, right = exact_number(gold), exact_number(answer)
     if left is None or right is None:
         return None
     if left == right:
         return True
+    if gold_percent != answer_percent:
+        percent, plain = (left, right) if gold_percent else (right, left)
+        return True if percent == 100 * plain else None
     return False if abs(left - right) > _PLAINLY_DIFFERENT else None
+
+
+def _split_percent(text: str) -> tuple[str, bool]:
+    match = _PERCENT.fullmatch(text)
+    return (match[1], True) if match else (text, False)
 
 
 class MathVerifier:
