@@ -65,6 +65,7 @@ class Arena:
         self.sibling = self.sandbox.open()
         self.sibling.run("treasure = 41; open('mine', 'w').write('kept')")
         self.server = self.sandbox._backend
+        self.processes = set(_descendants(self.server.pid))
         sibling = self.sibling._interpreter
         self.host = {
             "client": os.getpid(),
@@ -153,7 +154,7 @@ class Arena:
 
     def _left_behind(self, interpreter: object) -> list[str]:
         problems = []
-        strays = set(_descendants(self.server.pid)) - {self.sibling._interpreter.pid}
+        strays = set(_descendants(self.server.pid)) - self.processes
         if strays:
             problems.append(f"processes left behind: {sorted(strays)}")
         if interpreter is not None and os.path.exists(interpreter.folder):

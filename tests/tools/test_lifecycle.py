@@ -46,7 +46,7 @@ def processes_and_folders(sandbox: Sandbox, *sessions) -> tuple[list[int], list[
 
 @pytest.fixture
 def sandbox():
-    with Sandbox(SandboxConfig(timeout_seconds=10.0)) as sandbox:
+    with Sandbox(SandboxConfig(timeout_seconds=10.0, preload=())) as sandbox:
         yield sandbox
 
 
@@ -63,7 +63,7 @@ def test_closing_leaves_neither_processes_nor_folders(sandbox):
 
 
 def test_a_forgotten_sandbox_ends(sandbox):
-    forgotten = Sandbox()
+    forgotten = Sandbox(SandboxConfig(preload=()))
     session = forgotten.open()
     pids, folders = processes_and_folders(forgotten, session)
     del session, forgotten
@@ -90,7 +90,7 @@ def test_killing_the_trainer_ends_everything(cell):
                 f"""
                 import threading, time
                 from trl_multiturn.tools.sandbox import Sandbox, SandboxConfig
-                sandbox = Sandbox(SandboxConfig(timeout_seconds=600.0))
+                sandbox = Sandbox(SandboxConfig(timeout_seconds=600.0, preload=()))
                 session = sandbox.open()
                 threading.Thread(target=session.run, args=({cell!r},), daemon=True).start()
                 time.sleep(0.2)
@@ -185,17 +185,17 @@ def test_a_forked_worker_neither_holds_nor_uses_the_sessions(sandbox):
 
 def test_sessions_see_nothing_of_the_trainers_environment(sandbox, monkeypatch):
     monkeypatch.setenv("MY_SECRET_TOKEN", "hunter2")
-    with Sandbox(SandboxConfig(environment={"MY_SETTING": "7"})) as other, other.open() as session:
+    with Sandbox(SandboxConfig(environment={"MY_SETTING": "7"}, preload=())) as other, other.open() as session:
         output = session.run("import os; dict(os.environ)").output
         assert "hunter2" not in output and "'MY_SETTING': '7'" in output and "'CUDA_VISIBLE_DEVICES': ''" in output
 
 
 def test_seeds_make_sessions_repeat_and_without_one_they_differ(sandbox):
     code = "import random, numpy\n(random.random(), numpy.random.rand(), list({'a', 'b', 'c', 'd'}), hash('x'))"
-    with Sandbox(SandboxConfig(seed=3)) as seeded, seeded.open() as one, seeded.open() as two:
+    with Sandbox(SandboxConfig(seed=3, preload=("numpy",))) as seeded, seeded.open() as one, seeded.open() as two:
         same = one.run(code).output
         assert two.run(code).output == same
-    with Sandbox(SandboxConfig(seed=3)) as again, again.open() as three:
+    with Sandbox(SandboxConfig(seed=3, preload=("numpy",))) as again, again.open() as three:
         assert three.run(code).output == same
     with sandbox.open() as one, sandbox.open() as two:
         assert one.run(code).output != two.run(code).output
@@ -203,13 +203,13 @@ def test_seeds_make_sessions_repeat_and_without_one_they_differ(sandbox):
 
 
 def test_cells_beyond_the_cores_wait_without_losing_time():
-    config = SandboxConfig(timeout_seconds=2.0, max_running_cells=1)
+    config = SandboxConfig(timeout_seconds=1.2, max_running_cells=1, preload=())
     with Sandbox(config) as sandbox:
         sessions = [sandbox.open() for _ in range(4)]
         results = [None] * len(sessions)
 
         def run(i):
-            results[i] = sessions[i].run("import time; time.sleep(0.7)")
+            results[i] = sessions[i].run("import time; time.sleep(0.4)")
 
         threads = [threading.Thread(target=run, args=(i,)) for i in range(len(sessions))]
         for thread in threads:
