@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.support import TOOLS, assistant, byte_tokenizer, call, user
-from trl_multiturn.rollout.dialects import FencedDialect, NativeDialect, Turn, choose_dialect
+from trl_multiturn.rollout.dialects import ActionDialect, FencedDialect, NativeDialect, Turn, choose_dialect
 from trl_multiturn.templates import TurnTemplate
 from trl_multiturn.tools import ToolCall, ToolResult
 
@@ -146,6 +146,39 @@ def test_native_observations_carry_name_and_id_in_call_order():
         {"role": "tool", "name": "add", "content": "3", "tool_call_id": "c1"},
         {"role": "tool", "name": "sub", "content": "x"},
     ]
+
+
+@pytest.mark.parametrize(
+    ("text", "action"),
+    [
+        ("Thought: it is dark.\nAction: go north", "go north"),
+        ("Action: look\nYou see a troll.\n", "look"),  # only the line: the rest is what the policy imagined
+        ("Action: a\nAction: b", "b"),
+        ("I go north.", None),
+        ("Action:  \n", None),
+    ],
+)
+def test_every_turn_of_a_text_environment_is_an_action(text, action):
+    dialect = choose_dialect("action", byte_tokenizer("qwen2_5"), [PYTHON])
+    turn = dialect.read(text, [], [])
+    assert turn.message == assistant(text) and not turn.answered
+    if action is None:
+        assert turn.calls == [] and dialect.observe(turn, []) == [user(turn.problem)]
+    else:
+        assert turn.calls == [ToolCall("python", {"code": action})]
+        assert dialect.observe(turn, [ToolResult("It is dark.")]) == [user("It is dark.")]
+
+
+def test_without_a_prefix_the_whole_turn_is_the_action():
+    turn = ActionDialect([PYTHON], prefix="").read(" go north\n", [], [])
+    assert turn.calls == [ToolCall("python", {"code": "go north"})]
+
+
+def test_an_action_needs_one_place_to_go():
+    with pytest.raises(ValueError, match="the tools are: add"):
+        ActionDialect(TOOLS)
+    with pytest.raises(ValueError, match="the tools are: python, add"):
+        ActionDialect([PYTHON, *TOOLS])
 
 
 def test_auto_prefers_native_and_falls_back_to_the_fence():

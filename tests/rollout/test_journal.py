@@ -218,6 +218,16 @@ def test_a_second_run_samples_nothing_again(tmp_path):
     assert len(engine.calls) == 8 and len(more) == 12 and [t for t in more if t.info["sample_index"] < 2] == first
 
 
+def test_without_collecting_the_journal_has_it_all(tmp_path):
+    _, collected = roll(tmp_path / "a")
+    _, nothing = roll(tmp_path / "b", collect=False)
+    assert nothing == []
+    assert [t.completion_ids for t in Journal(tmp_path / "b").read()] == [t.completion_ids for t in collected]
+    assert [t.verdict for t in Journal(tmp_path / "b").read()] == [t.verdict for t in collected]
+    with pytest.raises(ValueError, match="needs a `journal`"):
+        generate_trajectories(ROWS, ScriptedEngine([], TOKENIZER), collect=False)
+
+
 def test_what_finished_before_a_crash_is_kept_and_judged_later(tmp_path):
     class Crash(Exception):
         pass

@@ -500,6 +500,40 @@ def test_an_environment_plays_along_and_owns_its_reward():
     assert prompts[0]["prompt"] == [user("Play.")], "the row was changed"
 
 
+class Corridor:
+    """A text environment: three steps east lead out."""
+
+    def reset(self, **row) -> str:
+        self.place = 0
+        return "You are in a corridor."
+
+    def act(self, command: str) -> str:
+        """
+        Acts.
+
+        Args:
+            command: What to do.
+        """
+        self.place += command == "go east"
+        return f"Place {self.place}."
+
+    def get_reward(self) -> float:
+        return float(self.done)
+
+    @property
+    def done(self) -> bool:
+        return self.place == 3
+
+
+def test_a_text_environment_answers_every_turn_in_a_user_turn():
+    script = ["Action: go east", "I think.", "Action: go east", "Action: go west", "Action: go east"]
+    (trajectory,), _ = roll(script, [], dialect="action", environment_factory=Corridor)
+    assert trajectory.verdict is Verdict.CORRECT and trajectory.info["final_observation"] == "Place 3."
+    observations = [message["content"] for message in trajectory.completion[1::2]]
+    assert observations == ["Place 1.", "Error: write `Action:` and one action after it.", "Place 2.", "Place 2."]
+    assert render_actions(TOKENIZER, trajectory.to_dict()) == [text + "<|im_end|>" for text in script]
+
+
 def test_an_environment_that_does_not_start_is_the_machines_failure():
     class Broken(Counter):
         def reset(self, **row):

@@ -46,11 +46,12 @@ class RolloutConfig:
         default_factory=list,
         metadata={"help": "Strings that end a turn, in addition to the dialect's own."},
     )
-    dialect: Literal["auto", "native", "fenced"] = field(
+    dialect: Literal["auto", "native", "fenced", "action"] = field(
         default="auto",
         metadata={
             "help": "How the policy calls tools. `native`: the chat template's tool calls. `fenced`: the paper's "
-            "format, a fenced code block answered by a user turn with an `output` block. `auto`: native where the "
+            "format, a fenced code block answered by a user turn with an `output` block. "
+            "`action`: a text environment's, where every turn is an action. `auto`: native where the "
             "chat template can render and parse tool calls, else fenced."
         },
     )
@@ -58,7 +59,13 @@ class RolloutConfig:
         default=None,
         metadata={
             "help": "Regular expression that marks a turn as the final answer. By default `\\boxed{` in the fenced "
-            "dialect, and any text without a tool call in the native one."
+            "dialect, any text without a tool call in the native one, and none in the dialect `action`."
+        },
+    )
+    action_prefix: str = field(
+        default="Action:",
+        metadata={
+            "help": "What stands before the action in the dialect `action`; empty: the whole turn is the action."
         },
     )
     malformed_calls: Literal["observe", "end"] = field(
@@ -162,7 +169,7 @@ class RolloutConfig:
         return settings
 
 
-_CHOICES = {"dialect": ("auto", "native", "fenced"), "malformed_calls": ("observe", "end")}
+_CHOICES = {"dialect": ("auto", "native", "fenced", "action"), "malformed_calls": ("observe", "end")}
 _LEAST = {
     "num_generations": 1,
     "previous_policy_generations": 0,

@@ -14,7 +14,7 @@ from ..tools.result import ToolFailure, ToolResult
 from ..tools.toolbox import Toolbox
 from ..trajectory import StopReason, Trajectory
 from .config import RolloutConfig
-from .dialects import Dialect, Message, Turn, choose_dialect
+from .dialects import Message, Turn, choose_dialect
 from .engine import Engine, Generation
 from .provenance import derive_seed
 
@@ -35,7 +35,9 @@ class Conversation:
     """
 
     def __init__(self, config: RolloutConfig, processing_class: Any, schemas: Sequence[dict[str, Any]]):
-        self.dialect: Dialect = choose_dialect(config.dialect, processing_class, schemas, config.answer_pattern)
+        self.dialect = choose_dialect(
+            config.dialect, processing_class, schemas, config.answer_pattern, config.action_prefix
+        )
         kwargs = config.chat_template_kwargs or {}
         self.template = TurnTemplate(processing_class, tools=self.dialect.template_tools, **kwargs)
         self._tokenizer = getattr(processing_class, "tokenizer", processing_class)

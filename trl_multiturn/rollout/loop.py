@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import re
 import threading
 from collections import Counter
@@ -86,15 +87,18 @@ def generate_trajectories(
             First `sample_index`, where several policies share the samples of a prompt.
         prompt_indices (`Sequence[int]`, *optional*):
             The rows' indices in the whole set of prompts, where `prompts` is a process's share.
-        journal ([`Journal`] or `str`, *optional*):
+        journal ([`Journal`] or path, *optional*):
             Where every trajectory is written the moment it finishes. What it already holds is not rolled out again.
+        collect (`bool`, *optional*, defaults to `True`):
+            Whether to return the trajectories. Without, they are in the journal only, and memory stays flat however
+            many there are.
         on_trajectory (`Callable[[Trajectory], None]`, *optional*):
             Called with each finished and judged trajectory, in the order of finishing.
         progress (`bool`, *optional*, defaults to `True`):
             Whether to show a progress bar.
 
     Returns:
-        `list[Trajectory]`: by prompt, then by sample.
+        `list[Trajectory]`: by prompt, then by sample; empty with `collect=False`.
 
     Raises:
         `TypeError`, `ValueError`: for what the user got wrong, before the first trajectory.
@@ -124,7 +128,8 @@ async def agenerate_trajectories(
     iteration: int = 0,
     sample_offset: int = 0,
     prompt_indices: Sequence[int] | None = None,
-    journal: Journal | str | None = None,
+    journal: Journal | str | os.PathLike | None = None,
+    collect: bool = True,
     on_trajectory: Callable[[Trajectory], None] | None = None,
     progress: bool = True,
 ) -> list[Trajectory]:
@@ -149,8 +154,12 @@ async def agenerate_trajectories(
         prompt_indices=range(len(rows)) if prompt_indices is None else prompt_indices,
         samples=range(sample_offset, sample_offset + (num_generations or config.num_generations)),
     )
-    if isinstance(journal, str):
-        journal = Journal(journal)
+    if journal is None and not collect:
+        raise ValueError("`collect=False` keeps no trajectory in memory, so it needs a `journal` to keep them.")
+    rollouts.collect = collect
+    if isinstance(journal, (str, os.PathLike)):
+        with Journal(journal) as journal:
+            return await rollouts.run(journal, on_trajectory, progress)
     return await rollouts.run(journal, on_trajectory, progress)
 
 
@@ -196,6 +205,7 @@ class _Rollouts:
         """Rolls out and judges what the journal does not hold yet."""
         self.results: dict[tuple[int, int], Trajectory] = {}
         self.known: set[tuple[int, int]] = set()  # rolled out by an earlier run
+        self.settled = 0  # of these, those that were judged as well
         self.journal, self.on_trajectory = journal, on_trajectory
         self.failures, self.rolled_out = 0, 0
         queue: asyncio.Queue = asyncio.Queue()
@@ -203,7 +213,7 @@ class _Rollouts:
             self._resume(journal, queue)
         total = len(self.rows) * len(self.samples)
         self.counts: Counter[str] = Counter()
-        self.bar = tqdm(total=total, initial=len(self.results), desc=f"Rollouts {self._scope()}", disable=not progress)
+        self.bar = tqdm(total=total, initial=self.settled, desc=f"Rollouts {self._scope()}", disable=not progress)
         with self.bar:
             try:
                 async with asyncio.TaskGroup() as group:
@@ -215,7 +225,7 @@ class _Rollouts:
             except BaseExceptionGroup as errors:
                 raise _first_leaf(errors) from None
         keys = ((index, sample) for index in self.prompt_indices for sample in self.samples)
-        return [self.results[key] for key in keys]
+        return [self.results[key] for key in keys if key in self.results]
 
     def _resume(self, journal: Journal, queue: asyncio.Queue) -> None:
         """Takes over what an earlier run finished; what it did not judge is judged now."""
@@ -235,7 +245,8 @@ class _Rollouts:
             if self.judge and trajectory.verdict is Verdict.UNDECIDED and "rewards" not in trajectory.info:
                 queue.put_nowait((trajectory, rows[key[0]]))
             else:
-                self.results[key] = trajectory
+                self.settled += 1
+                self._keep(trajectory)
 
     def _jobs(self) -> Iterator[tuple[RolloutContext, Mapping[str, Any]]]:
         policy, iteration = self.provenance["policy"], self.provenance["iteration"]
@@ -278,7 +289,7 @@ class _Rollouts:
         return trajectory
 
     def _deliver(self, trajectory: Trajectory) -> None:
-        self.results[trajectory.info["prompt_index"], trajectory.info["sample_index"]] = trajectory
+        self._keep(trajectory)
         if self.journal is not None and self.judge:
             self.journal.judge(self._scope(), trajectory)
         self.counts[trajectory.verdict.value if self.judge else trajectory.stop_reason.value] += 1
@@ -288,6 +299,10 @@ class _Rollouts:
         self.bar.update()
         if self.on_trajectory is not None:
             self.on_trajectory(trajectory)
+
+    def _keep(self, trajectory: Trajectory) -> None:
+        if self.collect:
+            self.results[trajectory.info["prompt_index"], trajectory.info["sample_index"]] = trajectory
 
     def _watch_failures(self, trajectory: Trajectory) -> None:
         self.rolled_out += 1
