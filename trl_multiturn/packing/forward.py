@@ -18,11 +18,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import Any
+from weakref import WeakKeyDictionary, ref
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from .attention import implementation_for, poison_mask, register
+from .decoder import ROWS_IN_FLIGHT, packed_arguments, switch_attention
 from .plan import Plan, PlanCache, chunk_overhead
 from .scored_head import FIELDS, TokenScores, score_tokens
 
@@ -32,6 +33,15 @@ _KNOWN = {"input_ids", "attention_mask", "labels", "fused_lm_head", "use_cache",
 
 # Config names by which architectures scale their logits; TRL's head knows what each means, so it scores those
 _LOGIT_SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
+
+# Weak both ways: a model's hooks keep its PackedForward alive, and nothing here keeps the model
+_SEATS: WeakKeyDictionary[nn.Module, ref[PackedForward]] = WeakKeyDictionary()
+
+
+def packed_forward_of(model: nn.Module) -> PackedForward | None:
+    """The [`PackedForward`] that sits on a model, if any."""
+    seat = _SEATS.get(model)
+    return None if seat is None else seat()
 
 
 class PackedForward:
@@ -69,16 +79,16 @@ class PackedForward:
 
     def install(self) -> PackedForward:
         """Put the hooks on, and the packed attention where rows may be packed."""
+        previous = packed_forward_of(self.model)
+        if previous is not None:
+            previous.remove()  # another trainer's, of the same model
+        _SEATS[self.model] = ref(self)
         if self._pack:
-            register()
-            config = self.causal_lm.config.get_text_config()
-            self._implementation_before = config._attn_implementation
-            softcap = getattr(config, "attn_logit_softcapping", None) is not None
-            self.causal_lm.set_attn_implementation(implementation_for(self._implementation_before, softcap))
+            self._implementation_before = switch_attention(self.causal_lm)
         self._handles = [
             self.model.register_forward_pre_hook(self._before_model, with_kwargs=True),
             self.backbone.register_forward_pre_hook(self._before_backbone, with_kwargs=True),
-            self.backbone.register_forward_hook(self._after_backbone),
+            self.backbone.register_forward_hook(self._after_backbone, always_call=True),
             self.model.register_forward_hook(self._after_model, always_call=True),
         ]
         return self
@@ -88,6 +98,8 @@ class PackedForward:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        if packed_forward_of(self.model) is self:
+            del _SEATS[self.model]
         if self._implementation_before is not None:
             self.causal_lm.set_attn_implementation(self._implementation_before)
             self._implementation_before = None
@@ -126,19 +138,16 @@ class PackedForward:
         targets = plan.targets if not self._scores_here() else plan.targets[:0]
         kwargs["shift_labels"] = targets[None]
         if plan.row is not None:
-            kwargs |= {
-                "input_ids": plan.row.input_ids,
-                "position_ids": plan.row.position_ids,
-                "attention_mask": None,
-                "packed_row": plan.row,
-            }
+            # Without a mask, so that the router's balancing loss counts every state that it is given
+            kwargs |= {"input_ids": plan.row.input_ids, "attention_mask": None}
         return args, kwargs
 
     def _before_backbone(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
         if self._plan is None:
             return None
         if self._plan.row is not None:
-            return args, kwargs | {"attention_mask": poison_mask(self._plan.row, self.causal_lm.dtype)}
+            ROWS_IN_FLIGHT[module] = self._plan.row
+            return args, packed_arguments(self._plan.row, kwargs, self.causal_lm.dtype)
         if self._pack and not kwargs.get("output_router_logits"):
             # A token never sees the padding to its right, and without a mask attention takes its causal fast path
             return args, kwargs | {"attention_mask": None}
@@ -146,7 +155,8 @@ class PackedForward:
 
     def _after_backbone(self, module: nn.Module, args: tuple, output: Any) -> Any:
         plan = self._plan
-        if plan is None:
+        ROWS_IN_FLIGHT.pop(module, None)
+        if plan is None or output is None:
             return None
         hidden = output.last_hidden_state
         selected = hidden.flatten(0, 1).index_select(0, plan.sources)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,65 +45,87 @@ def chunk_overhead(hidden_size: int, device: torch.device) -> int:
     return 0 if device.type == "cuda" else 1 + _CHUNK_WORK // hidden_size**2
 
 
-def plan_call(
-    input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor, pack: bool | str = "auto", overhead: int = 0
-) -> Plan | None:
+def choose_row(
+    input_ids: Tensor, attention_mask: Tensor | None, pack: bool | str = "auto", overhead: int = 0
+) -> PackedRow | None:
     """
-    Decide from the shapes alone how to compute the scores of a right-padded batch.
+    The packed row of a right-padded batch, or `None` where the batch stays padded; decided from the shapes alone.
 
-    With `pack="auto"` the packed row runs where its unique tokens and the overhead of its chunks come to less than the
+    With `pack="auto"` the row is used where its unique tokens and the overhead of its chunks come to less than the
     padded batch; where nothing is padded, shared or long, the padded batch is as good and stays.
 
     Args:
         input_ids (`Tensor`): `(B, L)`.
-        attention_mask (`Tensor`, *optional*): `(B, L)`.
-        labels (`Tensor`): `(B, L)`, the token itself where it is scored and -100 elsewhere.
+        attention_mask (`Tensor`, *optional*): `(B, L)`. A batch that is not padded on the right stays as it is.
         pack (`bool` or `"auto"`, *optional*, defaults to `"auto"`): always, never, or where it pays.
         overhead (`int`, *optional*, defaults to `0`): tokens that a chunk costs beyond its own.
+    """
+    if not pack or input_ids.dim() != 2:
+        return None
+    worth = MIN_SHARED_TOKENS if pack is True else max(MIN_SHARED_TOKENS, overhead)
+    try:
+        row = pack_rows(input_ids, attention_mask, min_shared=worth)
+    except ValueError:
+        return None
+    if pack is True or len(row) + overhead * len(row.chunks) < input_ids.numel() + overhead:
+        return row
+    return None
+
+
+def plan_call(input_ids: Tensor, labels: Tensor, row: PackedRow | None) -> Plan | None:
+    """
+    Which tokens of a batch are scored, and where their scores go.
+
+    Args:
+        input_ids (`Tensor`): `(B, L)`.
+        labels (`Tensor`): `(B, L)`, the token itself where it is scored and -100 elsewhere.
+        row ([`PackedRow`], *optional*): of the batch; `None` if it stays padded.
 
     Returns:
-        `Plan` or `None` where the batch is not a right-padded batch of token sequences scored on their own tokens.
+        `Plan`, or `None` where labels are other than the batch's own tokens.
     """
     mask = labels[:, 1:] != -100
     if not bool((labels[:, 1:][mask] == input_ids[:, 1:][mask]).all()):
         return None
-    batch, width = input_ids.shape
-    if pack:
-        try:
-            worth = MIN_SHARED_TOKENS if pack is True else max(MIN_SHARED_TOKENS, overhead)
-            row = pack_rows(input_ids, attention_mask, min_shared=worth)
-        except ValueError:
-            return None
-        if pack is True or len(row) + overhead * len(row.chunks) < batch * width + overhead:
-            return _packed_plan(row, mask)
-    cells = torch.arange(batch * width, device=input_ids.device).view(batch, width)
+    if row is not None:
+        scored, places = row.cells[:, 1:][mask].unique(return_inverse=True)
+        return Plan(row, row.parents[scored], row.input_ids[0, scored], mask, places)
+    cells = torch.arange(input_ids.numel(), device=input_ids.device).view(input_ids.shape)
     sources = cells[:, :-1][mask]
     return Plan(None, sources, input_ids[:, 1:][mask], mask, torch.arange(len(sources), device=input_ids.device))
 
 
-def _packed_plan(row: PackedRow, mask: Tensor) -> Plan:
-    scored, places = row.cells[:, 1:][mask].unique(return_inverse=True)
-    return Plan(row, row.parents[scored], row.input_ids[0, scored], mask, places)
-
-
 class PlanCache:
-    """The last batch's plan: the policy, then the reference, are called with the very same tensors."""
+    """The last batch's row and plan: policy, reference and value model are called with the very same tensors."""
 
     def __init__(self) -> None:
         self.clear()
 
     def clear(self) -> None:
-        self._batch: tuple[Tensor | None, ...] = ()
-        self._pack: bool | str | None = None
+        self._row_key: tuple[Any, ...] = ()
+        self._row: PackedRow | None = None
+        self._plan_key: tuple[Any, ...] = ()
         self._plan: Plan | None = None
+
+    def row(
+        self, input_ids: Tensor, attention_mask: Tensor | None, pack: bool | str, overhead: int
+    ) -> PackedRow | None:
+        """As [`choose_row`]."""
+        key = (input_ids, attention_mask, pack)
+        if not _same(key, self._row_key):
+            self._row_key, self._row = key, choose_row(input_ids, attention_mask, pack, overhead)
+        return self._row
 
     def plan(
         self, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor, pack: bool | str, overhead: int
     ) -> Plan | None:
-        """As [`plan_call`]."""
-        batch = (input_ids, attention_mask, labels)
-        same = len(self._batch) == 3 and all(a is b for a, b in zip(batch, self._batch, strict=True))
-        if not same or pack is not self._pack:
-            self._plan = plan_call(*batch, pack=pack, overhead=overhead)
-            self._batch, self._pack = batch, pack
+        """As [`plan_call`], of the batch's row."""
+        row = self.row(input_ids, attention_mask, pack, overhead)
+        key = (input_ids, labels, row)
+        if not _same(key, self._plan_key):
+            self._plan_key, self._plan = key, plan_call(input_ids, labels, row)
         return self._plan
+
+
+def _same(key: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
+    return len(key) == len(other) and all(a is b for a, b in zip(key, other, strict=True))

@@ -89,6 +89,10 @@ class PackedRow:
         """`(raw_tokens,)`, the row's indices of all sequences' tokens, one sequence after the other."""
         return self.cells[self.cells >= 0]
 
+    def unpack(self, states: Tensor) -> Tensor:
+        """`(1, T, H)` states of the row as the padded batch's `(B, L, H)`; padded positions hold some token's."""
+        return states[0].index_select(0, self.cells.clamp(min=0).flatten()).view(*self.cells.shape, -1)
+
     def causal_mask(self, new: int, prefix: int, window: int | None) -> Tensor:
         """`(1, 1, new, prefix + new)`, true where a chunk's token may attend: its path, within `window` tokens."""
         key = (new, prefix, window)
