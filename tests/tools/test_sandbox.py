@@ -5,14 +5,20 @@ import pickle
 
 import pytest
 
+from trl_multiturn.tools.forkserver import IsolationError
 from trl_multiturn.tools.python_tool import PythonTool
 from trl_multiturn.tools.result import ToolFailure
 from trl_multiturn.tools.sandbox import Sandbox, SandboxConfig
 
 
+def config_for(backend, **settings):
+    # a plain kernel cannot be confined, and says so
+    return SandboxConfig(backend=backend, isolation="strict" if backend == "forkserver" else "none", **settings)
+
+
 @pytest.fixture(scope="module", params=["forkserver", "jupyter"])
 def sandbox(request):
-    with Sandbox(SandboxConfig(backend=request.param, timeout_seconds=1.5)) as sandbox:
+    with Sandbox(config_for(request.param, timeout_seconds=1.5)) as sandbox:
         yield sandbox
 
 
@@ -145,16 +151,18 @@ def test_users_mistakes_raise_at_once():
 
 
 def test_a_missing_kernel_is_the_machines_failure():
-    with Sandbox(SandboxConfig(backend="jupyter", kernel_name="no-such-kernel")) as sandbox:
+    with Sandbox(config_for("jupyter", kernel_name="no-such-kernel")) as sandbox:
         with pytest.raises(ToolFailure, match="no-such-kernel"):
             sandbox.open()
 
 
 def test_limits_on_cells_and_code_are_answered_as_text():
-    with (
-        Sandbox(SandboxConfig(backend="jupyter", max_cells=1, code_limit_chars=20)) as sandbox,
-        sandbox.open() as session,
-    ):
+    with Sandbox(SandboxConfig(max_cells=1, code_limit_chars=20, preload=())) as sandbox, sandbox.open() as session:
         assert "more than the limit of 20" in session.run("x = " + "1" * 100).output
         assert session.run("1").status == "ok"
         assert "limit of 1 cells" in session.run("1").output
+
+
+def test_a_plain_kernel_refuses_to_pass_for_confined(caplog):
+    with Sandbox(SandboxConfig(backend="jupyter")) as sandbox, pytest.raises(IsolationError, match="ordinary process"):
+        sandbox.open()

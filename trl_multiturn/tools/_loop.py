@@ -6,7 +6,7 @@ import asyncio
 import concurrent.futures
 import os
 import threading
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 
@@ -59,6 +59,10 @@ class LoopThread:
     async def wait(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
         """Runs a coroutine from another event loop."""
         return await asyncio.wrap_future(self.submit(coroutine))
+
+    def call(self, function: Callable[..., Any], *args: Any) -> None:
+        """Calls a function on the thread, soon."""
+        self._loop.call_soon_threadsafe(function, *args)
 
     def stop(self) -> None:
         """Cancels what is left and ends the thread."""

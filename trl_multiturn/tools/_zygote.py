@@ -93,7 +93,8 @@ class Zygote:
         self._warm_up()
         os.chdir(settings["root"])
         os.mkdir("trash", 0o700)
-        self.shell = self.child.make_shell(os.path.join(settings["root"], "ipython"))
+        if not settings["kernels"]:  # a kernel makes a shell of its own kind
+            self.shell = self.child.make_shell(os.path.join(settings["root"], "ipython"))
         for name, code in _WARM_UP.items():
             if name in sys.modules:
                 exec(code, {name: sys.modules[name]})
@@ -112,6 +113,8 @@ class Zygote:
         gc.freeze()
 
     def _warm_up(self) -> None:
+        if self.settings["kernels"]:
+            sys.modules["debugpy"] = None  # a debugger costs every kernel a tenth of a second
         for name in (*_STANDARD, *self.settings["preload"]):
             try:
                 importlib.import_module(name)
@@ -215,8 +218,8 @@ class Zygote:
                 continue
             if message["op"] == "kill":
                 self._kill(child)
-            elif message["op"] in ("stop", "continue"):
-                self._signal(child, signal.SIGSTOP if message["op"] == "stop" else signal.SIGCONT)
+            elif message["op"] == "signal":
+                self._signal(child, message["number"])
             elif message["op"] == "watch":
                 child.watched = message["on"]
 
@@ -269,18 +272,22 @@ class Zygote:
         os.chdir(folder)
         os.environ.update(HOME=folder, TMPDIR=folder, MPLCONFIGDIR=folder, IPYTHONDIR=os.path.join(folder, ".ipython"))
         os.environ.update(self.settings["environment"])
-        if kernel is None:
-            self._confine(folder)
-            os.closerange(3, descriptor)
-            os.closerange(descriptor + 1, 1 << 20)
-            self.child.seed_generators(self.settings["seed"])
-            cells = self.child.Cells(self.shell, self.settings["output_limit_chars"], self.settings["include_stderr"])
-            self.child.report(descriptor, self.protocol.READY)
-            self.child.serve(descriptor, cells)
-        else:
+        self._limit()
+        if kernel is not None:
             _load("_kernel").run(self, descriptor, folder, kernel)
+            return
+        if self.landlock is not None:
+            self.landlock.restrict(self.writable(folder), network=self.settings["network"])
+        if self.program is not None:
+            self.confinement.set_seccomp(self.program)
+        os.closerange(3, descriptor)
+        os.closerange(descriptor + 1, 1 << 20)
+        self.child.seed_generators(self.settings["seed"])
+        cells = self.child.Cells(self.shell, self.settings["output_limit_chars"], self.settings["include_stderr"])
+        self.child.report(descriptor, self.protocol.READY)
+        self.child.serve(descriptor, cells)
 
-    def _confine(self, folder: str, files: bool = True) -> None:
+    def _limit(self) -> None:
         settings = self.settings
         self.confinement.limit_resources(
             settings["memory_limit_mb"],
@@ -292,11 +299,10 @@ class Zygote:
         if settings["isolation"] != "none":
             self.confinement.drop_capabilities()
             self.confinement.no_new_privileges()
-        if self.landlock is not None and files:
-            writable = [folder] if settings["scratch_limit_mb"] else []
-            self.landlock.restrict(writable, network=settings["network"])
-        if self.program is not None and files:
-            self.confinement.set_seccomp(self.program)
+
+    def writable(self, folder: str) -> list[str]:
+        """Where a session may write."""
+        return [folder] if self.settings["scratch_limit_mb"] else []
 
     def _check_quota(self, child: Child) -> None:
         limit = self.settings["scratch_limit_mb"]

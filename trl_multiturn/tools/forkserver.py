@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import secrets
+import signal
 import site
 import socket
 import subprocess
@@ -42,10 +43,9 @@ _EXIT_SECONDS = 5.0
 _WATCH_AFTER_SECONDS = 0.02
 _WAKE_SECONDS = 1.0
 _SPAWNS_AT_ONCE = 16
+_KERNEL_MODULES = ("ipykernel.kernelapp", "ipykernel.ipkernel", "ipykernel.zmqshell", "zmq.eventloop.zmqstream")
 _THREAD_POOLS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 _HIDDEN_DEVICES = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ZE_AFFINITY_MASK")
-_SIGNALS_OF_TIME = (24,)  # SIGXCPU: the limit on CPU seconds
-
 _servers: weakref.WeakSet[ForkServer] = weakref.WeakSet()
 
 
@@ -71,11 +71,14 @@ class ForkServer:
             Limits and isolation.
         kernels (`bool`, *optional*, defaults to `False`):
             Whether the sessions are Jupyter kernels (`ipykernel` is imported beforehand).
+        quiet (`bool`, *optional*, defaults to `False`):
+            Whether `isolation="best_effort"` logs nothing about what is missing.
     """
 
-    def __init__(self, config: SandboxConfig, kernels: bool = False) -> None:
+    def __init__(self, config: SandboxConfig, kernels: bool = False, quiet: bool = False) -> None:
         self.config = config
         self.kernels = kernels
+        self.quiet = quiet
         self.layers: dict[str, str] = {}
         self.warm_up_seconds = 0.0
         self.pid: int | None = None
@@ -92,6 +95,11 @@ class ForkServer:
 
     async def start(self) -> None:
         """Starts the warm interpreter. Raises [`ToolFailure`] or [`IsolationError`] where it cannot."""
+        if sys.platform != "linux":
+            raise IsolationError(
+                f"Confined sessions need Linux, and this is {sys.platform}. Use a Linux container, or set "
+                "`isolation='best_effort'` to run every session as an unconfined Jupyter kernel."
+            )
         self._spawning = asyncio.Semaphore(_SPAWNS_AT_ONCE)
         await self._launch()
 
@@ -161,7 +169,8 @@ class ForkServer:
         return {
             **{name: getattr(config, name) for name in names},
             "root": self.root,
-            "preload": [*config.preload, *(["ipykernel.kernelapp", "ipykernel.ipkernel"] if self.kernels else [])],
+            "kernels": self.kernels,
+            "preload": [*(_KERNEL_MODULES if self.kernels else ()), *config.preload],
             "readonly_paths": list(config.readonly_paths),
             "namespaces": not self.kernels and not config.launcher,
             # inside a launcher's namespaces the number would mean another process
@@ -181,17 +190,23 @@ class ForkServer:
                 f"This machine does not confine model-written code as `isolation='strict'` promises ({text}). Or set "
                 "`isolation='best_effort'` to run with what there is, where all you could lose is this machine."
             )
-        logger.warning("The sandbox runs with less isolation than it could (%s).", text)
+        if not self.quiet:
+            logger.warning("The sandbox runs with less isolation than it could (%s).", text)
 
     # ---------------------------------------------------------------------------------------------- sessions
 
-    async def spawn(self) -> ForkedInterpreter:
-        """Forks a session. Restarts the warm interpreter if something has killed it."""
+    async def spawn(self, kernel: dict | None = None) -> ForkedInterpreter:
+        """Forks a session. Restarts the warm interpreter if something has killed it.
+
+        Args:
+            kernel (`dict`, *optional*):
+                Connection information of a Jupyter kernel, which the process becomes instead.
+        """
         async with self._spawning:
             ours, theirs = socket.socketpair()
             ours.setblocking(False)
             try:
-                number, info = await self._request_process(theirs)
+                number, info = await self._request_process(theirs, kernel)
                 interpreter = ForkedInterpreter(self, number, info, ours)
             except BaseException:
                 ours.close()
@@ -210,7 +225,7 @@ class ForkServer:
             raise
         return interpreter
 
-    async def _request_process(self, theirs: socket.socket, kernel: dict | None = None) -> tuple[int, dict]:
+    async def _request_process(self, theirs: socket.socket, kernel: dict | None) -> tuple[int, dict]:
         """Asks for a process that talks on `theirs`; returns its number and what the warm interpreter says of it."""
         for attempt in (1, 2):
             if self._control is None:
@@ -275,6 +290,13 @@ class ForkServer:
             return await asyncio.wait_for(asyncio.shield(future), _EXIT_SECONDS)
         return None
 
+    def exit_code(self, number: int) -> int | None:
+        """How a session ended; `None` while it lives."""
+        future = self._exits.get(number)
+        if future is None or (future.done() and future.exception() is not None):
+            return -signal.SIGKILL  # closed, or gone with the warm interpreter
+        return future.result().code if future.done() else None
+
     def forget(self, number: int, connection: socket.socket) -> None:
         """Called by a session that has ended."""
         self._exits.pop(number, None)
@@ -284,8 +306,23 @@ class ForkServer:
 
     def kill(self) -> None:
         """Ends the warm interpreter with everything it forked, at once. The next spawn starts another one."""
+        process, root = self._disconnect()
+        if process is not None:
+            threading.Thread(target=_bury, args=(process, root), daemon=True).start()
+
+    async def stop(self) -> None:
+        """Ends everything and waits until it is gone."""
+        process, root = self._disconnect()
+        if process is not None:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_EXIT_SECONDS):
+                    while process.poll() is None:
+                        await asyncio.sleep(0.002)
+            process.kill()
+            _bury(process, root)
+
+    def _disconnect(self) -> tuple[subprocess.Popen | None, str]:
         control, self._control = self._control, None
-        process, self._process = self._process, None
         if control is not None:
             with contextlib.suppress(Exception):
                 asyncio.get_running_loop().remove_reader(control)
@@ -294,16 +331,9 @@ class ForkServer:
             if not future.done():
                 future.set_exception(ConnectionError("the warm interpreter is gone"))
                 future.exception()  # nobody may be waiting for it
+        process, self._process = self._process, None
         root, self.root = self.root, ""
-        if process is not None:
-            threading.Thread(target=_bury, args=(process, root), daemon=True).start()
-
-    async def stop(self) -> None:
-        """Ends everything and waits until it is gone."""
-        process, root = self._process, self.root
-        self.kill()
-        if process is not None:
-            await asyncio.to_thread(_bury, process, root)
+        return process, root
 
     def abandon(self) -> None:
         """Closes every connection of this object, without an event loop: for copies of it in forked processes."""
@@ -383,7 +413,7 @@ class ForkedInterpreter:
             return Reply(last_paragraph(text), "error", alive=False, ran=False)
         if flags & protocol.THREADS_LEFT:
             self._stopped = True  # what they do next is done on the next cell's time
-            self.server.tell(op="stop", id=self.number)
+            self.server.tell(op="signal", id=self.number, number=signal.SIGSTOP)
         excess = _scratch.over_quota(self.folder, self.config.scratch_limit_mb, self.config.max_files)
         if excess is not None:
             return Reply(_quota_message(excess), "error", alive=False)
@@ -405,7 +435,7 @@ class ForkedInterpreter:
         request = protocol.REQUEST.pack(nonce, -timeout if stopped else timeout, len(data)) + data
         if stopped:
             self._stopped = False
-            self.server.tell(op="continue", id=self.number)
+            self.server.tell(op="signal", id=self.number, number=signal.SIGCONT)
         try:
             async with asyncio.timeout(_WAKE_SECONDS if stopped else timeout + self.config.grace_seconds):
                 await asyncio.get_running_loop().sock_sendall(self._connection, request)
@@ -443,16 +473,28 @@ class ForkedInterpreter:
             return Reply("RuntimeError: the sandbox was restarted", "crashed", alive=False, ran=False)
         if ended is not None and ended.reason.startswith("quota: "):
             return Reply(_quota_message(ended.reason.removeprefix("quota: ")), "error", alive=False)
-        if ended is not None and -ended.code in _SIGNALS_OF_TIME:
+        if ended is not None and -ended.code == signal.SIGXCPU:
             return Reply("TimeoutError: the session used up its CPU time", "timeout", alive=False)
         return Reply(f"RuntimeError: the interpreter died{_cause(ended)}", "crashed", alive=False)
+
+    def signal(self, number: int) -> None:
+        """Sends a signal to the process."""
+        self.server.tell(op="signal", id=self.number, number=int(number))
+
+    def kill(self) -> None:
+        """Ends the process, without waiting for its end."""
+        self.server.tell(op="kill", id=self.number)
+
+    def exit_code(self) -> int | None:
+        """How the process ended (negative: by which signal); `None` while it lives."""
+        return self.server.exit_code(self.number)
 
     async def close(self) -> None:
         """Ends the process, whatever it is doing, and returns when it and its files are gone."""
         if self._closed:
             return
         self._closed = True
-        self.server.tell(op="kill", id=self.number)
+        self.kill()
         with contextlib.suppress(ConnectionError):
             await self.server.exit_of(self.number)
         self.server.forget(self.number, self._connection)
@@ -471,8 +513,6 @@ def _quota_message(excess: str) -> str:
 def _cause(ended: _Exit | None) -> str:
     if ended is None or ended.code >= 0:
         return f" (exit code {ended.code})" if ended is not None else ""
-    import signal
-
     with contextlib.suppress(ValueError):
         return f" ({signal.Signals(-ended.code).name})"
     return f" (signal {-ended.code})"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import queue
 import re
@@ -17,13 +18,15 @@ import tempfile
 import time
 from typing import TYPE_CHECKING
 
-from .forkserver import timeout_message
+from .forkserver import IsolationError, timeout_message
 from .observation import error_message
 from .result import ToolFailure
 
 
 if TYPE_CHECKING:
     from .sandbox import SandboxConfig
+
+logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.1
 _READY_SECONDS = 60.0
@@ -87,6 +90,13 @@ class JupyterBackend:
         self._folder = ""
 
     async def start(self) -> None:
+        if self.config.isolation == "strict":
+            raise IsolationError(
+                "A Jupyter kernel is an ordinary process of this user, which `isolation='strict'` forbids. Use "
+                "`backend='forkserver'` (Linux), or accept the risk with `isolation='best_effort'`."
+            )
+        if self.config.isolation == "best_effort":
+            logger.warning("The sandbox's Jupyter kernels are limited in time, memory and output, but not confined.")
         self._folder = tempfile.mkdtemp(prefix="trl-multiturn-")
 
     async def spawn(self) -> JupyterInterpreter:

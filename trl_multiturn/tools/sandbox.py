@@ -7,6 +7,7 @@ import atexit
 import contextlib
 import logging
 import os
+import sys
 import threading
 import time
 import weakref
@@ -411,7 +412,7 @@ atexit.register(_close_all)
 
 def make_backend(config: SandboxConfig) -> Backend:
     """The backend that a configuration names."""
-    if config.backend == "forkserver":
+    if config.backend == "forkserver" and (sys.platform == "linux" or config.isolation == "strict"):
         from .forkserver import ForkServer
 
         return ForkServer(config)
