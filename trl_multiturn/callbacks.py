@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +22,7 @@ from .iteration import (
     run_iteration,
     unwrapped_policy,
 )
-from .report import IterationReport, load_reports, print_iterations
+from .report import IterationReport, load_reports, load_start, print_iterations, save_start
 from .rollout.config import RolloutConfig
 from .rollout.engine import Engine
 from .trainer.policy_weights import load_policy_weights, policy_revision
@@ -173,7 +171,7 @@ class ToolRolloutGenerator(TrainerCallback):
         if state.global_step == 0 and self.eval_prompts is not None and self.start_evaluation is None:
             evaluation = self._evaluate()
             if self.trainer.accelerator.is_main_process:
-                _write_json(self._start_file, evaluation)
+                save_start(self.run_folder, evaluation)
             self.trainer.accelerator.wait_for_everyone()
             self.trainer.log(_prefixed(evaluation))
 
@@ -242,9 +240,7 @@ class ToolRolloutGenerator(TrainerCallback):
     @property
     def start_evaluation(self) -> dict[str, float] | None:
         """The evaluation of the policy before the first iteration."""
-        if not self._start_file.exists():
-            return None
-        return json.loads(self._start_file.read_text(encoding="utf-8"))
+        return load_start(self.run_folder)
 
     @property
     def best_policy(self) -> int | None:
@@ -255,10 +251,6 @@ class ToolRolloutGenerator(TrainerCallback):
         evaluations = [self.start_evaluation, *(report.evaluation for report in self.reports)]
         scores = {i: e["pass@1"] for i, e in enumerate(evaluations) if e is not None}
         return max(scores, key=scores.get) if scores else None
-
-    @property
-    def _start_file(self) -> Path:
-        return self.run_folder / "start.json"
 
     def _prompts_of(self, iteration: int) -> Dataset:
         """The iteration's share of the prompts: consecutive ones, from the front again when they run out."""
@@ -307,10 +299,3 @@ class ToolRolloutGenerator(TrainerCallback):
 
 def _prefixed(evaluation: dict[str, float]) -> dict[str, float]:
     return {f"eval_{name}": value for name, value in evaluation.items()}
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(value, indent=2), encoding="utf-8")
-    os.replace(partial, path)

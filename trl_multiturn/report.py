@@ -6,12 +6,13 @@ import json
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 
-REPORT_FILE = "report.json"
+REPORT_FILE, START_FILE = "report.json", "start.json"
 
 
 @dataclass
@@ -72,10 +73,7 @@ class IterationReport:
 
     def save(self, folder: str | os.PathLike) -> None:
         """Writes the report into an iteration's folder, atomically."""
-        path = Path(folder, REPORT_FILE)
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(asdict(self), indent=2), encoding="utf-8")
-        os.replace(partial, path)
+        _write_json(Path(folder, REPORT_FILE), asdict(self))
 
     @classmethod
     def load(cls, folder: str | os.PathLike) -> IterationReport | None:
@@ -88,6 +86,24 @@ def load_reports(run_folder: str | os.PathLike) -> list[IterationReport]:
     """The reports of a run, in order; `run_folder` holds the `iteration_*` folders."""
     reports = (IterationReport.load(folder) for folder in sorted(Path(run_folder).glob("iteration_*")))
     return [report for report in reports if report is not None]
+
+
+def load_start(run_folder: str | os.PathLike) -> dict[str, float] | None:
+    """The evaluation of the policy before the first iteration, where there was one."""
+    path = Path(run_folder, START_FILE)
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def save_start(run_folder: str | os.PathLike, evaluation: dict[str, float]) -> None:
+    """Writes the evaluation before the first iteration."""
+    Path(run_folder).mkdir(parents=True, exist_ok=True)
+    _write_json(Path(run_folder, START_FILE), evaluation)
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(value, indent=2), encoding="utf-8")
+    os.replace(partial, path)
 
 
 def _pass_at_1(evaluation: dict[str, float] | None) -> str:

@@ -17,7 +17,7 @@ import os
 import re
 import time
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -147,25 +147,8 @@ class Journal:
                 `trajectories.parquet` in the journal's folder by default. An older file is replaced at once, when the
                 new one is complete.
         """
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
         path = self.folder / "trajectories.parquet" if path is None else Path(path)
-        partial = path.with_name(path.name + ".partial")
-        schema = _schema(pa)
-        with _explained(path.parent):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with pq.ParquetWriter(partial, schema) as writer:
-                rows: list[dict[str, Any]] = []
-                for trajectory in self.read():
-                    rows.append(_to_row(trajectory))
-                    if len(rows) == _ROWS_PER_GROUP:
-                        writer.write_table(pa.Table.from_pylist(rows, schema))
-                        rows = []
-                if rows:
-                    writer.write_table(pa.Table.from_pylist(rows, schema))
-            _sync_file(partial)
-            os.replace(partial, path)
+        write_parquet(self.read(), path)
         return path
 
     # Lines
@@ -277,6 +260,30 @@ def read_dataset(path: str | os.PathLike) -> list[Trajectory]:
         decoded = {name: json.loads(row[name]) for name in ("prompt", "completion", "info")}
         trajectories.append(Trajectory.from_dict({**row, **decoded}))
     return trajectories
+
+
+def write_parquet(trajectories: Iterable[Trajectory], path: Path) -> int:
+    """Writes trajectories to a Parquet file, whole or not at all, in bounded memory; returns how many there were."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    partial = path.with_name(path.name + ".partial")
+    schema = _schema(pa)
+    rows: list[dict[str, Any]] = []
+    count = 0
+    with _explained(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with pq.ParquetWriter(partial, schema) as writer:
+            for count, trajectory in enumerate(trajectories, 1):  # noqa: B007
+                rows.append(_to_row(trajectory))
+                if len(rows) == _ROWS_PER_GROUP:
+                    writer.write_table(pa.Table.from_pylist(rows, schema))
+                    rows.clear()
+            if rows:
+                writer.write_table(pa.Table.from_pylist(rows, schema))
+        _sync_file(partial)
+        os.replace(partial, path)
+    return count
 
 
 def _place(key: Key) -> tuple:

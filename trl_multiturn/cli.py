@@ -1,0 +1,89 @@
+"""`trl-multiturn`: look at data, at a run, and at what this machine grants the interpreter."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a sub-command; the exit status is 0 where it found nothing wrong."""
+    parser = argparse.ArgumentParser(prog="trl-multiturn", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    check = commands.add_parser("check", help="Read a dataset as the trainers will, and report what is wrong with it.")
+    check.add_argument("--dataset", required=True, help="Name on the Hub, a folder, or a JSONL or Parquet file.")
+    check.add_argument("--model", required=True, help="Model or tokenizer: a name on the Hub or a folder.")
+    check.add_argument("--config", default=None, help="Configuration of the dataset.")
+    check.add_argument("--split", default=None, help="Split to read; all of them by default.")
+    check.add_argument("--max_length", type=int, default=None, help="The trainer's `max_length`.")
+    check.add_argument("--preview", type=int, default=1, help="How many rows to show with their masks.")
+    check.set_defaults(run=_check)
+
+    doctor = commands.add_parser("doctor", help="What this machine grants the Python interpreter, layer by layer.")
+    doctor.set_defaults(run=_doctor)
+
+    stats = commands.add_parser("stats", help="The table of iterations of a run.")
+    stats.add_argument("run_folder", type=Path, help="The trainer's `output_dir`, or its `rollouts` folder.")
+    stats.set_defaults(run=_stats)
+
+    export = commands.add_parser("export", help="Write the trajectories of a run to one file.")
+    export.add_argument("run_folder", type=Path, help="The trainer's `output_dir`, or its `rollouts` folder.")
+    export.add_argument("--output", type=Path, required=True, help="A `.parquet` or `.jsonl` file.")
+    export.set_defaults(run=_export)
+
+    options = parser.parse_args(arguments)
+    try:
+        return options.run(options)
+    except (FileNotFoundError, ValueError) as error:
+        print(f"trl-multiturn {options.command}: {error}", file=sys.stderr)
+        return 2
+
+
+def _check(options: argparse.Namespace) -> int:
+    from .data.check import check_dataset, print_check
+
+    report = check_dataset(
+        options.dataset, options.model, options.config, options.split, options.max_length, options.preview
+    )
+    print_check(report)
+    return 1 if report.errors else 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from .tools import doctor
+
+    return doctor.main() or 0
+
+
+def _stats(options: argparse.Namespace) -> int:
+    from .report import load_reports, load_start, print_iterations
+
+    folder = _rollouts(options.run_folder)
+    print_iterations(load_reports(folder), load_start(folder))
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from .rollout.export import export_trajectories
+
+    count = export_trajectories(_rollouts(options.run_folder), options.output)
+    print(f"{count} trajectories written to {options.output}")
+    return 0
+
+
+def _rollouts(folder: Path) -> Path:
+    """The folder with the `iteration_*` folders."""
+    for candidate in (folder, folder / "rollouts"):
+        if any(candidate.glob("iteration_*")):
+            return candidate
+    raise FileNotFoundError(
+        f"{folder} holds no run: neither it nor its `rollouts` folder has an `iteration_*` folder. Give the trainer's "
+        "`output_dir`."
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

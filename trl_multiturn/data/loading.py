@@ -1,0 +1,40 @@
+"""Datasets by name: from the Hub, from a folder, or from a file of rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from datasets import DatasetDict, IterableDatasetDict, load_dataset, load_from_disk
+
+
+_BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow", ".csv": "csv"}
+
+
+def load_rows(name: str, config: str | None = None, streaming: bool = False) -> DatasetDict | IterableDatasetDict:
+    """Loads the splits of a dataset.
+
+    Args:
+        name (`str`):
+            A dataset on the Hub or in a local folder (`load_dataset` or `save_to_disk`), or one file: JSONL, JSON,
+            Parquet, Arrow or CSV, which becomes the split `train`.
+        config (`str`, *optional*):
+            Configuration of a dataset on the Hub.
+        streaming (`bool`, *optional*, defaults to `False`):
+            Whether to read rows as they are needed.
+
+    Raises:
+        `ValueError`: if no name is given.
+        `FileNotFoundError`: if `name` looks like a file but is none.
+    """
+    if not name:
+        raise ValueError("No dataset was named. Pass `--dataset_name` with a Hub name or the path of a file.")
+    path = Path(name)
+    if path.suffix in _BUILDERS:
+        if not path.exists():
+            raise FileNotFoundError(f"{name} does not exist. Give the path of a file, or a dataset's name on the Hub.")
+        return load_dataset(_BUILDERS[path.suffix], data_files=str(path), streaming=streaming)
+    if (path / "state.json").exists():
+        return DatasetDict(train=load_from_disk(path))
+    if (path / "dataset_dict.json").exists():
+        return load_from_disk(path)
+    return load_dataset(name, name=config, streaming=streaming)
