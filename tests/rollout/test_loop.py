@@ -261,6 +261,12 @@ def test_every_turn_has_its_own_seed_that_depends_on_its_place_alone():
     }
 
 
+def test_the_samples_of_a_prompt_take_the_temperatures_in_turn():
+    _, engine = roll([CODE, ANSWER], num_generations=3, temperature=1.0, temperature_variants=[0.7])
+    temperatures = {(call.session, call.sampling.temperature) for call in engine.calls}
+    assert temperatures == {("0/current/0/0", 1.0), ("0/current/0/1", 0.7), ("0/current/0/2", 1.0)}
+
+
 def test_it_runs_inside_a_running_loop_too():
     async def notebook():
         return roll([CODE, ANSWER], prompts=rows(2))[0]
@@ -398,6 +404,7 @@ def test_the_users_mistakes_raise_before_anything_is_sampled(prompts, settings, 
     [
         {"num_generations": 0},
         {"temperature": -1.0},
+        {"temperature_variants": [0.7, -1.0]},
         {"top_p": 0.0},
         {"dialect": "xml"},
         {"max_turn_tokens": 0},
@@ -410,7 +417,7 @@ def test_the_users_mistakes_raise_before_anything_is_sampled(prompts, settings, 
 )
 def test_the_configuration_is_checked_when_it_is_made(settings):
     (name,) = settings
-    with pytest.raises(ValueError, match=name):
+    with pytest.raises(ValueError, match=name.removesuffix("_variants")):
         RolloutConfig(**settings)
 
 
@@ -541,6 +548,15 @@ def test_an_environment_that_does_not_start_is_the_machines_failure():
 
     (trajectory,), _ = roll([], [], rows(goal=1), dialect="native", environment_factory=Broken, tool_retries=0)
     assert trajectory.stop_reason is StopReason.TOOL_FAILED and trajectory.completion_ids == []
+
+
+def test_a_first_observation_that_leaves_no_room_is_the_users_mistake():
+    class Wordy(Corridor):
+        def reset(self, **row) -> str:
+            return "You are in a corridor. " * 100
+
+    with pytest.raises(ValueError, match="Row 0: the prompt has .* tokens, which leaves no room"):
+        roll([], [], dialect="action", environment_factory=Wordy)
 
 
 def test_the_system_prompt_is_for_prompts_that_have_none():

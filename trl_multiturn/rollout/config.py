@@ -26,6 +26,13 @@ class RolloutConfig:
         },
     )
     temperature: float = field(default=1.0, metadata={"help": "Softmax temperature; 0 decodes greedily."})
+    temperature_variants: list[float] = field(
+        default_factory=list,
+        metadata={
+            "help": "Further temperatures, for exploration: the samples of a prompt take `temperature` and these in "
+            "turn."
+        },
+    )
     top_p: float = field(default=1.0, metadata={"help": "Nucleus sampling; 1.0 is off."})
     top_k: int = field(default=0, metadata={"help": "Samples from the k likeliest tokens; 0 is off."})
     min_p: float = field(
@@ -125,8 +132,10 @@ class RolloutConfig:
         if isinstance(self.stop_strings, str):
             raise ValueError(f"`stop_strings` is a string ({self.stop_strings!r}). Pass a list of strings.")
         self.stop_strings = list(self.stop_strings)
+        self.temperature_variants = list(self.temperature_variants)
         self._read_texts()
-        self.sampling(1)  # checks temperature, top_p, top_k and min_p
+        for sample in range(1 + len(self.temperature_variants)):
+            self.sampling(1, sample)  # checks temperatures, top_p, top_k and min_p
 
     def _read_texts(self) -> None:
         if isinstance(self.chat_template_kwargs, str):  # from a command line
@@ -139,18 +148,21 @@ class RolloutConfig:
         except re.error as error:
             raise ValueError(f"`answer_pattern` is not a regular expression: {error}.") from error
 
-    def sampling(self, max_new_tokens: int, **overrides: Any) -> SamplingParams:
+    def sampling(self, max_new_tokens: int, sample_index: int = 0, **overrides: Any) -> SamplingParams:
         """Sampling parameters of one turn.
 
         Args:
             max_new_tokens (`int`):
                 What the turn's and the trajectory's token limits leave.
+            sample_index (`int`, *optional*, defaults to `0`):
+                Which sample of its prompt the trajectory is; it chooses among `temperature_variants`.
             **overrides:
                 Fields of [`SamplingParams`] that differ from turn to turn.
         """
+        temperatures = [self.temperature, *self.temperature_variants]
         return SamplingParams(
             max_new_tokens=max_new_tokens,
-            temperature=self.temperature,
+            temperature=temperatures[sample_index % len(temperatures)],
             top_p=self.top_p,
             top_k=self.top_k,
             min_p=self.min_p,

@@ -155,6 +155,7 @@ async def play_episode(
     try:
         transcript.prompt = append_observation(prompt, await toolbox.reset())
         transcript.prompt_ids = conversation.template.prompt_ids(transcript.prompt)
+        refuse_long_prompt(len(transcript), context.prompt_index, config)
         stop_reason = await _converse(transcript, context, toolbox, conversation, engine, config)
         reward = await toolbox.reward()
     except ToolFailure as error:
@@ -187,6 +188,15 @@ async def play_episode(
     )
 
 
+def refuse_long_prompt(length: int, prompt_index: int, config: RolloutConfig) -> None:
+    """Raises `ValueError` where a prompt of `length` tokens leaves no room for a turn."""
+    if length >= config.max_trajectory_tokens:
+        raise ValueError(
+            f"Row {prompt_index}: the prompt has {length} tokens, which leaves no room for a turn within "
+            f"`max_trajectory_tokens={config.max_trajectory_tokens}`. Raise it or drop the row."
+        )
+
+
 async def _converse(
     transcript: Transcript,
     context: RolloutContext,
@@ -197,11 +207,10 @@ async def _converse(
 ) -> StopReason:
     for number in range(config.max_tool_calling_iterations + 1):
         room = min(config.max_turn_tokens, config.max_trajectory_tokens - len(transcript))
-        if room < 1:
-            return StopReason.MAX_TOKENS
         prefix_ids = transcript.prompt_ids + transcript.completion_ids
         sampling = config.sampling(
             room,
+            context.sample_index,
             stop_token_ids=conversation.stop_token_ids,
             stop_strings=conversation.stop_strings,
             seed=derive_seed(context.seed, number),

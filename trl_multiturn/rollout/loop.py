@@ -21,7 +21,7 @@ from ..trajectory import StopReason, Trajectory, Verdict
 from ..version import __version__
 from .config import RolloutConfig
 from .engine import Engine
-from .episode import Conversation, play_episode
+from .episode import Conversation, play_episode, refuse_long_prompt
 from .journal import Journal, JournalError
 from .judging import Judge
 from .provenance import derive_seed, describe_tokenizer, fingerprint
@@ -325,12 +325,7 @@ class _Rollouts:
     def _refuse_long_prompts(self) -> None:
         template = self.conversations[None].template
         for index, row in enumerate(self.rows):
-            length = len(template.prompt_ids(self._prompt(row)))
-            if length >= self.config.max_trajectory_tokens:
-                raise ValueError(
-                    f"Row {index}: the prompt has {length} tokens, which leaves no room for a turn within "
-                    f"`max_trajectory_tokens={self.config.max_trajectory_tokens}`. Raise it or drop the row."
-                )
+            refuse_long_prompt(len(template.prompt_ids(self._prompt(row))), index, self.config)
 
     def _scope(self) -> str:
         return f"{self.provenance['iteration']}/{self.provenance['policy']}"
@@ -365,9 +360,7 @@ def _first_leaf(group: BaseExceptionGroup) -> BaseException:
 
 def _run(coroutine: Coroutine[Any, Any, list[Trajectory]]) -> list[Trajectory]:
     """`asyncio.run`, also where a loop is running already: then in a thread, which an interrupt cancels."""
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
+    if not _inside_a_loop():
         return asyncio.run(coroutine)
     outcome: list[Any] = [None, None]
     loop = asyncio.new_event_loop()
@@ -393,3 +386,11 @@ def _run(coroutine: Coroutine[Any, Any, list[Trajectory]]) -> list[Trajectory]:
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
+
+
+def _inside_a_loop() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True

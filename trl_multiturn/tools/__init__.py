@@ -12,6 +12,7 @@ _MODULES = {
     "python_tool": ["PythonTool"],
     "result": ["ToolFailure", "ToolResult"],
     "sandbox": ["Sandbox", "SandboxConfig"],
+    "textworld": ["TextWorldEnvironment", "make_games"],
     "toolbox": ["Toolbox", "ToolLimits", "Toolset"],
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
