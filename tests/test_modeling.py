@@ -187,7 +187,7 @@ class TestAttached:
         chosen[0, 0] = kl[0, 0] = 0.0
         torch.testing.assert_close(outputs.log_probs, chosen)
         torch.testing.assert_close(outputs.kl, kl)
-        torch.testing.assert_close(outputs.values, model.value_model(IDS)[:, :-1])
+        torch.testing.assert_close(outputs.state_values, model.value_model(IDS)[:, :-1])
 
 
 @pytest.mark.parametrize(

@@ -225,7 +225,7 @@ class TestCheckpoints:
         value_model = ValueModel.from_pretrained(tmp_path / "saved" / "value_model", dtype=torch.float32)
         expected = trainer.model(
             input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, values=True
-        ).values.squeeze(0)
+        ).state_values.squeeze(0)
         assert expected.abs().min() > 0
         scores = value_model.score([ids[0, :k].tolist() for k in (3, 1, 2)])
         assert scores == pytest.approx(expected[[2, 0, 1]].tolist(), rel=1e-4)
@@ -307,7 +307,7 @@ class TestReference:
             labels=batch["input_ids"],
             values=True,
         )
-        assert torch.equal(before.values, after.values)
+        assert torch.equal(before.state_values, after.state_values)
         assert torch.equal(before.log_probs, after.log_probs)
         trainer.train()
         assert trainer.state.global_step == 2  # gradients still reach the policy after adapters were switched

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,7 +45,8 @@ def make_trainer(folder: Any, cls: type = OREOTrainer, dataset: Any = None, lora
     config_class = OREOConfig if cls is OREOTrainer else DQOConfig
     tokenizer = byte_tokenizer()
     path = f"{folder}/model"
-    save_tiny(path, tokenizer)
+    if not Path(path, "config.json").exists():
+        save_tiny(path, tokenizer)
     passed = {key: settings.pop(key) for key in ("eval_dataset", "callbacks") if key in settings}
     defaults = {"beta": BETA, "value_lora_rank": 4, "lr_scheduler_type": "constant", "warmup_steps": 0}
     args = kto_config(f"{folder}/out", config_class, **{**defaults, **settings})

@@ -33,14 +33,14 @@ class PolicyValueOutput(ModelOutput):
     Args:
         log_probs (`Tensor`): `(B, L−1)`, log-probabilities of the labels, 0 where the label is −100.
         entropy (`Tensor`): `(B, L−1)`, detached.
-        values (`Tensor`): `(B, L−1)`, `V` of the state in which the token of column `t` was chosen.
+        state_values (`Tensor`): `(B, L−1)`, `V` of the state in which the token of column `t` was chosen.
         kl (`Tensor`, *optional*): `(B, L−1)`, exact KL to the reference, 0 where the label is −100.
         aux_loss (`Tensor`, *optional*): load-balancing loss of a mixture of experts.
     """
 
     log_probs: Tensor | None = None
     entropy: Tensor | None = None
-    values: Tensor | None = None
+    state_values: Tensor | None = None  # not `values`: a `ModelOutput` is a dictionary, and DDP iterates over it
     kl: Tensor | None = None
     aux_loss: Tensor | None = None
 
@@ -90,7 +90,7 @@ def attach_value_model(policy: PreTrainedModel | PeftModel, value_model: ValueMo
         return PolicyValueOutput(
             log_probs=outputs.log_probs[:, -columns:],
             entropy=outputs.entropy[:, -columns:].detach(),
-            values=state_values[:, :-1],
+            state_values=state_values[:, :-1],
             kl=kl,
             aux_loss=outputs.aux_loss,
         )

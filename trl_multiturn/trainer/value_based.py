@@ -222,7 +222,7 @@ class ValueBasedTrainer(TokenReferenceMixin, MultiTurnKTOTrainer):
         )
         aligned = {name: inputs[name][:, 1:] for name in ALIGNED_COLUMNS if name in inputs and name != "ref_logps"}
         batch = TrajectoryBatch(
-            values=outputs.values,
+            values=outputs.state_values,
             logps=outputs.log_probs,
             ref_logps=ref_logps,
             action_mask=inputs["completion_mask"][:, 1:].bool(),

@@ -1,0 +1,51 @@
+"""Run by `test_value_ddp.py` on one or two processes: trains, saves, resumes, and writes what came out."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from tests.support import save_tiny
+from tests.trainer.value_helpers import make_trainer, parameters, token_rows
+from trl_multiturn.trainer import DQOTrainer, OREOTrainer
+
+
+CASES = {
+    "oreo-full": (OREOTrainer, {"value_model": "full", "kl_coef": 0.5}),
+    "oreo-lora-adapter": (OREOTrainer, {"value_model": "adapter", "lora": True, "precompute_ref_log_probs": True}),
+    "oreo-head-checkpointing": (OREOTrainer, {"value_model": "head", "gradient_checkpointing": True}),
+    "dqo-adapter": (DQOTrainer, {"value_model": "adapter", "horizon": "turn"}),
+}
+
+
+def main(folder: Path) -> None:
+    rank, world_size = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    for name in CASES:  # before the processes know of each other, after which only the first one would write
+        save_tiny(folder / f"{name}-{rank}" / "model")
+    for name, (cls, settings) in CASES.items():
+        trainer = make_trainer(
+            folder / f"{name}-{rank}",
+            cls=cls,
+            optim="sgd",
+            max_steps=3,
+            value_learning_rate=1e-2,
+            per_device_train_batch_size=4 // world_size,
+            train_sampling_strategy="sequential",
+            eval_dataset=token_rows(4),
+            **settings,
+        )
+        trainer.train()
+        metrics = trainer.evaluate()
+        result = {
+            "weights": parameters(trainer.accelerator.unwrap_model(trainer.model)),
+            "loss": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+            "eval": {key: value for key, value in metrics.items() if key in ("eval_loss", "eval_value/mean")},
+        }
+        torch.save(result, folder / f"{name}.rank{rank}.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
