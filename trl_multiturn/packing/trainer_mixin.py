@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
 from accelerate.logging import get_logger
 from torch import nn
 
+from .batching import PromptGroupedSampler, split_batch
+from .decoder import PackedDecoder
 from .eligibility import reason_against_hooks, reason_against_packing, self_test
 from .forward import PackedForward
 from .plan import PlanCache
@@ -24,21 +27,75 @@ class PackedTrainerMixin:
     raises `ValueError` where that is impossible; `False` leaves the trainer as it is.
 
     The trainer's losses, metrics and data path are not touched: see [`PackedForward`] for where it sits.
+
+    Two further fields concern batches, packed or not. `args.group_by_prompt` keeps a prompt's rows together within the
+    shuffled order, so that there is something to share. `args.max_tokens_per_batch` bounds the unique tokens of one
+    forward pass: a larger batch is computed in parts, with the gradient of the whole. Metrics then are means over
+    parts.
     """
 
+    # Weight of the part of a batch that is being computed: its share of the batch's rows
+    _part_weight = 1.0
+
     def compute_loss(self, model, inputs, *args, **kwargs):
-        self._seat_packed_forwards()
-        return super().compute_loss(model, inputs, *args, **kwargs)
+        self.seat_packed_forwards()
+        output = super().compute_loss(model, inputs, *args, **kwargs)
+        return output if self._part_weight == 1.0 else output * self._part_weight
 
     def compute_ref_log_probs(self, model, inputs):
         # Precomputation asks for these inside the parent's constructor
-        self._seat_packed_forwards()
+        self.seat_packed_forwards()
         return super().compute_ref_log_probs(model, inputs)
 
-    def _seat_packed_forwards(self) -> None:
+    def training_step(self, model, inputs, *args, **kwargs):
+        budget = getattr(self.args, "max_tokens_per_batch", None)
+        if budget is None:
+            return super().training_step(model, inputs, *args, **kwargs)
+        self._check_loss_is_a_mean_over_rows()
+        sides = 1 if "label" in inputs else 2
+        parts = split_batch(inputs, budget, sides)
+        if self.accelerator.num_processes > 1:
+            # Every process must take part in every gradient reduction
+            count = torch.tensor(len(parts), device=self.accelerator.device)
+            parts = split_batch(inputs, budget, sides, int(self.accelerator.gather(count).max()))
+        rows, losses = len(inputs["input_ids"]), []
+        try:
+            for part in parts:
+                self._part_weight = len(part["input_ids"]) / rows
+                losses.append(super().training_step(model, part, *args, **kwargs))
+        finally:
+            self._part_weight = 1.0
+        return torch.stack(losses).sum()
+
+    def _get_train_sampler(self, train_dataset=None):
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if not getattr(self.args, "group_by_prompt", False) or not hasattr(dataset, "__len__"):
+            return super()._get_train_sampler(train_dataset)
+        if getattr(self, "calculate_KL", False):
+            raise ValueError(
+                "`group_by_prompt=True` would tear rows from the mismatched completions that were prepared for their "
+                "neighbours. Order the rows by prompt yourself, or use `loss_type='apo_zero_unpaired'`."
+            )
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return PromptGroupedSampler(dataset["prompt_ids"][:], self.args.per_device_train_batch_size, seed)
+
+    def _check_loss_is_a_mean_over_rows(self) -> None:
+        whole_batch = sorted({"sft", "aot", "aot_unpaired"} & set(getattr(self, "loss_types", ())))
+        if getattr(self, "calculate_KL", False):
+            whole_batch.append("kto")
+        if getattr(self, "aux_loss_enabled", False):
+            whole_batch.append("the router's auxiliary loss")
+        if whole_batch:
+            raise ValueError(
+                f"`max_tokens_per_batch` computes a batch in parts, but {', '.join(whole_batch)} is not a mean over "
+                "rows, so its gradient would not be the batch's. Lower `per_device_train_batch_size` instead."
+            )
+
+    def seat_packed_forwards(self) -> None:
+        """Decide, once, how this trainer's models run; a trainer with its own loss calls it before the first pass."""
         if getattr(self, "_packed_forwards", None) is not None:
             return
-        self._packed_forwards: list[PackedForward] = []
+        self._packed_forwards: list[PackedForward | PackedDecoder] = []
         packed = getattr(self.args, "packed", "auto")
         if packed is False:
             return
@@ -51,6 +108,7 @@ class PackedTrainerMixin:
             if reason is None:
                 reason = _first(self_test(forward) for forward in self._packed_forwards)
         if reason is None:
+            self._pack_value_model(packed, plans)
             logger.info("Trajectories are packed with shared prefixes where their shapes say that it pays.")
             return
         for forward in self._packed_forwards:
@@ -62,6 +120,13 @@ class PackedTrainerMixin:
             )
         scored = ", the LM head on trained tokens only" if self._packed_forwards else ""
         logger.warning(f"Batches stay padded{scored}: {reason}.")
+
+    def _pack_value_model(self, packed: bool | str, plans: PlanCache) -> None:
+        """A value model with a backbone of its own has the policy's architecture, which passed the self-test."""
+        value_model = getattr(self.accelerator.unwrap_model(self.model), "value_model", None)
+        backbone = getattr(value_model, "backbone", None)
+        if backbone is not None:
+            self._packed_forwards.append(PackedDecoder(backbone, packed, plans))
 
     def _packable_models(self) -> list[tuple[nn.Module, tuple[str, ...]]]:
         fields = ("entropy", "mean_logits", "is_top1")

@@ -1,0 +1,136 @@
+"""
+Batches in which there is something to share, and which fit: rows of a prompt together, and a budget of tokens.
+
+Neither changes what is learned from a given set of rows. Keeping a prompt's rows together changes which rows share an
+optimizer step. A token budget changes nothing but the memory: a batch that exceeds it is computed in parts, and each
+part's loss weighs as many rows as it has.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Sampler
+
+from .row import pack_rows
+
+
+class PromptGroupedSampler(Sampler[int]):
+    """
+    Every row once, in an order that is shuffled by prompt and within each prompt, with a prompt's rows together.
+
+    The order depends on `seed` and the epoch alone, so that all processes and a resumed run agree on it.
+
+    Args:
+        prompts (`Sequence[Sequence[int]]`): token ids of each row's prompt.
+        batch_size (`int`): rows of a batch. Where a prompt's rows would straddle the end of a batch, a prompt that
+            fits the rest of the batch exactly comes first, if there is one; the order is otherwise random.
+        seed (`int`, *optional*, defaults to `0`)
+    """
+
+    def __init__(self, prompts: Sequence[Sequence[int]], batch_size: int, seed: int = 0) -> None:
+        groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        for row, prompt in enumerate(prompts):
+            groups[tuple(prompt)].append(row)
+        self._groups = list(groups.values())
+        self._rows = len(prompts)
+        self._batch_size = batch_size
+        self._seed = seed
+        self._epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose order comes next; accelerate calls this."""
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return self._rows
+
+    def __iter__(self) -> Iterator[int]:
+        rng = random.Random(f"{self._seed}-{self._epoch}")
+        # By size, to find one that fills a gap; each size in random order
+        waiting: dict[int, list[list[int]]] = defaultdict(list)
+        order = [rng.sample(group, len(group)) for group in self._groups]
+        rng.shuffle(order)
+        for group in order:
+            waiting[len(group)].append(group)
+        taken: set[int] = set()
+        position = 0
+        for group in order:
+            if id(group) in taken:
+                continue
+            gap = -position % self._batch_size
+            while 0 < gap < len(group):
+                filler = self._take(waiting.get(gap, []), taken)
+                if filler is None:
+                    break
+                yield from filler
+                position += len(filler)
+                gap = -position % self._batch_size
+            if id(group) not in taken:
+                taken.add(id(group))
+                yield from group
+                position += len(group)
+
+    @staticmethod
+    def _take(groups: list[list[int]], taken: set[int]) -> list[int] | None:
+        while groups:
+            group = groups.pop()
+            if id(group) not in taken:
+                taken.add(id(group))
+                return group
+        return None
+
+
+def split_batch(batch: dict[str, Any], max_tokens: int, sides: int, parts: int = 1) -> list[dict[str, Any]]:
+    """
+    Cut a batch into parts whose packed rows hold at most `max_tokens` tokens each, prompts kept together.
+
+    Args:
+        batch (`dict[str, Any]`): tensors of `sides * B` or of `B` rows; with two sides, all first sides come first.
+        max_tokens (`int`): unique tokens of a part. A single example may exceed it.
+        sides (`int`): sequences of an example in `input_ids`: 2 for a pair, 1 for a trajectory.
+        parts (`int`, *optional*, defaults to `1`): at least so many parts, where there are as many examples.
+    """
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    examples = len(ids) // sides
+    lengths = mask.sum(dim=1).tolist()
+    order = sorted(range(examples), key=lambda i: ids[i, : lengths[i]].tolist())
+    groups: list[list[int]] = []
+    for i in order:
+        if groups and _unique_tokens(ids, mask, [*groups[-1], i], examples, sides) <= max_tokens:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    while len(groups) < min(parts, examples):
+        largest = max(groups, key=len)
+        groups.remove(largest)
+        groups += [largest[: len(largest) // 2], largest[len(largest) // 2 :]]
+    if len(groups) == 1:
+        return [batch]
+    return [_select(batch, group, examples, sides) for group in groups]
+
+
+def _unique_tokens(ids: Tensor, mask: Tensor, chosen: list[int], examples: int, sides: int) -> int:
+    rows = [i + side * examples for side in range(sides) for i in chosen]
+    return len(pack_rows(ids[rows], mask[rows]))
+
+
+def _select(batch: dict[str, Any], chosen: list[int], examples: int, sides: int) -> dict[str, Any]:
+    """The examples `chosen` of a batch, without the columns that pad them all."""
+    one = torch.tensor(chosen, device=batch["input_ids"].device)
+    several = torch.cat([one + side * examples for side in range(sides)])
+    width = batch["input_ids"].shape[1]
+    used = int(batch["attention_mask"][several].sum(dim=1).max())
+    part = {}
+    for name, value in batch.items():
+        if isinstance(value, Tensor) and value.dim() and len(value) in (examples, sides * examples):
+            value = value[several if len(value) == sides * examples else one]
+            if value.dim() == 2 and value.shape[1] == width:
+                value = value[:, :used]
+        part[name] = value
+    return part
