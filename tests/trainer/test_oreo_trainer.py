@@ -11,7 +11,7 @@ from trl import KTOConfig, KTOTrainer
 
 from tests.support import byte_tokenizer
 from trl_multiturn.modeling import ValueModel
-from trl_multiturn.trainer import OREOConfig, OREOTrainer
+from trl_multiturn.trainer import DQOTrainer, OREOConfig, OREOTrainer
 
 from .helpers import unpaired_dataset
 from .value_helpers import BETA, make_trainer, metrics_of, parameters, plain_forward, split, token_rows, whole_batch
@@ -309,8 +309,12 @@ class TestReference:
         )
         assert torch.equal(before.state_values, after.state_values)
         assert torch.equal(before.log_probs, after.log_probs)
-        trainer.train()
-        assert trainer.state.global_step == 2  # gradients still reach the policy after adapters were switched
+        policy, values = split(trainer)
+        trainer.train()  # gradients still reach both models after adapters were switched
+        policy_after, values_after = split(trainer)
+        assert policy.keys() == policy_after.keys() and values.keys() == values_after.keys()
+        for before, after in ((policy, policy_after), (values, values_after)):
+            assert any(not torch.equal(before[name], after[name]) for name in before)
 
     @pytest.mark.parametrize("lora", [False, True])
     def test_columns_of_the_present_policy_bring_the_kl_reference_along(self, tmp_path, lora):
@@ -320,7 +324,26 @@ class TestReference:
         metrics = metrics_of(trainer)
         assert metrics["kl"] == pytest.approx(0, abs=1e-6) and metrics["rewards/chosen"] == pytest.approx(0, abs=1e-5)
 
-    def test_a_head_is_trained_without_a_second_backbone(self, tmp_path):
+    @pytest.mark.parametrize("lora", [False, True])
+    def test_resuming_restores_a_refreshed_reference(self, tmp_path, lora):
+        class Refresh(TrainerCallback):
+            trainer = None
+
+            def on_step_end(self, args, state, control, **kwargs):
+                if state.global_step == 1:
+                    self.trainer.refresh_reference()
+
+        settings = {"lora": lora, "max_steps": 3, "save_strategy": "steps", "save_steps": 2, "value_model": "adapter"}
+        results = []
+        for name, checkpoint in (("a", None), ("b", f"{tmp_path}/a/out/checkpoint-2")):
+            trainer = make_trainer(tmp_path / name, callbacks=[Refresh()], **settings)
+            Refresh.trainer = trainer
+            trainer.train(resume_from_checkpoint=checkpoint)
+            results.append(parameters(trainer.model))
+        for name, weight in results[0].items():
+            torch.testing.assert_close(results[1][name], weight, rtol=1e-5, atol=1e-7)
+
+    def test_an_adapter_beside_a_lora_policy_needs_no_second_backbone(self, tmp_path):
         trainer = make_trainer(tmp_path, lora=True, value_model="adapter")
         assert trainer.ref_model is None
         shared = {
@@ -410,3 +433,45 @@ class TestFace:
             OREOTrainer(args=args, compute_metrics=lambda _: {}, **arguments)
         with pytest.raises(ValueError, match="optimizers"):
             OREOTrainer(args=args, optimizers=(object(), None), **arguments)
+
+
+class Rounds(TrainerCallback):
+    """Supplies the rows of each epoch, as `ToolRolloutGenerator` does."""
+
+    lr_schedule = "run"
+
+    def __init__(self, rounds: list[Dataset]):
+        self.rounds, self.first_steps, self.starts = rounds, [], []
+
+    def attach(self, trainer):
+        self.trainer = trainer
+
+    def position(self, global_step):
+        return max((pair for pair in enumerate(self.first_steps) if pair[1] <= global_step), default=(0, 0))
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        rows = self.trainer.prepare_rows(self.rounds[len(self.first_steps)])
+        self.first_steps.append(state.global_step)
+        self.trainer.train_dataset = self.trainer.compute_reference_columns(rows, reference="policy")
+        with torch.no_grad():
+            self.trainer.model.eval()
+            self.trainer.compute_loss(self.trainer.model, whole_batch(self.trainer))
+        self.starts.append(metrics_of(self.trainer))
+        self.trainer.model.train()
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("cls", [OREOTrainer, DQOTrainer])
+def test_iterations_restart_at_the_reference(tmp_path, lora, cls):
+    """Each round's reference is the policy that starts it: log-ratios and KL begin at zero, values go on."""
+    rounds = Rounds([token_rows(4), token_rows(3), token_rows(2)])
+    settings = {"max_steps": -1, "num_train_epochs": 3, "value_learning_rate": 1e-3}
+    trainer = make_trainer(tmp_path, cls=cls, dataset="rounds", callbacks=[rounds], lora=lora, **settings)
+    trainer.train()
+    assert rounds.first_steps == [0, 2, 4] and trainer.state.global_step == 5
+    for start in rounds.starts:
+        assert start["rewards/chosen"] == pytest.approx(0, abs=1e-4)
+        assert start.get("kl", 0) == pytest.approx(0, abs=1e-5)
+    assert len({start["value/mean"] for start in rounds.starts}) == 3
+    trained = [entry for entry in trainer.state.log_history if "rewards/chosen" in entry]
+    assert abs(trained[1]["rewards/chosen"]) > 1e-3

@@ -41,7 +41,11 @@ def token_rows(n: int = 4, **columns: list) -> Dataset:
 
 
 def make_trainer(folder: Any, cls: type = OREOTrainer, dataset: Any = None, lora: bool = False, **settings: Any):
-    """A trainer whose policy has left its reference and whose value model has left zero."""
+    """
+    A trainer whose policy has left its reference and whose value model has left zero.
+
+    Trains on `token_rows()`, or on `dataset`; on none with `dataset="rounds"`, for a callback that supplies rows.
+    """
     config_class = OREOConfig if cls is OREOTrainer else DQOConfig
     tokenizer = byte_tokenizer()
     path = f"{folder}/model"
@@ -53,7 +57,7 @@ def make_trainer(folder: Any, cls: type = OREOTrainer, dataset: Any = None, lora
     trainer = cls(
         model=path,
         args=args,
-        train_dataset=token_rows() if dataset is None else dataset,
+        train_dataset=token_rows() if dataset is None else None if isinstance(dataset, str) else dataset,
         processing_class=tokenizer,
         peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"]) if lora else None,
         **passed,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -27,9 +28,14 @@ from .joint_forward import capture_hidden_states, lm_head
 
 logger = get_logger(__name__)
 
+REFERENCE_MODEL_FOLDER = "reference_model"
+
 
 class TokenReferenceMixin:
     """Mixed in before `TokenRowsMixin`, whose reference columns hold one number per row."""
+
+    # Whether the reference model differs from the one that a constructor would load
+    _reference_moved = False
 
     @property
     def _needs_reference_distributions(self) -> bool:
@@ -148,15 +154,7 @@ class TokenReferenceMixin:
             )
         policy = self.accelerator.unwrap_model(self.model)
         if self.ref_model is not None:
-            weights = policy.state_dict()
-            for module_name, module in self.accelerator.unwrap_model(self.ref_model).named_modules():
-                prefix = f"{module_name}." if module_name else ""
-                for name, parameter in list(module._parameters.items()):
-                    if parameter is None:
-                        continue
-                    # A new parameter: the old one may be the base of the value model, which must not move
-                    copied = weights[f"{prefix}{name}"].detach().to(parameter).clone()
-                    setattr(module, name, nn.Parameter(copied, requires_grad=False))
+            self._replace_reference(policy.state_dict())
         elif is_peft_model(policy):
             if "ref" not in policy.peft_config:
                 policy.add_adapter("ref", policy.peft_config["default"])
@@ -166,6 +164,16 @@ class TokenReferenceMixin:
                         target = policy.get_parameter(name.replace(".default.", ".ref."))
                         target.copy_(parameter)
                         target.requires_grad_(False)
+
+    def _replace_reference(self, weights: dict[str, Tensor]) -> None:
+        """Gives the reference model new parameters: the old ones may be the base of the value model, which stays."""
+        for module_name, module in self.accelerator.unwrap_model(self.ref_model).named_modules():
+            prefix = f"{module_name}." if module_name else ""
+            for name, parameter in list(module._parameters.items()):
+                if parameter is not None:
+                    copied = weights[f"{prefix}{name}"].detach().to(parameter).clone()
+                    setattr(module, name, nn.Parameter(copied, requires_grad=False))
+        self._reference_moved = True
 
     def _hold_reference_model(self) -> None:
         """Keeps a frozen copy of the policy where distributions are needed and nothing else can give them."""
@@ -186,3 +194,19 @@ class TokenReferenceMixin:
         _upstream.add_fused_lm_head(reference)
         reference.requires_grad_(False)
         self.ref_model = self.accelerator.prepare_model(reference.eval(), evaluation_mode=True)
+
+    # Checkpoints: a reference that was refreshed is part of the training state (PEFT saves the adapter `ref` itself)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        super()._save_checkpoint(model, trial)
+        if self._reference_moved and self.ref_model is not None and self.args.should_save:
+            folder = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}", REFERENCE_MODEL_FOLDER)
+            self.accelerator.unwrap_model(self.ref_model).save_pretrained(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        folder = Path(resume_from_checkpoint, REFERENCE_MODEL_FOLDER)
+        if self.ref_model is not None and folder.exists():
+            reference = self.accelerator.unwrap_model(self.ref_model)
+            saved = type(reference).from_pretrained(folder, dtype=reference.dtype)
+            self._replace_reference(saved.state_dict())
