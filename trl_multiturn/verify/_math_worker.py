@@ -59,4 +59,5 @@ def main():
         replies.write(json.dumps(reply) + "\n")
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -79,7 +79,10 @@ class MathVerifier:
     def verify(self, golds: Sequence[str], answers: Sequence[str]) -> list[bool | None]:
         """Whether each answer equals its gold answer; `None` where no verdict was possible in time."""
         pairs = list(zip(golds, answers, strict=True))
-        verdicts: dict[tuple[str, str], bool | None] = {pair: compare_numbers(*pair) for pair in pairs}
+        verdicts: dict[tuple[str, str], bool | None] = {}
+        for gold, answer in pairs:
+            same_text = gold.strip() == answer.strip()
+            verdicts[gold, answer] = True if same_text else compare_numbers(gold, answer)
         for pair, verdict in verdicts.items():
             if verdict is None:
                 verdicts[pair] = self._cache.get(pair)
@@ -141,10 +144,10 @@ def math_reward(
     r"""1.0 where the final answer equals the gold answer, 0.0 where it does not, `None` where that is undecided.
 
     A reward function in TRL's signature. The final answer is the last `\boxed{}` of the last assistant turn; a
-    completion without one gets 0.0. Plain integers, decimals and fractions are compared exactly
-    ([`compare_numbers`]); everything else by math-verify in separate processes, five seconds each. Undecided are a
-    comparison that is late, runs out of memory or fails inside sympy, a gold answer that cannot be parsed, and a row
-    whose `answer` is `None`.
+    completion without one gets 0.0. The same text is the same answer; plain integers, decimals, fractions and
+    percentages are compared exactly ([`compare_numbers`]); everything else goes to math-verify in separate processes,
+    five seconds each. Undecided are a comparison that is late, takes too much memory or fails inside sympy, a gold
+    answer that cannot be parsed, and a row whose `answer` is `None`.
 
     Args:
         prompts (`Sequence`):
