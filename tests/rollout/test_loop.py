@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from tests.support import assistant, byte_tokenizer, render_actions, user
+from tests.support import TOOLS, assistant, byte_tokenizer, render_actions, user
 from trl_multiturn import StopReason, Verdict
 from trl_multiturn.rollout import (
     RolloutConfig,
@@ -16,6 +16,7 @@ from trl_multiturn.rollout import (
     agenerate_trajectories,
     generate_trajectories,
 )
+from trl_multiturn.rollout.dialects import choose_dialect
 from trl_multiturn.templates import TurnTemplate
 from trl_multiturn.tools import PythonTool, SandboxConfig, ToolFailure, ToolResult, current_rollout
 
@@ -159,6 +160,38 @@ def test_native_calls_of_a_turn_are_answered_in_order():
     outputs = ["2", "4", "{'error': 'Missing argument(s): b.'}"]
     assert trajectory.completion[1:4] == [{"role": "tool", "name": "add", "content": text} for text in outputs]
     assert trajectory.info["tool_statuses"] == ["ok", "ok", "error"] and trajectory.info["tool_errors"] == 1
+
+
+def strict_tokenizer(obstacle):
+    """A tokenizer whose template refuses messages `m` for which `obstacle` (Jinja) is true."""
+    tokenizer = byte_tokenizer("qwen2_5")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if " + obstacle + " %}{{ raise_exception('refused') }}{% endif %}"
+        "<|im_start|>{{ m.role }}\n{{ m.content }}"
+        "{% for c in m.tool_calls or [] %}<tool_call>{{ c.function | tojson }}</tool_call>{% endfor %}<|im_end|>"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    tokenizer.response_template = choose_dialect("native", TOKENIZER, TOOLS)._tokenizer.response_template
+    return tokenizer
+
+
+def test_two_calls_where_the_template_prints_one_are_answered_all_the_same():
+    tokenizer = strict_tokenizer("m.tool_calls and m.tool_calls | length > 1")  # such are Llama 3's
+    script = [tool_call(a=1, b=1) + "\n" + tool_call(a=2, b=2), "Done."]
+    (trajectory,), engine = roll(script, [add], dialect="native", tokenizer=tokenizer)
+    assert trajectory.stop_reason is StopReason.ANSWERED
+    observations = "<|im_end|><|im_start|>tool\n2<|im_end|><|im_start|>tool\n4<|im_end|><|im_start|>assistant\n"
+    assert engine.calls[1].prompt_text.endswith(observations)
+
+
+def test_observations_that_the_template_refuses_end_the_trajectory_not_the_run():
+    tokenizer = strict_tokenizer("m.role == 'tool' and m.content == '666'")
+    trajectories, _ = roll(
+        lambda text, sampling, session: "Done." if "<|im_start|>tool" in text else tool_call(a=665, b=session[-3]),
+        [add], rows(2), dialect="native", tokenizer=tokenizer,
+    )  # fmt: skip
+    assert [t.stop_reason for t in trajectories] == [StopReason.ANSWERED, StopReason.ENDED]
+    assert "refused" in trajectories[1].info["unrenderable"] and trajectories[1].action_mask[-1] == 1
 
 
 def test_the_interpreter_is_real():

@@ -59,12 +59,24 @@ class Conversation:
         """Ids from a turn's end to the end of the next generation prompt.
 
         They are measured behind a stand-in for the turn with the same calls: what a policy wrote, however odd, cannot
-        break the rendering, and the cost does not grow with the conversation.
+        break the rendering, and the cost does not grow with the conversation. Templates that print one call per turn
+        are given one, as in [`~trl.GRPOTrainer`].
+
+        Raises:
+            `ValueError`: if the template cannot render these observations.
         """
+        calls = [_without_arguments(call) for call in turn.message.get("tool_calls") or []]
+        if len(calls) > 1:
+            try:
+                return self._observation_ids(calls, observations)
+            except ValueError:
+                calls = calls[:1]
+        return self._observation_ids(calls, observations)
+
+    def _observation_ids(self, calls: list[dict[str, Any]], observations: list[Message]) -> list[int]:
         skeleton: Message = {"role": "assistant", "content": "turn"}
-        calls = turn.message.get("tool_calls")
         if calls:
-            skeleton = {**skeleton, "content": "", "tool_calls": list(map(_without_arguments, calls))}
+            skeleton = {**skeleton, "content": "", "tool_calls": calls}
         return self.template.observation_ids([{"role": "user", "content": "prompt"}, skeleton], observations)
 
     def _probe(self) -> tuple[Turn, list[Message]]:
@@ -97,6 +109,7 @@ class Transcript:
     results: list[ToolResult] = field(default_factory=list)
     malformed: int = 0
     final_observation: str | None = None
+    unrenderable: str | None = None
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.completion_ids)
@@ -170,8 +183,9 @@ async def play_episode(
         info["tool_failure"] = failure
     if reward is not None:
         info["environment_reward"] = reward
-    if transcript.final_observation is not None:
-        info["final_observation"] = transcript.final_observation
+    for name in ("final_observation", "unrenderable"):
+        if getattr(transcript, name) is not None:
+            info[name] = getattr(transcript, name)
     info["timing"] = {
         "seconds": time.monotonic() - start,
         "tool_seconds": sum(result.seconds for result in transcript.results),
@@ -230,8 +244,12 @@ async def _converse(
         if toolbox.done:
             transcript.final_observation = "\n".join(result.output for result in results)
             return StopReason.ANSWERED
-        context_ids = conversation.template.close_turn(generation.token_ids)
-        context_ids += conversation.observation_ids(turn, observations)
+        try:
+            context_ids = conversation.observation_ids(turn, observations)
+        except ValueError as error:  # the policy's doing: the template did render an ordinary call's answer
+            transcript.unrenderable = str(error)
+            return StopReason.ENDED
+        context_ids = conversation.template.close_turn(generation.token_ids) + context_ids
         if len(transcript) + len(context_ids) >= config.max_trajectory_tokens:
             return StopReason.MAX_TOKENS  # no room for another turn: the observation would be read by nobody
         transcript.add_context(context_ids)
