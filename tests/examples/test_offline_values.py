@@ -1,0 +1,96 @@
+"""The offline examples: what they measure, and one run of each as a user would start it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "examples"))
+import offline_values  # noqa: E402
+
+
+def test_a_problem_is_held_out_with_all_its_rows():
+    rows = Dataset.from_dict({"question_id": [i // 3 for i in range(30)], "row": list(range(30))})
+    train, test = offline_values.hold_out(rows, 0.2, seed=1)
+    assert len(test) == 6 and len(train) == 24
+    assert not set(train["question_id"]) & set(test["question_id"])
+
+
+def test_auc_by_hand():
+    # correct: 3, 1; incorrect: 2, 1.  3 beats both, 1 ties with 1 and loses to 2: 2.5 of 4
+    group = [(3.0, True), (1.0, True), (2.0, False), (1.0, False)]
+    assert offline_values._wins(group) == (2.5, 4)
+    assert offline_values._pooled_auc([group]) == 0.625
+    # one problem is easy and one hard, within each the values are upside down
+    groups = [[(9.0, True), (9.5, False)], [(1.0, True), (1.5, False)]]
+    assert offline_values._pooled_auc(groups) == 0.25
+    assert offline_values._auc_within(groups) == 0.0
+    assert offline_values._auc_within([[(1.0, True)], [(0.0, False)]]) == 0.0  # no pairs to compare
+
+
+class Values:
+    """Stands where a trainer stands; the value of a sequence is its last token."""
+
+    kind = "full"
+    seen: list = []
+
+    @property
+    def value_model(self):
+        return self
+
+    def score(self, sequences):
+        self.seen.extend(sequences)
+        return [float(ids[-1]) for ids in sequences]
+
+
+def test_the_last_state_is_the_one_before_the_final_end_of_turn():
+    rows = Dataset.from_list(
+        [
+            {
+                "prompt_ids": [1],
+                "completion_ids": [7 + i, 2, 3],
+                "action_mask": [1, 1, 0],
+                "label": i > 4,
+                "question_id": i,
+            }
+            for i in range(10)
+        ]
+    )
+    result = offline_values.outcome_auc(Values(), rows, resamples=50)
+    assert Values.seen[0] == [1, 7]
+    assert result["auc"] == (1.0, 1.0, 1.0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["oreo", "dqo"])
+def test_the_script_runs_on_rows_from_a_file(tmp_path, name):
+    rows = []
+    for i in range(16):
+        right = i % 2 == 0
+        turns = [
+            {"role": "assistant", "content": f"I add {i} and {i}."},
+            {"role": "user", "content": str(2 * i)},
+            {"role": "assistant", "content": f"It is {2 * i if right else 3 * i}."},
+        ]
+        question = {"role": "user", "content": f"What is {i // 2} plus {i}?"}
+        row = {"prompt": [question], "completion": turns, "label": right, "question_id": i // 2, "tools": []}
+        rows.append(json.dumps(row))
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    command = [sys.executable, f"examples/{name}.py", "--dataset_name", str(tmp_path / "rows.jsonl")]
+    command += ["--value_model", "head", "--max_steps", "2", "--per_device_train_batch_size", "4", "--use_cpu"]
+    command += ["--bf16", "False", "--gradient_checkpointing", "False", "--report_to", "none", "--save_strategy", "no"]
+    command += ["--held_out", "0.5", "--output_dir", str(tmp_path / "out")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "after training, auc_within_problem on held-out problems" in done.stdout
+    assert (tmp_path / "out" / "model.safetensors").exists()
+    assert (tmp_path / "out" / "value_model" / "value_head.safetensors").exists()
