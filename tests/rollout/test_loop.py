@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import threading
 
 import pytest
@@ -406,6 +408,32 @@ def test_the_engines_error_surfaces_as_it_is_and_everything_is_released():
     with pytest.raises(ZeroDivisionError, match="engine"):
         generate_trajectories(rows(4), engine, [Echo()], config, progress=False)
     assert sorted(engine.released) == [f"0/current/{i}/0" for i in range(4)]
+
+
+@pytest.mark.parametrize("inside_a_loop", [False, True])
+def test_an_interrupt_ends_every_session_before_it_surfaces(inside_a_loop):
+    closed = []
+
+    class Interrupting(Echo):
+        def open(self):
+            session = super().open()
+            session.close = lambda: closed.append(session)
+            return session
+
+    async def reply(number):
+        if current_rollout().prompt_index == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        await asyncio.Event().wait()
+
+    async def cell():
+        return roll([CODE], [Interrupting(reply)], rows(3))
+
+    with pytest.raises(KeyboardInterrupt):
+        if inside_a_loop:
+            asyncio.new_event_loop().run_until_complete(cell())
+        else:
+            roll([CODE], [Interrupting(reply)], rows(3))
+    assert len(closed) == 3
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
+import contextlib
 import logging
 import os
 import re
@@ -362,30 +364,26 @@ def _run(coroutine: Coroutine[Any, Any, list[Trajectory]]) -> list[Trajectory]:
     """`asyncio.run`, also where a loop is running already: then in a thread, which an interrupt cancels."""
     if not _inside_a_loop():
         return asyncio.run(coroutine)
-    outcome: list[Any] = [None, None]
     loop = asyncio.new_event_loop()
     task = loop.create_task(coroutine)
+    outcome: concurrent.futures.Future = concurrent.futures.Future()
 
     def work() -> None:
         try:
-            outcome[0] = loop.run_until_complete(task)
+            outcome.set_result(loop.run_until_complete(task))
         except BaseException as error:
-            outcome[1] = error
+            outcome.set_exception(error)
         finally:
-            loop.run_until_complete(loop.shutdown_asyncgens())
             loop.close()
 
-    thread = threading.Thread(target=work, name="trl-multiturn-rollouts")
-    thread.start()
+    threading.Thread(target=work, name="trl-multiturn-rollouts").start()
     try:
-        thread.join()
-    except BaseException:
-        loop.call_soon_threadsafe(task.cancel)
-        thread.join()
+        return outcome.result()
+    except KeyboardInterrupt:
+        with contextlib.suppress(RuntimeError):  # the loop has ended already
+            loop.call_soon_threadsafe(task.cancel)
+        outcome.exception()  # waits until every session is closed; `Thread.join` cannot be waited on twice
         raise
-    if outcome[1] is not None:
-        raise outcome[1]
-    return outcome[0]
 
 
 def _inside_a_loop() -> bool:
