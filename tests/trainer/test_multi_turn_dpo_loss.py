@@ -180,7 +180,7 @@ def wpo_weight(model, row, side) -> torch.Tensor:
 
 def test_targets_are_the_policys_tokens(folder, tmp_path, monkeypatch):
     """What the model is asked to predict, decoded: calls and answers, no result, no header, no newline."""
-    trainer = make(folder, tmp_path, preference_dataset(1))
+    trainer = make(folder, tmp_path, preference_dataset(1), packed=False)
     targets = []
     forward = trainer.model.forward
 
@@ -197,7 +197,7 @@ def test_targets_are_the_policys_tokens(folder, tmp_path, monkeypatch):
 
 def test_relabelled_tool_text_changes_nothing(folder, tmp_path, monkeypatch):
     """Whatever the targets at positions of tool text are called, loss and gradients are the same bit for bit."""
-    trainer = make(folder, tmp_path)
+    trainer = make(folder, tmp_path, packed=False)
     batch = batch_of(trainer)
     trained = torch.zeros_like(batch["input_ids"])
     for side, offset in (("chosen", 0), ("rejected", len(trainer.train_dataset))):

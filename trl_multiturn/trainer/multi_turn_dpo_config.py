@@ -4,15 +4,18 @@ from dataclasses import dataclass, field
 
 from trl import DPOConfig
 
+from .packed_config import PackedConfig
+
 
 @dataclass
-class MultiTurnDPOConfig(DPOConfig):
+class MultiTurnDPOConfig(PackedConfig, DPOConfig):
     # docstyle-ignore
     """
     Configuration class for the [`MultiTurnDPOTrainer`].
 
-    This class includes only the parameters that are specific to multi-turn DPO. For a full list of parameters, please
-    refer to the [`~trl.DPOConfig`] documentation. A plain [`~trl.DPOConfig`] works too; the fields below then have
+    This class includes only the parameters that are specific to multi-turn DPO. How batches are computed (`packed`,
+    `group_by_prompt`, `max_tokens_per_batch`) is described in [`PackedConfig`]; for all other parameters please refer
+    to the [`~trl.DPOConfig`] documentation. A plain [`~trl.DPOConfig`] works too; the fields below then have
     their defaults.
 
     Parameters:

@@ -13,6 +13,7 @@ from .. import _upstream
 from ..data.collators import DataCollatorForMultiTurnPreference
 from ..data.tokenization import tokenize_preference_row
 from ..data.truncation import PREFERENCE_SIDES
+from ..packing import PackedTrainerMixin
 from .iterative import IterativeTrainerMixin
 from .token_rows import TokenRowsMixin
 
@@ -21,7 +22,7 @@ from .token_rows import TokenRowsMixin
 _MARGIN_LOSS_TYPES = {"sigmoid", "hinge", "robust", "exo_pair", "discopop", "sft"}
 
 
-class MultiTurnDPOTrainer(IterativeTrainerMixin, TokenRowsMixin, DPOTrainer):
+class MultiTurnDPOTrainer(PackedTrainerMixin, IterativeTrainerMixin, TokenRowsMixin, DPOTrainer):
     """
     Trainer for multi-turn Direct Preference Optimization (M-DPO).
 

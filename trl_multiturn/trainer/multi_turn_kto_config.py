@@ -4,15 +4,18 @@ from dataclasses import dataclass, field
 
 from trl import KTOConfig
 
+from .packed_config import PackedConfig
+
 
 @dataclass
-class MultiTurnKTOConfig(KTOConfig):
+class MultiTurnKTOConfig(PackedConfig, KTOConfig):
     # docstyle-ignore
     """
     Configuration class for the [`MultiTurnKTOTrainer`].
 
-    This class includes only the parameters that are specific to multi-turn KTO. For a full list of parameters, please
-    refer to the [`~trl.KTOConfig`] documentation. A plain [`~trl.KTOConfig`] works too; the fields below then have
+    This class includes only the parameters that are specific to multi-turn KTO. How batches are computed (`packed`,
+    `group_by_prompt`, `max_tokens_per_batch`) is described in [`PackedConfig`]; for all other parameters please refer
+    to the [`~trl.KTOConfig`] documentation. A plain [`~trl.KTOConfig`] works too; the fields below then have
     their defaults.
 
     Parameters:

@@ -13,6 +13,7 @@ from ..data.collators import DataCollatorForMultiTurnUnpairedPreference
 from ..data.tokenization import tokenize_unpaired_row
 from ..data.truncation import UNPAIRED_SIDES
 from ..data.unpaired import add_mismatched_completions, unpair_interleaved
+from ..packing import PackedTrainerMixin
 from .iterative import IterativeTrainerMixin
 from .multi_turn_dpo_trainer import MultiTurnDPOTrainer
 from .token_rows import TokenRowsMixin
@@ -21,7 +22,7 @@ from .token_rows import TokenRowsMixin
 logger = get_logger(__name__)
 
 
-class MultiTurnKTOTrainer(IterativeTrainerMixin, TokenRowsMixin, KTOTrainer):
+class MultiTurnKTOTrainer(PackedTrainerMixin, IterativeTrainerMixin, TokenRowsMixin, KTOTrainer):
     """
     Trainer for multi-turn Kahneman-Tversky Optimization (M-KTO).
 

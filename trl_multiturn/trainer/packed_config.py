@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+_PACKED = {"auto": "auto", "true": True, "false": False}
+
+
+@dataclass
+class PackedConfig:
+    # docstyle-ignore
+    """
+    Parameters that all multi-turn configurations share: how batches are computed. None of them changes a loss.
+
+    Parameters:
+        > Parameters that control how batches are computed
+
+        packed (`bool` or `str`, *optional*, defaults to `"auto"`):
+            Whether a batch is computed as one row in which shared prefixes stand once, with the LM head on trained
+            tokens only. `"auto"` packs the batches whose shapes say that it pays, on models that pass a self-test at
+            the first step, and logs the reason where a model does not. `True` packs every batch and raises where that
+            is impossible; `False` computes as TRL does.
+        group_by_prompt (`bool`, *optional*, defaults to `False`):
+            Whether rows of the same prompt follow each other within the shuffled order, so that there is something to
+            share. It changes which rows share an optimizer step.
+        max_tokens_per_batch (`int`, *optional*):
+            Unique tokens that one forward pass may hold. A batch of more is computed in parts, with the gradient of
+            the whole, for losses that are means over rows.
+    """
+
+    # A string for the command line; `__post_init__` takes both
+    packed: str = field(
+        default="auto",
+        metadata={
+            "help": "Whether batches are packed with shared prefixes: 'true', 'false', or 'auto' where their shapes "
+            "say that it pays and the model passes a self-test."
+        },
+    )
+    group_by_prompt: bool = field(
+        default=False,
+        metadata={"help": "Whether rows of the same prompt follow each other within the shuffled order."},
+    )
+    max_tokens_per_batch: int | None = field(
+        default=None,
+        metadata={
+            "help": "Unique tokens that one forward pass may hold. A batch of more is computed in parts, with the "
+            "gradient of the whole."
+        },
+    )
+
+    def __post_init__(self):
+        if str(self.packed).lower() not in _PACKED:
+            raise ValueError(f"`packed` must be True, False or 'auto', got {self.packed!r}.")
+        self.packed = _PACKED[str(self.packed).lower()]
+        if self.max_tokens_per_batch is not None and self.max_tokens_per_batch < 1:
+            raise ValueError(
+                f"`max_tokens_per_batch={self.max_tokens_per_batch}` leaves no room for a token. Pass a positive "
+                "number, or `None` for no limit."
+            )
+        super().__post_init__()
