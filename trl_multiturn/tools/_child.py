@@ -40,6 +40,7 @@ _unblock, _MASK = signal.pthread_sigmask, (signal.SIG_UNBLOCK, {signal.SIGALRM})
 _task_ids = os.listdir
 _pristine = dict(vars(builtins))
 _builtins = vars(builtins)
+_HEADER, _unpack = protocol.REQUEST.size, protocol.REQUEST.unpack_from
 _COMPILE_ERRORS = (SyntaxError, ValueError, OverflowError, MemoryError, RecursionError, CellTimeout)
 _REPEAT_SECONDS = 0.05
 _STATIONARY = 0.25  # share of a core above which a thread left behind counts as spinning
@@ -316,14 +317,18 @@ def seed_generators(seed: int | None) -> None:
         numpy.random.seed(None if seed is None else seed % 2**32)
 
 
-def _read_exactly(descriptor: int, size: int) -> bytes:
-    data = b""
+def _read_request(descriptor: int) -> tuple[bytes, float, str]:
+    """The next cell: its nonce, its time, its source."""
+    data, size = b"", _HEADER
     while len(data) < size:
-        part = _read(descriptor, size - len(data))
+        part = _read(descriptor, 1 << 16)
         if not part:
             _exit(0)  # the client closed the session
         data += part
-    return data
+        if size == _HEADER <= len(data):
+            size += _unpack(data)[2]
+    nonce, timeout, _ = _unpack(data)
+    return nonce, timeout, data[_HEADER:].decode("utf-8", "replace")
 
 
 def _send(descriptor: int, frame: bytes) -> None:
@@ -339,15 +344,9 @@ def report(descriptor: int, status: int, text: str = "", nonce: bytes = protocol
 
 def serve(descriptor: int, cells: Cells) -> None:
     """Answers cells until the client closes the socket."""
-    unpack, size, pack, left = (
-        protocol.REQUEST.unpack,
-        protocol.REQUEST.size,
-        protocol.REPLY.pack,
-        protocol.THREADS_LEFT,
-    )
+    pack, left = protocol.REPLY.pack, protocol.THREADS_LEFT
     while True:
-        nonce, timeout, length = unpack(_read_exactly(descriptor, size))
-        code = _read_exactly(descriptor, length).decode("utf-8", "replace")
+        nonce, timeout, code = _read_request(descriptor)
         if timeout < 0:  # the client wants to know that no thread of an earlier cell has swallowed this one
             report(descriptor, protocol.READY, nonce=nonce)
         status, flags, text, dropped = cells.run(code, abs(timeout))

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import importlib
 import importlib.util
 import json
 import os
@@ -26,18 +25,6 @@ import time
 _HERE = os.path.dirname(os.path.abspath(__file__))
 _WATCH_SECONDS = 0.02
 _UNLINKED_FACTOR = 4  # bytes written may exceed the quota this many times (rewritten, deleted) before it counts
-_WARM_UP = {
-    "numpy": "import numpy.random, numpy.linalg, numpy.polynomial, numpy.fft",
-    "sympy": "x, y = sympy.symbols('x y')\n"
-    "sympy.solve(x**2 - 5 * x + 6, x), sympy.simplify((x + 1) ** 2 - x**2), str(sympy.Rational(1, 3) + x)\n"
-    "sympy.sqrt(8), sympy.factorint(60), sympy.integrate(x, (x, 0, 1)), sympy.Eq(x, y), sympy.N(sympy.pi, 20)\n"
-    "sympy.solve([x + y - 3, x - y - 1], [x, y]), sympy.expand((x + 1) ** 3), sympy.latex(x / 2)",
-}
-_STANDARD = (
-    "asyncio array bisect calendar cmath collections concurrent.futures copy csv dataclasses datetime decimal enum "
-    "fractions functools hashlib heapq inspect io itertools json math numbers operator pickle pprint queue random re "
-    "secrets statistics string textwrap threading timeit types typing unicodedata uuid zoneinfo"
-).split()
 
 
 def _load(name: str):
@@ -90,14 +77,14 @@ class Zygote:
         _load("_syscalls")
         self.confinement = _load("confinement")
         self.child = _load("_child")
-        self._warm_up()
+        self.processes = _load("_processes")
+        preload = _load("_preload")
+        preload.import_modules(settings["preload"], settings["kernels"])
         os.chdir(settings["root"])
         os.mkdir("trash", 0o700)
         if not settings["kernels"]:  # a kernel makes a shell of its own kind
             self.shell = self.child.make_shell(os.path.join(settings["root"], "ipython"))
-        for name, code in _WARM_UP.items():
-            if name in sys.modules:
-                exec(code, {name: sys.modules[name]})
+        preload.warm_up()
         readable = self.confinement.readable_paths(settings["readonly_paths"], settings["network"])
         # modules of the owner's own projects (editable installs) are not for sessions
         sys.path[:] = [p for p in sys.path if any(os.path.realpath(p) == r or p.startswith(r + "/") for r in readable)]
@@ -106,20 +93,11 @@ class Zygote:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
             file.write("900")  # inherited: when the machine runs out of memory, a session goes first
-        self.tasks = None if os.geteuid() == 0 else _count_tasks() + 4096
+        self.tasks = None if os.geteuid() == 0 else self.processes.count_tasks() + 4096
         with contextlib.suppress(OSError):
             self.confinement.libc.prctl(self.confinement.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         gc.collect()
         gc.freeze()
-
-    def _warm_up(self) -> None:
-        if self.settings["kernels"]:
-            sys.modules["debugpy"] = None  # a debugger costs every kernel a tenth of a second
-        for name in (*_STANDARD, *self.settings["preload"]):
-            try:
-                importlib.import_module(name)
-            except ImportError:
-                continue  # sessions will say so themselves
 
     def _find_layers(self, readable: list[str]) -> None:
         """Builds each wall and tries it in a process that is thrown away."""
@@ -307,7 +285,7 @@ class Zygote:
     def _check_quota(self, child: Child) -> None:
         limit = self.settings["scratch_limit_mb"]
         excess = self.scratch.over_quota(child.folder, limit, self.settings["max_files"])
-        if excess is None and _bytes_written(child.pid) > _UNLINKED_FACTOR * (limit << 20):
+        if excess is None and self.processes.bytes_written(child.pid) > _UNLINKED_FACTOR * (limit << 20):
             excess = f"more than {limit} MB"
         if excess is not None:
             child.reason = f"quota: {excess}"
@@ -384,7 +362,7 @@ class Zygote:
         """Processes that sessions left behind come to this one, their subreaper."""
         own = {self.broom[0], *(child.pid for child in self.children.values())}
         while True:
-            strays = [pid for pid in _children_of(os.getpid()) if pid not in own]
+            strays = [pid for pid in self.processes.children_of(os.getpid()) if pid not in own]
             if not strays:
                 return
             for pid in strays:
@@ -415,35 +393,6 @@ def _refused(action) -> bool:
     except OSError:
         return True
     return False
-
-
-def _count_tasks() -> int:
-    """Threads of this user, which is what `RLIMIT_NPROC` counts."""
-    count, user = 0, os.getuid()
-    for name in os.listdir("/proc"):
-        if name.isdigit():
-            with contextlib.suppress(OSError):
-                if os.stat(f"/proc/{name}").st_uid == user:
-                    count += len(os.listdir(f"/proc/{name}/task"))
-    return count
-
-
-def _children_of(parent: int) -> list[int]:
-    found = []
-    for name in os.listdir("/proc"):
-        if name.isdigit():
-            with contextlib.suppress(OSError), open(f"/proc/{name}/stat") as file:
-                if int(file.read().rsplit(")", 1)[1].split()[1]) == parent:
-                    found.append(int(name))
-    return found
-
-
-def _bytes_written(pid: int) -> int:
-    """Bytes on their way to a disk on this process's account: it also counts files that have no name any more."""
-    with contextlib.suppress(OSError, ValueError), open(f"/proc/{pid}/io") as file:
-        fields = dict(line.split(": ") for line in file.read().splitlines())
-        return int(fields["write_bytes"]) - int(fields["cancelled_write_bytes"])
-    return 0
 
 
 def main() -> None:

@@ -13,7 +13,6 @@ import contextlib
 import json
 import logging
 import os
-import secrets
 import signal
 import site
 import socket
@@ -22,13 +21,10 @@ import sys
 import tempfile
 import threading
 import weakref
-from collections.abc import Container
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from . import _protocol as protocol
 from . import _scratch
-from .observation import last_paragraph
+from .forked import Exit, ForkedInterpreter
 from .result import ToolFailure
 
 
@@ -40,8 +36,6 @@ logger = logging.getLogger(__name__)
 _START_SECONDS = 60.0
 _SPAWN_SECONDS = 30.0
 _EXIT_SECONDS = 5.0
-_WATCH_AFTER_SECONDS = 0.02
-_WAKE_SECONDS = 1.0
 _SPAWNS_AT_ONCE = 16
 _KERNEL_MODULES = ("ipykernel.kernelapp", "ipykernel.ipkernel", "ipykernel.zmqshell", "zmq.eventloop.zmqstream")
 _THREAD_POOLS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS")
@@ -51,16 +45,6 @@ _servers: weakref.WeakSet[ForkServer] = weakref.WeakSet()
 
 class IsolationError(ToolFailure):
     """This machine does not grant a layer of isolation that the configuration insists on."""
-
-
-class _NobodyListensError(Exception):
-    """A session takes no cell."""
-
-
-@dataclass
-class _Exit:
-    code: int
-    reason: str
 
 
 class ForkServer:
@@ -279,9 +263,9 @@ class ForkServer:
             if message["op"] == "spawned":
                 _resolve(self._spawned.get(message["id"]), message)
             elif message["op"] == "exit":
-                _resolve(self._exits.get(message["id"]), _Exit(message["code"], message["reason"]))
+                _resolve(self._exits.get(message["id"]), Exit(message["code"], message["reason"]))
 
-    async def exit_of(self, number: int) -> _Exit | None:
+    async def exit_of(self, number: int) -> Exit | None:
         """How a session ended; `None` if the warm interpreter does not say in time."""
         future = self._exits.get(number)
         if future is None:
@@ -365,154 +349,3 @@ def _abandon_all() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_abandon_all)
-
-
-class ForkedInterpreter:
-    """One session's process."""
-
-    def __init__(self, server: ForkServer, number: int, info: dict, connection: socket.socket) -> None:
-        self.server = server
-        self.config = server.config
-        self.number = number
-        self.pid: int = info["pid"]
-        self.folder: str = info["folder"]
-        self._connection = connection
-        self._largest = protocol.largest_reply(self.config.output_limit_chars)
-        self._stopped = False
-        self._closed = False
-
-    async def ready(self) -> None:
-        """Waits until the process has confined itself."""
-        try:
-            status, _, _, text = await self._receive(protocol.NO_NONCE, (protocol.READY, protocol.FAILED))
-        except (ConnectionError, ValueError) as error:
-            raise ToolFailure(f"A forked session ended before its first cell: {error}") from error
-        if status != protocol.READY:
-            raise ToolFailure(f"A forked session could not confine itself: {text}")
-
-    async def execute(self, code: str, timeout: float):
-        """Runs one cell and says what became of it."""
-        from .sandbox import Reply
-
-        watch = asyncio.get_running_loop().call_later(_WATCH_AFTER_SECONDS, self._watch, True)
-        try:
-            nonce = await self._request(code, timeout)
-            async with asyncio.timeout(timeout + self.config.grace_seconds):
-                status, flags, dropped, text = await self._receive(nonce, protocol.STATUS)
-        except _NobodyListensError:
-            return Reply("RuntimeError: an earlier cell broke the interpreter", "crashed", alive=False, ran=False)
-        except TimeoutError:
-            return Reply(timeout_message(timeout), "timeout", alive=False)
-        except (OSError, ValueError) as error:
-            return await self._autopsy(error)
-        finally:
-            watch.cancel()
-            if watch.when() <= asyncio.get_running_loop().time():
-                self._watch(False)
-        if flags & protocol.NOT_RUN:
-            return Reply(last_paragraph(text), "error", alive=False, ran=False)
-        if flags & protocol.THREADS_LEFT:
-            self._stopped = True  # what they do next is done on the next cell's time
-            self.server.tell(op="signal", id=self.number, number=signal.SIGSTOP)
-        excess = _scratch.over_quota(self.folder, self.config.scratch_limit_mb, self.config.max_files)
-        if excess is not None:
-            return Reply(_quota_message(excess), "error", alive=False)
-        if status == protocol.TIMEOUT:
-            return Reply(timeout_message(timeout), "timeout")
-        if status != protocol.OK:
-            text = last_paragraph(text)
-        return Reply(text, protocol.STATUS[status], alive=not flags & protocol.SPOILED, dropped=dropped)
-
-    def _watch(self, on: bool) -> None:
-        self.server.tell(op="watch", id=self.number, on=on)
-
-    async def _request(self, code: str, timeout: float) -> bytes:
-        """Sends a cell; returns the nonce that its answer must carry."""
-        with contextlib.suppress(BlockingIOError):
-            self._connection.recv(1)
-            raise _NobodyListensError("it ended, or spoke unasked, between two cells")
-        nonce, data, stopped = secrets.token_bytes(8), code.encode("utf-8", "replace"), self._stopped
-        request = protocol.REQUEST.pack(nonce, -timeout if stopped else timeout, len(data)) + data
-        if stopped:
-            self._stopped = False
-            self.server.tell(op="signal", id=self.number, number=signal.SIGCONT)
-        try:
-            async with asyncio.timeout(_WAKE_SECONDS if stopped else timeout + self.config.grace_seconds):
-                await asyncio.get_running_loop().sock_sendall(self._connection, request)
-                if stopped:
-                    await self._receive(nonce, (protocol.READY,))
-        except TimeoutError:
-            raise _NobodyListensError("a thread of an earlier cell took this one") from None
-        return nonce
-
-    async def _receive(self, nonce: bytes, expected: Container[int]) -> tuple[int, int, int, str]:
-        header = await self._read(protocol.REPLY.size)
-        echo, status, flags, dropped, size = protocol.REPLY.unpack(header)
-        if echo != nonce or size > self._largest or status not in expected:
-            raise ValueError("it answered garbage")
-        return status, flags, dropped, (await self._read(size)).decode("utf-8", "replace")
-
-    async def _read(self, size: int) -> bytes:
-        loop, data = asyncio.get_running_loop(), bytearray()
-        while len(data) < size:
-            part = await loop.sock_recv(self._connection, size - len(data))
-            if not part:
-                raise ConnectionError("its process ended")
-            data += part
-        return bytes(data)
-
-    async def _autopsy(self, error: Exception):
-        """The verdict on a cell whose process broke off."""
-        from .sandbox import Reply
-
-        if isinstance(error, ValueError):
-            return Reply(f"RuntimeError: the interpreter was stopped, because {error}", "crashed", alive=False)
-        try:
-            ended = await self.server.exit_of(self.number)
-        except ConnectionError:  # the warm interpreter was killed, and its sessions with it: not this cell's fault
-            return Reply("RuntimeError: the sandbox was restarted", "crashed", alive=False, ran=False)
-        if ended is not None and ended.reason.startswith("quota: "):
-            return Reply(_quota_message(ended.reason.removeprefix("quota: ")), "error", alive=False)
-        if ended is not None and -ended.code == signal.SIGXCPU:
-            return Reply("TimeoutError: the session used up its CPU time", "timeout", alive=False)
-        return Reply(f"RuntimeError: the interpreter died{_cause(ended)}", "crashed", alive=False)
-
-    def signal(self, number: int) -> None:
-        """Sends a signal to the process."""
-        self.server.tell(op="signal", id=self.number, number=int(number))
-
-    def kill(self) -> None:
-        """Ends the process, without waiting for its end."""
-        self.server.tell(op="kill", id=self.number)
-
-    def exit_code(self) -> int | None:
-        """How the process ended (negative: by which signal); `None` while it lives."""
-        return self.server.exit_code(self.number)
-
-    async def close(self) -> None:
-        """Ends the process, whatever it is doing, and returns when it and its files are gone."""
-        if self._closed:
-            return
-        self._closed = True
-        self.kill()
-        with contextlib.suppress(ConnectionError):
-            await self.server.exit_of(self.number)
-        self.server.forget(self.number, self._connection)
-        self._connection.close()
-
-
-def timeout_message(timeout: float) -> str:
-    """What the policy reads about a cell that ran too long."""
-    return f"TimeoutError: the cell ran longer than {timeout:g} seconds"
-
-
-def _quota_message(excess: str) -> str:
-    return f"OSError: the session's folder held {excess}, and was emptied"
-
-
-def _cause(ended: _Exit | None) -> str:
-    if ended is None or ended.code >= 0:
-        return f" (exit code {ended.code})" if ended is not None else ""
-    with contextlib.suppress(ValueError):
-        return f" ({signal.Signals(-ended.code).name})"
-    return f" (signal {-ended.code})"

@@ -18,7 +18,8 @@ import tempfile
 import time
 from typing import TYPE_CHECKING
 
-from .forkserver import IsolationError, timeout_message
+from .forked import timeout_message
+from .forkserver import IsolationError
 from .observation import error_message
 from .result import ToolFailure
 

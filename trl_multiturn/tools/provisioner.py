@@ -25,7 +25,8 @@ from traitlets import Dict
 
 from . import _scratch
 from ._loop import LoopThread
-from .forkserver import ForkedInterpreter, ForkServer
+from .forked import ForkedInterpreter
+from .forkserver import ForkServer
 from .sandbox import SandboxConfig
 
 
