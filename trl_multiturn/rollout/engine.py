@@ -52,6 +52,8 @@ class SamplingParams:
             raise ValueError(f"`top_k` must be at least 0 (0 is off), got {self.top_k}.")
         if not 0 <= self.min_p <= 1:
             raise ValueError(f"`min_p` must be in [0, 1], got {self.min_p}.")
+        if "" in self.stop_strings:
+            raise ValueError("`stop_strings` holds an empty string, which every text contains. Leave it out.")
 
 
 @dataclass(frozen=True)
