@@ -1,0 +1,115 @@
+# /// script
+# dependencies = ["trl-multiturn"]
+# ///
+
+"""
+SFT on trajectories with the observations masked: the baseline, and the warm start of everything else.
+
+The loss counts the policy's own turns, whatever the chat template: TRL's `SFTTrainer` gets rows with labels.
+
+# Full training
+```bash
+accelerate launch examples/sft.py \
+    --model_name_or_path Qwen/Qwen2.5-1.5B \
+    --dataset_name data/tora_trajectory.jsonl --only_correct \
+    --learning_rate 1e-5 --num_train_epochs 3 \
+    --per_device_train_batch_size 8 --gradient_accumulation_steps 8 \
+    --max_length 2048 --output_dir Qwen2.5-1.5B-SFT
+```
+
+# LoRA
+```bash
+accelerate launch examples/sft.py \
+    --model_name_or_path Qwen/Qwen2.5-1.5B \
+    --dataset_name data/tora_trajectory.jsonl --only_correct \
+    --learning_rate 1e-4 --num_train_epochs 3 \
+    --per_device_train_batch_size 8 --gradient_accumulation_steps 8 \
+    --max_length 2048 --use_peft --lora_r 32 --lora_alpha 16 --output_dir Qwen2.5-1.5B-SFT-LoRA
+```
+
+# CPU, the policy of `iterative_multi_turn_dpo.py`
+```bash
+python examples/sft.py \
+    --model_name_or_path outputs/iterative_multi_turn_dpo \
+    --dataset_name data/tora_trajectory.jsonl --only_correct \
+    --max_steps 20 --per_device_train_batch_size 4 --use_cpu --bf16 False \
+    --max_length 1024 --report_to none --output_dir outputs/sft
+```
+"""
+
+import argparse
+from dataclasses import dataclass, field
+
+from trl import ScriptArguments
+
+
+@dataclass
+class SupervisedScriptArguments(ScriptArguments):
+    only_correct: bool = field(
+        default=False, metadata={"help": "Keep the rows whose `label` is true, or whose `reward` is at least 0.5."}
+    )
+
+
+def main(script_args, training_args, model_args, dataset_args):
+    from transformers import AutoTokenizer
+    from trl import SFTTrainer, get_dataset, get_peft_config, get_quantization_config
+
+    from trl_multiturn.data import load_rows, supervised_rows
+
+    training_args.model_init_kwargs = dict(
+        revision=model_args.model_revision,
+        attn_implementation=model_args.attn_implementation,
+        dtype=model_args.dtype,
+        **(training_args.model_init_kwargs or {}),
+    )
+    tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path)
+
+    # Load the dataset
+    if dataset_args.datasets:
+        dataset = get_dataset(dataset_args)
+    else:
+        dataset = load_rows(script_args.dataset_name, script_args.dataset_config, script_args.dataset_streaming)
+
+    def rows(split):
+        selected = dataset[split]
+        if script_args.only_correct:
+            selected = selected.filter(lambda row: row["label"] if "label" in row else row["reward"] >= 0.5)
+        return supervised_rows(selected, tokenizer, training_args.dataset_num_proc)
+
+    # Initialize the trainer
+    trainer = SFTTrainer(
+        model=model_args.model_name_or_path,
+        args=training_args,
+        train_dataset=rows(script_args.dataset_train_split),
+        eval_dataset=rows(script_args.dataset_test_split) if training_args.eval_strategy != "no" else None,
+        processing_class=tokenizer,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+
+    # Train the model
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.accelerator.print("✅ Training completed.")
+
+    # Save and push to Hub
+    trainer.save_model(training_args.output_dir)
+    trainer.accelerator.print(f"💾 Model saved to {training_args.output_dir}.")
+
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+        trainer.accelerator.print(f"🤗 Model pushed to the Hub in https://huggingface.co/{trainer.hub_model_id}.")
+    trainer.end()
+
+
+def make_parser(subparsers: argparse._SubParsersAction | None = None, prog: str | None = None):
+    from trl import DatasetMixtureConfig, ModelConfig, SFTConfig, TrlParser
+
+    dataclass_types = (SupervisedScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig)
+    if subparsers is not None:
+        return subparsers.add_parser("sft", help="Run SFT on trajectories", dataclass_types=dataclass_types)
+    return TrlParser(dataclass_types, prog=prog)
+
+
+if __name__ == "__main__":
+    script_args, training_args, model_args, dataset_args = make_parser().parse_args_and_config()
+    main(script_args, training_args, model_args, dataset_args)

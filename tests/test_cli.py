@@ -1,0 +1,195 @@
+"""The command line, the dataset check behind it, the mask preview, and supervised rows."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from datasets import Dataset, load_dataset
+
+from tests.support import TOOLS, assistant, byte_tokenizer, call, result, save_tiny, user
+from trl_multiturn import IterationReport, Journal, StopReason, Trajectory, Verdict, preview_masks, tokenize_trajectory
+from trl_multiturn.cli import main
+from trl_multiturn.data import load_rows, supervised_rows
+from trl_multiturn.data.check import check_dataset
+from trl_multiturn.report import save_start
+
+
+TOKENIZER = byte_tokenizer("qwen2_5")
+PROMPT = [user("What is 1+2?")]
+WORKED = [call(1, 2), result("3"), assistant("It is 3.")]
+GUESSED = [assistant("It is 4.")]
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def preference(**changes):
+    return {"prompt": PROMPT, "chosen": WORKED, "rejected": GUESSED, "tools": TOOLS, **changes}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("model"), TOKENIZER)
+
+
+def test_check_accepts_good_rows_and_shows_them(tmp_path, model, capsys):
+    path = write_jsonl(tmp_path / "rows.jsonl", [preference(), preference()])
+    assert main(["check", "--model", model, "--dataset", path]) == 0
+    out = capsys.readouterr().out
+    assert "2 rows in 1 split(s): 2 preference" in out and "No errors." in out and "turn 2" in out
+
+
+def test_check_names_every_malformed_row_and_fails(tmp_path, model, capsys):
+    rows = [
+        preference(),
+        preference(rejected=WORKED),
+        preference(chosen=[user("no turn of the policy")]),
+        {"prompt": PROMPT, "chosen": WORKED, "tools": TOOLS},
+    ]
+    assert main(["check", "--model", model, "--dataset", write_jsonl(tmp_path / "rows.jsonl", rows)]) == 1
+    out = " ".join(capsys.readouterr().out.split())
+    assert "row 0" not in out.partition("error:")[2]
+    assert "train, row 1: `chosen` and `rejected` are the same tokens" in out
+    assert "train, row 2: `chosen` has" in out
+    assert "train, row 3" in out
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": PROMPT, "completion": GUESSED}, "neither a `label` nor a `reward`"),
+        ({"question": "?", "answer": "!"}, "the columns are ['answer', 'question']"),
+        ({"prompt_ids": [1], "completion_ids": [2, 3], "action_mask": [1], "label": True}, "1 entries but"),
+        ({"prompt_ids": [1], "completion_ids": [2, 3], "action_mask": [0, 0], "reward": 1.0}, "no gradient"),
+    ],
+)
+def test_check_says_what_is_wrong(row, message):
+    report = check_dataset(Dataset.from_list([row]), TOKENIZER, progress=False)
+    assert message in report.errors[0] and report.errors[0].startswith("train, row 0: ")
+
+
+def test_check_counts_what_max_length_does():
+    rows = Dataset.from_dict(
+        {
+            "prompt_ids": [[1] * 4] * 2,
+            "completion_ids": [[2] * 4] * 2,
+            "action_mask": [[1] * 4, [0, 0, 0, 1]],
+            "label": [True] * 2,
+        }
+    )
+    report = check_dataset(rows, TOKENIZER, max_length=6, progress=False)
+    assert report.lengths == [8] and report.trained == [2]
+    assert "cuts 1 of 1 sequences" in report.warnings[-1]
+    assert "none of them sampled by the policy within `max_length=6`" in report.errors[0]
+
+
+def test_check_reports_a_defect_of_the_template():
+    tokenizer = byte_tokenizer("{% for m in messages %}{{ m.content }}{% endfor %}")
+    report = check_dataset(Dataset.from_list([preference()]), tokenizer, progress=False)
+    assert report.errors[0].startswith("Chat template: ")
+
+
+def test_unknown_file_is_named(model, capsys):
+    assert main(["check", "--model", model, "--dataset", "nowhere.jsonl"]) == 2
+    assert "nowhere.jsonl does not exist" in capsys.readouterr().err
+
+
+def trajectory(prompt_index, sample_index):
+    row = tokenize_trajectory(TOKENIZER, PROMPT, GUESSED)
+    info = {"prompt_index": prompt_index, "sample_index": sample_index, "tool_calls": 0}
+    return Trajectory(PROMPT, GUESSED, **row, stop_reason=StopReason.ANSWERED, verdict=Verdict.INCORRECT, info=info)
+
+
+@pytest.fixture
+def run(tmp_path):
+    folder = tmp_path / "run" / "rollouts"
+    for iteration in range(2):
+        with Journal(folder / f"iteration_{iteration:03d}" / "journal") as journal:
+            for sample in (1, 0):
+                journal.append(f"{iteration}/current", trajectory(0, sample))
+        report = IterationReport(iteration, trajectories=2, incorrect=2, dropped={"duplicate": 1})
+        report.evaluation = {"pass@1": 0.5 + iteration / 4, "pass@1_se": 0.05}
+        report.save(folder / f"iteration_{iteration:03d}")
+    save_start(folder, {"pass@1": 0.25, "pass@1_se": 0.04})
+    return tmp_path / "run"
+
+
+def test_stats_prints_the_table_of_a_run(run, capsys):
+    assert main(["stats", str(run)]) == 0
+    out = capsys.readouterr().out
+    assert all(text in out for text in ("25.0 ± 4.0", "50.0 ± 5.0", "75.0 ± 5.0", "duplicate 1"))
+
+
+def test_export_writes_every_trajectory_in_order(run, tmp_path):
+    assert main(["export", str(run), "--output", str(tmp_path / "all.jsonl")]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "all.jsonl").read_text().splitlines()]
+    assert [Trajectory.from_dict(row) for row in rows] == [trajectory(0, sample) for sample in (0, 1)] * 2
+    assert main(["export", str(run), "--output", str(tmp_path / "all.parquet")]) == 0
+    dataset = load_dataset("parquet", data_files=str(tmp_path / "all.parquet"), split="train")
+    assert dataset["completion_ids"][:] == [row["completion_ids"] for row in rows]
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path, capsys):
+    assert main(["stats", str(tmp_path)]) == 2
+    assert "holds no run" in capsys.readouterr().err
+
+
+def test_preview_shows_kinds_turns_and_cuts():
+    row = tokenize_trajectory(TOKENIZER, PROMPT, WORKED, TOOLS) | {"label": True}
+    preview = preview_masks(Dataset.from_list([row]), processing_class=TOKENIZER, show=False)
+    (title, segments) = preview.sequences[0]
+    assert title == "row 0 · completion · label True"
+    assert [(s.kind, s.turn) for s in segments] == [
+        ("context", 0),
+        ("trained", 1),
+        ("context", 0),
+        ("trained", 2),
+        ("context", 0),
+    ]
+    assert segments[3].text == "It is 3.<|im_end|>"
+    assert sum(s.num_tokens for s in segments) == len(row["prompt_ids"]) + len(row["completion_ids"])
+
+    short = preview_masks(
+        Dataset.from_list([row]),
+        1,
+        TOKENIZER,
+        max_length=len(row["prompt_ids"]) + segments[1].num_tokens + 3,
+        show=False,
+    )
+    assert [s.kind for s in short.sequences[0][1]] == ["context", "trained", "truncated", "truncated", "truncated"]
+
+
+def test_preview_takes_text_rows_and_trajectories_and_escapes_html():
+    text = preview_masks(Dataset.from_list([preference()]), processing_class=TOKENIZER, show=False)
+    assert [title for title, _ in text.sequences] == ["row 0 · chosen", "row 0 · rejected"]
+    html = preview_masks(trajectory(0, 0), processing_class=TOKENIZER, show=False)._repr_html_()
+    assert "&lt;|im_end|&gt;" in html and "<|im_end|>" not in html
+    with pytest.raises(ValueError, match="needs a tokenizer"):
+        preview_masks(trajectory(0, 0))
+
+
+def test_supervised_rows_label_the_policys_tokens_alone():
+    rows = Dataset.from_list(
+        [{"messages": PROMPT + WORKED, "tools": TOOLS}, {"messages": PROMPT + WORKED, "tools": TOOLS}]
+    )
+    token_row = tokenize_trajectory(TOKENIZER, PROMPT, WORKED, TOOLS)
+    for row in supervised_rows(rows, TOKENIZER):
+        labelled = TOKENIZER.decode([token for token in row["labels"] if token != -100])
+        assert labelled.endswith("<|im_end|>It is 3.<|im_end|>") and "tool_response" not in labelled
+        assert row["input_ids"] == token_row["prompt_ids"] + token_row["completion_ids"]
+    assert supervised_rows(Dataset.from_list([token_row]), TOKENIZER)[0] == row
+    with pytest.raises(ValueError, match="Row 0: no message is an assistant's"):
+        supervised_rows(Dataset.from_list([{"messages": PROMPT}]), TOKENIZER)
+
+
+def test_load_rows_reads_files_and_saved_datasets(tmp_path):
+    rows = Dataset.from_list([{"a": 1}])
+    rows.to_parquet(tmp_path / "rows.parquet")
+    rows.save_to_disk(tmp_path / "saved")
+    for name in ("rows.parquet", "saved"):
+        assert load_rows(str(tmp_path / name))["train"]["a"][:] == [1]
+    with pytest.raises(ValueError, match="No dataset was named"):
+        load_rows("")

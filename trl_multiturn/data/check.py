@@ -1,0 +1,220 @@
+"""Reads a dataset as the trainers will, row by row, and says what is wrong with it before any training starts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from tqdm.auto import tqdm
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from .. import _upstream
+from ..templates import TurnTemplate
+from .loading import load_rows
+from .preview import MaskPreview, preview_masks
+from .tokenization import tokenize_preference_row, tokenize_unpaired_row
+from .truncation import PREFERENCE_SIDES, UNPAIRED_SIDES, completion_cut
+
+
+Kind = Literal["preference", "unpaired", "trajectory"]
+
+_COLUMNS = (
+    "Columns must be `prompt`, `chosen`, `rejected` (preference), or `prompt`, `completion` with `label` (unpaired) "
+    "or `reward` (trajectory), or their token columns (`prompt_ids`, `chosen_ids`, `chosen_action_mask`, …)."
+)
+_MAX_SHOWN = 20
+
+
+@dataclass
+class CheckReport:
+    """What [`check_dataset`] found.
+
+    Attributes:
+        rows (`dict[str, int]`): rows read, by split.
+        kinds (`Counter`): rows by kind: `preference`, `unpaired`, `trajectory`.
+        errors (`list[str]`): one per malformed row, with split, number, reason and remedy; defects of the template.
+        warnings (`list[str]`): what trains, but perhaps not as meant.
+        lengths, trained (`list[int]`): tokens, and trained tokens, of each sequence.
+        previews (`list[MaskPreview]`): the first rows, with their masks.
+    """
+
+    rows: dict[str, int] = field(default_factory=dict)
+    kinds: Counter[str] = field(default_factory=Counter)
+    errors: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+    trained: list[int] = field(default_factory=list)
+    previews: list[MaskPreview] = field(default_factory=list)
+
+
+def check_dataset(
+    dataset: Any,
+    model: str | PreTrainedTokenizerBase,
+    config: str | None = None,
+    split: str | None = None,
+    max_length: int | None = None,
+    num_previews: int = 0,
+    progress: bool = True,
+) -> CheckReport:
+    """Checks every row of a preference, unpaired or trajectory dataset.
+
+    Args:
+        dataset (`str`, `Dataset` or `dict[str, Dataset]`):
+            Name on the Hub, folder or file (see [`load_rows`]), or the dataset itself.
+        model (`str` or [`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer, or what `AutoTokenizer.from_pretrained` loads it from.
+        config (`str`, *optional*), split (`str`, *optional*):
+            Configuration on the Hub, and the only split to read.
+        max_length (`int`, *optional*):
+            The trainer's `max_length`: rows that lose their trained tokens to it are errors, cut rows a warning.
+        num_previews (`int`, *optional*, defaults to `0`):
+            Rows to keep a preview of.
+        progress (`bool`, *optional*, defaults to `True`):
+            Whether to show a progress bar.
+
+    Returns:
+        [`CheckReport`]
+    """
+    tokenizer = AutoTokenizer.from_pretrained(model) if isinstance(model, str) else model
+    splits = load_rows(dataset, config) if isinstance(dataset, str) else dataset
+    splits = dict(splits) if isinstance(splits, Mapping) else {"train": splits}
+    if split is not None:
+        if split not in splits:
+            raise ValueError(f"The dataset has the splits {sorted(splits)} but no `{split}`.")
+        splits = {split: splits[split]}
+
+    report = CheckReport()
+    _check_template(tokenizer, report)
+    cut = 0
+    for name, rows in splits.items():
+        report.rows[name] = len(rows)
+        for index, row in enumerate(tqdm(rows, desc=f"Checking {name}", disable=not progress, unit="row")):
+            try:
+                cut += _check_row(row, tokenizer, max_length, report)
+                if len(report.previews) < num_previews:
+                    report.previews.append(preview_masks([row], 1, tokenizer, max_length, show=False))
+            except (ValueError, TypeError, KeyError) as error:
+                report.errors.append(f"{name}, row {index}: {_reason(error)}")
+    _warn(report, cut, max_length)
+    return report
+
+
+def _check_template(tokenizer: PreTrainedTokenizerBase, report: CheckReport) -> None:
+    if tokenizer.chat_template is None:
+        report.warnings.append(
+            "The tokenizer has no chat template: rows of messages cannot be read, only plain text and token rows."
+        )
+        return
+    try:
+        TurnTemplate(tokenizer)
+    except ValueError as error:
+        report.errors.append(f"Chat template: {error}")
+        return
+    if not _upstream.supports_tool_calling(tokenizer):
+        report.warnings.append(
+            "The chat template leaves out tool calls or tool results when it renders. Rows with `tool_calls` are "
+            "refused; write calls and results as text, or use a template that supports tools."
+        )
+
+
+def _check_row(
+    row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, max_length: int | None, report: CheckReport
+) -> int:
+    """Tokenizes a row, adds its counts, and returns how many of its sides `max_length` cuts."""
+    kind = _kind(row)
+    sides = PREFERENCE_SIDES if kind == "preference" else UNPAIRED_SIDES
+    if sides[0][1] not in row:
+        row = row | _tokenize(row, kind, tokenizer)
+    cut, sequences = 0, []
+    for ids, mask in sides:
+        length = len(row["prompt_ids"]) + len(row[ids])
+        if len(row[ids]) != len(row[mask]):
+            raise ValueError(
+                f"`{mask}` has {len(row[mask])} entries but `{ids}` has {len(row[ids])}, so it is unknown which "
+                "tokens are trained. Write one mask entry per token."
+            )
+        kept = len(row[ids]) if max_length is None else completion_cut(row[mask], max_length - len(row["prompt_ids"]))
+        if not any(row[mask][: max(kept, 0)]):
+            limit = "" if max_length is None else f" within `max_length={max_length}`"
+            raise ValueError(
+                f"`{ids.removesuffix('_ids')}` has {length} tokens, none of them sampled by the policy{limit}, so the "
+                "row carries no gradient. Raise `max_length` or drop the row."
+            )
+        cut += kept < len(row[ids])
+        sequences.append(row[ids][:kept])
+        report.lengths.append(length)
+        report.trained.append(sum(row[mask][:kept]))
+    if len(sequences) == 2 and sequences[0] == sequences[1]:
+        raise ValueError("`chosen` and `rejected` are the same tokens, so the row carries no gradient. Drop the row.")
+    report.kinds[kind] += 1
+    return cut
+
+
+def _kind(row: dict[str, Any]) -> Kind:
+    if {"chosen", "rejected"} <= row.keys() or {"chosen_ids", "rejected_ids"} <= row.keys():
+        return "preference"
+    if "completion" in row or "completion_ids" in row:
+        if row.get("label") is None and row.get("reward") is None:
+            raise ValueError("there is neither a `label` nor a `reward`, so nothing says how good the completion is.")
+        return "unpaired" if row.get("label") is not None else "trajectory"
+    raise ValueError(f"the columns are {sorted(row)}. {_COLUMNS}")
+
+
+def _tokenize(row: dict[str, Any], kind: Kind, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    if kind == "preference" and "prompt" not in row:
+        row = row | _upstream.extract_prompt(row)
+    if not _upstream.is_conversational(row):
+        sides = ("chosen", "rejected") if kind == "preference" else ("completion",)
+        encoded = {"prompt_ids": tokenizer(row["prompt"])["input_ids"]}
+        for side in sides:
+            ids = tokenizer(row[side], add_special_tokens=False)["input_ids"]
+            mask = "action_mask" if side == "completion" else f"{side}_action_mask"
+            encoded |= {f"{side}_ids": ids, mask: [1] * len(ids)}
+        return encoded
+    return (tokenize_preference_row if kind == "preference" else tokenize_unpaired_row)(row, tokenizer)
+
+
+def _warn(report: CheckReport, cut: int, max_length: int | None) -> None:
+    if len(report.kinds) > 1:
+        report.errors.append(f"The rows are of several kinds ({dict(report.kinds)}), but a trainer takes one.")
+    if not any(report.rows.values()):
+        report.errors.append("The dataset has no rows.")
+    if cut:
+        report.warnings.append(
+            f"`max_length={max_length}` cuts {cut} of {len(report.lengths)} sequences. Raise it to train on whole "
+            "trajectories."
+        )
+
+
+def _reason(error: Exception) -> str:
+    return f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
+
+
+def print_check(report: CheckReport) -> None:
+    """Prints a [`CheckReport`]."""
+    console = Console()
+    for preview in report.previews:
+        console.print(preview)
+    kinds = ", ".join(f"{count} {kind}" for kind, count in report.kinds.items()) or "none readable"
+    console.print(f"{sum(report.rows.values())} rows in {len(report.rows)} split(s): {kinds}")
+    if report.lengths:
+        table = Table("tokens per sequence", "mean", "median", "95th percentile", "max")
+        for name, values in (("all", report.lengths), ("trained", report.trained)):
+            numbers = (np.mean(values), np.median(values), np.percentile(values, 95), np.max(values))
+            table.add_row(name, *(f"{number:.0f}" for number in numbers))
+        console.print(table)
+        share = sum(report.trained) / max(sum(report.lengths), 1)
+        console.print(f"{100 * share:.1f} % of all tokens are trained.")
+    for warning in report.warnings:
+        console.print(f"warning: {warning}", style="yellow", markup=False)
+    for error in report.errors[:_MAX_SHOWN]:
+        console.print(f"error: {error}", style="red", markup=False)
+    if len(report.errors) > _MAX_SHOWN:
+        console.print(f"… and {len(report.errors) - _MAX_SHOWN} more errors.", style="red")
+    if not report.errors:
+        console.print("No errors.", style="green")
