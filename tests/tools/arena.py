@@ -61,7 +61,7 @@ class Arena:
         self.memory = ctypes.create_string_buffer(_TOKEN.encode(), 64)
         self.listeners = self._listen()
         self.bystander = subprocess.Popen([sys.executable, "-I", "-S", "-c", "import time; time.sleep(3600)"])
-        self.sandbox = Sandbox(SandboxConfig(timeout_seconds=0.8, grace_seconds=0.3, memory_limit_mb=512))
+        self.sandbox = Sandbox(SandboxConfig(timeout_seconds=0.6, grace_seconds=0.2, memory_limit_mb=512))
         self.sibling = self.sandbox.open()
         self.sibling.run("treasure = 41; open('mine', 'w').write('kept')")
         self.server = self.sandbox._backend

@@ -204,6 +204,10 @@ def chatter(out):
 threading.Thread(target=chatter, args=(sys.stdout,), daemon=True).start()""",
     timer_left="import threading; threading.Timer(0.05, print, ['NOISE']).start()",
     alarm_left="import signal; signal.signal(signal.SIGALRM, lambda *_: print('NOISE')); signal.alarm(1)",
+    killer_left="import os, threading; threading.Timer(0.05, os._exit, [1]).start()",
+    killer_left_in_c="import faulthandler; faulthandler.dump_traceback_later(0.2, exit=True, file=open('x', 'w'))",
+    profiling_timer_left="import signal; signal.setitimer(signal.ITIMER_PROF, 0.001, 0.001)",
+    switches_off="import sys; sys.setswitchinterval(1e6)",
     profile_left="import sys, threading; f = lambda *_: f; sys.settrace(f); sys.setprofile(f); threading.settrace(f)",
 )
 
@@ -270,6 +274,11 @@ _family(
     exchange=_LIBC + "open('mine', 'w').write('x')\nn = 276 if arm else 316\nprint('ESCAPED' if libc.syscall(n, -100, b'mine', -100, host['secret'].encode(), 2) == 0 else 'refused')",
     link_in="import os; os.link(host['secret'], 'stolen'); print('ESCAPED', open('stolen').read())",
     link_out="import os; open('mine', 'w').write('x'); os.link('mine', host['folder'] + '/mine'); print('ESCAPED')",
+    link_library="import json, os; os.link(json.__file__, 'mine'); open('mine', 'a').write('# x'); print('ESCAPED')",
+    rename_library="import json, os; os.rename(json.__file__, 'mine'); print('ESCAPED')",
+    lock_library="import fcntl, json; fcntl.flock(open(json.__file__), fcntl.LOCK_EX); print('ESCAPED')",
+    read_network_state="print('ESCAPED', open('/proc/self/net/tcp').read(), open('/proc/net/tcp').read())",
+    read_mounts="print('ESCAPED', open('/proc/self/mountinfo').read())",
     symlink_read="import os; os.symlink(host['secret'], 'stolen'); print('ESCAPED', open('stolen').read())",
     symlink_write="import os; os.symlink(host['secret'], 'stolen'); open('stolen', 'w').write('x'); print('ESCAPED')",
     symlink_out="import os; os.symlink('/etc', host['folder'] + '/link'); print('ESCAPED')",
@@ -418,6 +427,8 @@ def swallow(fd):
         while os.read(fd, 1 << 16): pass
     except OSError: pass
 for fd in range(3, 64): threading.Thread(target=swallow, args=(fd,), daemon=True).start()""",
+    descriptors_replaced="import os\nfor fd in range(3, 64): os.dup2(0, fd)",
+    descriptors_exchanged="import os, socket\na, b = socket.socketpair()\nfor fd in range(3, 64):\n    if fd not in (a.fileno(), b.fileno()): os.dup2(a.fileno(), fd)",
     descriptors_exhausted="import os\nx = []\ntry:\n    while True: x.append(os.open('/dev/null', os.O_RDONLY))\nexcept OSError: print(len(x))",
     builtins_cleared=_PATCH + "for n in list(vars(builtins)): setattr(builtins, n, None)",
     builtins_len=_PATCH + "builtins.len = builtins.isinstance = builtins.print = builtins.__import__ = None",

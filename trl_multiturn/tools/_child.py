@@ -45,6 +45,7 @@ _COMPILE_ERRORS = (SyntaxError, ValueError, OverflowError, MemoryError, Recursio
 _REPEAT_SECONDS = 0.05
 _STATIONARY = 0.25  # share of a core above which a thread left behind counts as spinning
 _RECURSION = sys.getrecursionlimit()
+_set_switch_interval, _SWITCH_INTERVAL, _HURRIED = sys.setswitchinterval, sys.getswitchinterval(), 0.0002
 
 
 class Output:
@@ -274,6 +275,10 @@ def _restore() -> None:
         for name, value in _pristine.items():
             if _builtins.get(name, missing) is not value:
                 _builtins[name] = value
+    # with threads left behind, the main thread must not wait long for its turn
+    _set_switch_interval(_HURRIED if _thread_count() else _SWITCH_INTERVAL)
+    _setitimer(signal.ITIMER_PROF, 0)  # its signal kills
+    _setitimer(signal.ITIMER_VIRTUAL, 0)
     sys.settrace(None)
     sys.setprofile(None)
     if sys.getrecursionlimit() < _RECURSION:

@@ -33,7 +33,6 @@ ALLOWED: dict[str, tuple[int | None, int | None]] = {
     "fsync": (74, 82),
     "fdatasync": (75, 83),
     "ftruncate": (77, 46),
-    "flock": (73, 32),
     "stat": (4, None),
     "lstat": (6, None),
     "fstat": (5, 80),

@@ -48,6 +48,13 @@ _DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random")
 _SYSTEM = ("/lib", "/lib32", "/lib64", "/usr/lib", "/usr/lib32", "/usr/lib64", "/usr/local/lib", "/usr/share",
            "/nix/store", "/gnu/store", "/etc/ld.so.cache", "/etc/localtime", "/proc/meminfo", "/proc/cpuinfo",
            "/sys/devices/system/cpu")  # fmt: skip
+_OWN_FILES = (
+    "maps",
+    "stat",
+    "statm",
+    "status",
+    "limits",
+)  # of /proc/self, which also tells about the machine's network
 _NETWORK_FILES = ("/etc/resolv.conf", "/etc/hosts", "/etc/nsswitch.conf", "/etc/services", "/etc/gai.conf", "/etc/ssl")
 
 
@@ -191,7 +198,8 @@ class LandlockPaths:
         ruleset = _call("landlock_create_ruleset", buffer, ctypes.c_size_t(len(attributes)), ctypes.c_uint32(0))
         if ruleset < 0:
             raise _error("landlock_create_ruleset")
-        own = [("/proc/self", _READ)]
+        own = [(f"/proc/self/{name}", FS_READ_FILE) for name in _OWN_FILES]
+        own += [(f"/proc/self/{name}", FS_READ_DIR) for name in ("fd", "task")]
         refused = FS_MAKE_CHAR | FS_MAKE_BLOCK | FS_MAKE_FIFO | FS_IOCTL_DEV | 1 | (0 if sockets else FS_MAKE_SOCK)
         own += [(path, self.handled & ~refused) for path in writable]
         try:

@@ -146,9 +146,9 @@ def main(argv: list[str] | None = None) -> int:
     missing = [finding.name for finding in findings if finding.state == "missing"]
     if missing:
         print(
-            f"\nWhat `isolation='strict'` (the default) needs and this machine lacks: {', '.join(missing)}.\nFollow "
-            "the advice above, run in a container or virtual machine that grants it, or, where\nall that could be lost "
-            "is this machine, set `isolation='best_effort'`."
+            f"\nWhat `isolation='strict'` (the default) needs and this machine lacks: {', '.join(missing)}.\n"
+            "Follow the advice above, run in a container or virtual machine that grants it, or, where all that could\n"
+            "be lost is this machine, set `isolation='best_effort'`."
         )
         return 1
     print("\n`isolation='strict'`, the default, runs here.")

@@ -12,7 +12,7 @@ import secrets
 import signal
 import socket
 from collections.abc import Container
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from . import _protocol as protocol
@@ -69,6 +69,7 @@ class ForkedInterpreter:
         """Runs one cell and says what became of it."""
         from .sandbox import Reply
 
+        threads = self._stopped  # of earlier cells; what they break is not this cell's fault
         watch = asyncio.get_running_loop().call_later(_WATCH_AFTER_SECONDS, self._watch, True)
         try:
             nonce = await self._request(code, timeout)
@@ -79,7 +80,7 @@ class ForkedInterpreter:
         except TimeoutError:
             return Reply(timeout_message(timeout), "timeout", alive=False)
         except (OSError, ValueError) as error:
-            return await self._autopsy(error)
+            return replace(await self._autopsy(error), ran=not threads)
         finally:
             watch.cancel()
             if watch.when() <= asyncio.get_running_loop().time():
@@ -146,6 +147,7 @@ class ForkedInterpreter:
 
         if isinstance(error, ValueError):
             return Reply(f"RuntimeError: the interpreter was stopped, because {error}", "crashed", alive=False)
+        self.kill()  # it may have closed its connection and live on; if it is dead, this changes nothing
         try:
             ended = await self.server.exit_of(self.number)
         except ConnectionError:  # the warm interpreter was killed, and its sessions with it: not this cell's fault

@@ -25,6 +25,7 @@ _sandboxes: weakref.WeakSet[Sandbox] = weakref.WeakSet()
 
 BACKENDS = ("forkserver", "jupyter")
 ISOLATION = ("strict", "best_effort", "none")
+_CLOSED = "This session is closed. Open another one from the sandbox."
 _LEAST = {
     "timeout_seconds": 0.01,
     "grace_seconds": 0,
@@ -226,6 +227,8 @@ class Session:
         await self.aclose()
 
     async def _start(self) -> None:
+        if self._closed:
+            raise RuntimeError(_CLOSED)
         self._interpreter = await self._sandbox._spawn()
 
     async def _close(self) -> None:
@@ -239,13 +242,9 @@ class Session:
             await interpreter.close()
 
     async def _run(self, code: str) -> ToolResult:
-        if not isinstance(code, str):
-            raise TypeError(
-                f"`code` is a {type(code).__name__}, so it cannot be run. Give the cell's source as a str."
-            )
         async with self._turn:
             if self._closed:
-                raise RuntimeError("This session is closed. Open another one from the sandbox.")
+                raise RuntimeError(_CLOSED)
             refusal = self._refusal(code)
             if refusal is not None:
                 return ToolResult(refusal, "error")
@@ -268,6 +267,8 @@ class Session:
 
     def _refusal(self, code: str) -> str | None:
         config = self._config
+        if not isinstance(code, str):  # a policy fills in the arguments of native tool calls
+            return f"TypeError: `code` must be a string, not {type(code).__name__}"
         if len(code) > config.code_limit_chars:
             return f"ValueError: the cell has {len(code)} characters, more than the limit of {config.code_limit_chars}"
         if config.max_cells is not None and self._cells >= config.max_cells:
@@ -382,6 +383,8 @@ class Sandbox:
 
     async def _spawn(self) -> Interpreter:
         async with self._starting:
+            if self._thread is None:
+                raise RuntimeError("The sandbox was closed while a session was starting.")
             if self._backend is None:
                 backend = self._custom_backend or make_backend(self.config)
                 await backend.start()
