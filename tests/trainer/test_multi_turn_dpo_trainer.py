@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset, IterableDataset, load_from_disk
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, ProcessorMixin
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from tests.support import TOOLS, byte_tokenizer, preference_rows, save_tiny, tiny_model
+from tests.support import TOOLS, assistant, byte_tokenizer, preference_rows, save_tiny, tiny_model, user
 from tests.trainer.helpers import (
     batch_loss,
     batch_of,
@@ -126,6 +126,53 @@ def test_implicit_prompts_and_plain_text_rows(folder, tmp_path):
     plain = Dataset.from_dict({"prompt": ["a b", "c"], "chosen": [" yes", " y"], "rejected": [" no", " n"]})
     ours, stock = make(folder, tmp_path, plain), make(folder, tmp_path, plain, DPOTrainer)
     torch.testing.assert_close(batch_loss(ours), batch_loss(stock))
+
+
+def test_plain_rows_without_a_prompt(folder, tmp_path):
+    plain = Dataset.from_dict(
+        {"chosen": ["Sky is blue.", "Sun is hot."], "rejected": ["Sky is green.", "Sun is ice."]}
+    )
+    ours, stock = make(folder, tmp_path, plain), make(folder, tmp_path, plain, DPOTrainer)
+    torch.testing.assert_close(batch_loss(ours), batch_loss(stock))
+
+
+def test_templates_that_prove_nothing_serve_where_every_token_trains(tmp_path):
+    tokenizer = byte_tokenizer("deepseek_r1_distill")
+    path = save_tiny(tmp_path / "model", tokenizer)
+    rows = [
+        {"prompt": [user("Q")], "chosen": [assistant("A"), user("R"), assistant("B")], "rejected": [assistant("C")]}
+    ]
+    with pytest.raises(ValueError, match="`chosen`: Assistant turn 0"):
+        make(path, tmp_path, Dataset.from_list(rows))
+    everything = {"mask_observations": False}
+    ours, stock = (
+        make(path, tmp_path, Dataset.from_list(rows), **everything),
+        make(path, tmp_path, Dataset.from_list(rows), DPOTrainer),
+    )
+    torch.testing.assert_close(batch_loss(ours), batch_loss(stock))
+
+
+def test_multimodal_processor_on_text(folder, tmp_path):
+    """Only a tokenizer and a template matter where a row holds no image."""
+
+    class Processor(ProcessorMixin):
+        def __init__(self, tokenizer, chat_template=None):
+            super().__init__(tokenizer, chat_template=chat_template)
+
+    # Templates of such processors print content blocks
+    blocks = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for c in m.content %}{{ c.text }}{% endfor %}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    processor = Processor(byte_tokenizer(), chat_template=blocks)
+    dataset = Dataset.from_list(
+        [{"prompt": [user("Q")], "chosen": [assistant("A"), user("R"), assistant("B")], "rejected": [assistant("C")]}]
+    )
+    trainer = make(folder, tmp_path, dataset, processing_class=processor)
+    row = trainer.train_dataset[0]
+    trained = [t for t, m in zip(row["chosen_ids"], row["chosen_action_mask"], strict=True) if m]
+    assert byte_tokenizer().decode(trained) == "A<|im_end|>B<|im_end|>"
+    trainer.train()
 
 
 def test_a_shared_first_turn_becomes_context(folder, tmp_path):

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from .. import _upstream
 from ..templates import TurnTemplate
+from ..version import __version__
 
 
 logger = logging.getLogger(__name__)
@@ -94,7 +95,10 @@ def tokenize_completion(
         single = len(completion) == 1 and completion[0].get("role") == "assistant"
         if not single or completion[0].get("tool_calls"):
             raise ValueError(f"`{column}`: {error}") from error
-        _warn_once(f"One-turn completions are tokenized as TRL does, all of their tokens trained. {error}")
+        _warn_once(
+            "The tokenized prompt is not a prefix of the tokenized prompt+completion, or a turn has no end. One-turn "
+            f"completions are then tokenized as TRL does, all of their tokens trained. {error}"
+        )
         return _tokenize_as_upstream(processing_class, prompt, completion, tools, kwargs)
 
 
@@ -112,8 +116,17 @@ def _tokenize_as_upstream(processing_class, prompt, completion, tools, kwargs) -
     return {"prompt_ids": ids[:start], "completion_ids": ids[start:], "action_mask": [1] * (len(ids) - start)}
 
 
+def row_tokenization_kwargs(processing_class: PreTrainedTokenizerBase | ProcessorMixin) -> dict[str, Any]:
+    """`fn_kwargs` for mapping the two functions below over a dataset.
+
+    They hold the package's version too: `datasets` caches what a function of a package returned under the function's
+    name and arguments, and masks from another version must not come back.
+    """
+    return {"processing_class": processing_class, "version": __version__}
+
+
 def tokenize_preference_row(
-    example: dict[str, Any], processing_class: PreTrainedTokenizerBase | ProcessorMixin
+    example: dict[str, Any], processing_class: PreTrainedTokenizerBase | ProcessorMixin, version: str = __version__
 ) -> dict[str, list[int]]:
     """Token columns of a conversational preference row (`prompt`, `chosen`, `rejected`)."""
     chosen = tokenize_completion(example, "chosen", processing_class)
@@ -129,7 +142,7 @@ def tokenize_preference_row(
 
 
 def tokenize_unpaired_row(
-    example: dict[str, Any], processing_class: PreTrainedTokenizerBase | ProcessorMixin
+    example: dict[str, Any], processing_class: PreTrainedTokenizerBase | ProcessorMixin, version: str = __version__
 ) -> dict[str, list[int]]:
     """Token columns of a conversational row with one completion (`prompt`, `completion`)."""
     return tokenize_completion(example, "completion", processing_class)

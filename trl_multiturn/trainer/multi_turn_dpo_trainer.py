@@ -11,7 +11,7 @@ from trl import DPOConfig, DPOTrainer
 
 from .. import _upstream
 from ..data.collators import DataCollatorForMultiTurnPreference
-from ..data.tokenization import tokenize_preference_row
+from ..data.tokenization import row_tokenization_kwargs, tokenize_preference_row
 from ..data.truncation import PREFERENCE_SIDES
 from ..packing import PackedTrainerMixin
 from .iterative import IterativeTrainerMixin
@@ -93,20 +93,20 @@ class MultiTurnDPOTrainer(PackedTrainerMixin, IterativeTrainerMixin, TokenRowsMi
         map_kwargs: dict[str, Any] = {}
         if isinstance(dataset, Dataset):  # an IterableDataset takes neither
             map_kwargs = {"num_proc": args.dataset_num_proc, "desc": f"Tokenizing {dataset_name} dataset"}
-        columns = {"prompt_ids", *(column for side in self._sides for column in side)}
-        with _upstream.global_then_local_main_first():
-            first = next(iter(dataset))
-            if not columns <= first.keys():
-                if "prompt" not in first and "chosen" in first:
+        first = next(iter(dataset))
+        token_rows = {"prompt_ids", *(column for side in self._sides for column in side)} <= first.keys()
+        if not token_rows and _upstream.is_conversational(first) and self._needs_turns(args):
+            with _upstream.global_then_local_main_first():
+                if "prompt" not in first:
                     dataset = dataset.map(_upstream.extract_prompt, **map_kwargs)
-                    first = next(iter(dataset))
-                if _upstream.is_conversational(first):
-                    fn_kwargs = {"processing_class": processing_class}
-                    dataset = dataset.map(tokenize_preference_row, fn_kwargs=fn_kwargs, **map_kwargs)
-                else:
-                    # Plain text has no turns: the parent tokenizes, and every token of the completion is the policy's
-                    dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
-                    dataset = dataset.map(_add_full_masks, **map_kwargs)
+                fn_kwargs = row_tokenization_kwargs(processing_class)
+                dataset = dataset.map(tokenize_preference_row, fn_kwargs=fn_kwargs, **map_kwargs)
+        elif not token_rows:
+            # Plain text has no turns, or all of them train: the parent tokenizes, and every token counts
+            dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+            with _upstream.global_then_local_main_first():
+                dataset = dataset.map(_add_full_masks, **map_kwargs)
+        with _upstream.global_then_local_main_first():
             return self._fit(dataset, args, dataset_name)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):

@@ -10,7 +10,7 @@ from trl import KTOConfig, KTOTrainer
 
 from .. import _upstream
 from ..data.collators import DataCollatorForMultiTurnUnpairedPreference
-from ..data.tokenization import tokenize_unpaired_row
+from ..data.tokenization import row_tokenization_kwargs, tokenize_unpaired_row
 from ..data.truncation import UNPAIRED_SIDES
 from ..data.unpaired import add_mismatched_completions, unpair_interleaved
 from ..packing import PackedTrainerMixin
@@ -67,27 +67,29 @@ class MultiTurnKTOTrainer(PackedTrainerMixin, IterativeTrainerMixin, TokenRowsMi
         map_kwargs: dict[str, Any] = {}
         if isinstance(dataset, Dataset):  # an IterableDataset takes neither
             map_kwargs = {"num_proc": args.dataset_num_proc, "desc": f"Tokenizing {dataset_name} dataset"}
+        first = next(iter(dataset))
+        token_rows = {"prompt_ids", "completion_ids", "action_mask"} <= first.keys()
         with _upstream.global_then_local_main_first():
-            first = next(iter(dataset))
-            if not {"prompt_ids", "completion_ids", "action_mask"} <= first.keys():
-                if "prompt" not in first and "chosen" in first:
+            if not token_rows and {"chosen", "rejected"} <= first.keys():
+                if "prompt" not in first:
                     dataset = dataset.map(_upstream.extract_prompt, **map_kwargs)
-                    first = next(iter(dataset))
-                if "chosen" in first and "rejected" in first:
-                    dataset = unpair_interleaved(dataset, **map_kwargs)
-                    first = next(iter(dataset))
-                if _upstream.is_conversational(first):
-                    fn_kwargs = {"processing_class": processing_class}
-                    dataset = dataset.map(tokenize_unpaired_row, fn_kwargs=fn_kwargs, **map_kwargs)
-                else:
-                    # Plain text has no turns: the parent tokenizes, and every token of the completion is the policy's
-                    dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
-                    dataset = dataset.map(_add_full_mask, **map_kwargs)
+                dataset = unpair_interleaved(dataset, **map_kwargs)
+                first = next(iter(dataset))
+            if not token_rows and _upstream.is_conversational(first) and self._needs_turns(args):
+                fn_kwargs = row_tokenization_kwargs(processing_class)
+                dataset = dataset.map(tokenize_unpaired_row, fn_kwargs=fn_kwargs, **map_kwargs)
+                token_rows = True
+        if not token_rows:
+            # Plain text has no turns, or all of them train: the parent tokenizes, and every token counts
+            dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        elif dataset_name == "train" and isinstance(dataset, Dataset):
+            self._warn_about_balance(dataset)  # as the parent does
+        with _upstream.global_then_local_main_first():
+            if not token_rows:
+                dataset = dataset.map(_add_full_mask, **map_kwargs)
             dataset = self._fit(dataset, args, dataset_name)
             if self.calculate_KL:
                 dataset = add_mismatched_completions(dataset, args.per_device_train_batch_size)
-        if dataset_name == "train" and isinstance(dataset, Dataset):
-            self._warn_about_balance(dataset)
         return dataset
 
     def _warn_about_balance(self, dataset: Dataset) -> None:

@@ -85,6 +85,11 @@ class TokenRowsMixin:
         """
         return self._prepare_dataset(dataset, self.processing_class, self.args, dataset_name)
 
+    @staticmethod
+    def _needs_turns(args: Any) -> bool:
+        """Whether masks tell the policy's tokens from others. Where every token trains, TRL tokenizes as it is."""
+        return getattr(args, "mask_observations", True) or getattr(args, "train_on_turns", "all") == "last"
+
     def _fit(self, dataset: Dataset | IterableDataset, args: Any, dataset_name: str) -> Dataset | IterableDataset:
         """Chooses trained tokens, truncates and drops (see [`fit_rows`]); keeps and logs the counts."""
         dataset, statistics = fit_rows(
