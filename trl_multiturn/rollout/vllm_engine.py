@@ -82,11 +82,12 @@ class VLLMEngine:
             return AsyncLLM.from_engine_args(vllm.AsyncEngineArgs(**self._settings))
 
         try:
-            self._llm = self._wait(start())
+            # In a box that shutting down empties: collected as late as the interpreter's end, vLLM's engine complains.
+            self._box = [self._wait(start())]
         except BaseException:
             self._loop.call_soon_threadsafe(self._loop.stop)
             raise
-        self._finalizer = weakref.finalize(self, _shut_down, self._llm, self._loop, thread)
+        self._finalizer = weakref.finalize(self, _shut_down, self._box, self._loop, thread)
 
     async def generate(
         self, prompt_ids: list[int], sampling: SamplingParams, *, session: str | None = None
@@ -163,7 +164,6 @@ class VLLMEngine:
     def close(self) -> None:
         """Ends vLLM's processes; also done when the engine is collected and at exit."""
         self._finalizer()
-        self._llm = None
 
     def describe(self) -> dict[str, Any]:
         """Name, version and settings."""
@@ -178,6 +178,10 @@ class VLLMEngine:
             "dtype": str(config.dtype).removeprefix("torch."),
             "max_model_len": config.max_model_len,
         }
+
+    @property
+    def _llm(self) -> Any:
+        return self._box[0]
 
     def _check_open(self) -> None:
         if not self._finalizer.alive:
@@ -267,9 +271,9 @@ def _finish_reason(output: Any) -> str:
     return output.finish_reason
 
 
-def _shut_down(llm: Any, loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
+def _shut_down(box: list, loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
     async def stop() -> None:
-        llm.shutdown()
+        box.pop().shutdown()
         loop.call_soon(loop.stop)
 
     asyncio.run_coroutine_threadsafe(stop(), loop)
