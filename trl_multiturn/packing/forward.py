@@ -148,7 +148,7 @@ class PackedForward:
         if self._plan.row is not None:
             ROWS_IN_FLIGHT[module] = self._plan.row
             return args, packed_arguments(self._plan.row, kwargs, self.causal_lm.dtype)
-        if self._pack and not kwargs.get("output_router_logits"):
+        if self._pack and self._plan.right_padded and not kwargs.get("output_router_logits"):
             # A token never sees the padding to its right, and without a mask attention takes its causal fast path
             return args, kwargs | {"attention_mask": None}
         return None

@@ -26,6 +26,7 @@ class Plan:
         targets (`Tensor`): `(N,)`, the scored tokens.
         mask (`Tensor`): `(B, L - 1)`, true where the padded fields hold a score.
         places (`Tensor`): `(mask.sum(),)`, which scored token each of those entries holds.
+        right_padded (`bool`): whether no token has padding before it, so that causality alone hides the padding.
     """
 
     row: PackedRow | None
@@ -33,6 +34,7 @@ class Plan:
     targets: Tensor
     mask: Tensor
     places: Tensor
+    right_padded: bool
 
     def scatter(self, scores: Tensor) -> Tensor:
         """`(N,)` scores as a padded `(B, L - 1)` field, 0 outside the mask; sequences that share a token share it."""
@@ -72,12 +74,13 @@ def choose_row(
     return None
 
 
-def plan_call(input_ids: Tensor, labels: Tensor, row: PackedRow | None) -> Plan | None:
+def plan_call(input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor, row: PackedRow | None) -> Plan | None:
     """
     Which tokens of a batch are scored, and where their scores go.
 
     Args:
         input_ids (`Tensor`): `(B, L)`.
+        attention_mask (`Tensor`, *optional*): `(B, L)`.
         labels (`Tensor`): `(B, L)`, the token itself where it is scored and -100 elsewhere.
         row ([`PackedRow`], *optional*): of the batch; `None` if it stays padded.
 
@@ -89,10 +92,17 @@ def plan_call(input_ids: Tensor, labels: Tensor, row: PackedRow | None) -> Plan 
         return None
     if row is not None:
         scored, places = row.cells[:, 1:][mask].unique(return_inverse=True)
-        return Plan(row, row.parents[scored], row.input_ids[0, scored], mask, places)
+        return Plan(row, row.parents[scored], row.input_ids[0, scored], mask, places, True)
     cells = torch.arange(input_ids.numel(), device=input_ids.device).view(input_ids.shape)
     sources = cells[:, :-1][mask]
-    return Plan(None, sources, input_ids[:, 1:][mask], mask, torch.arange(len(sources), device=input_ids.device))
+    places = torch.arange(len(sources), device=input_ids.device)
+    return Plan(None, sources, input_ids[:, 1:][mask], mask, places, _is_right_padded(attention_mask))
+
+
+def _is_right_padded(attention_mask: Tensor | None) -> bool:
+    if attention_mask is None:
+        return True
+    return attention_mask.dim() == 2 and bool((attention_mask[:, 1:] <= attention_mask[:, :-1]).all())
 
 
 class PlanCache:
@@ -121,9 +131,9 @@ class PlanCache:
     ) -> Plan | None:
         """As [`plan_call`], of the batch's row."""
         row = self.row(input_ids, attention_mask, pack, overhead)
-        key = (input_ids, labels, row)
+        key = (input_ids, attention_mask, labels, row)
         if not _same(key, self._plan_key):
-            self._plan_key, self._plan = key, plan_call(input_ids, labels, row)
+            self._plan_key, self._plan = key, plan_call(*key)
         return self._plan
 
 
