@@ -29,7 +29,7 @@ LAYERS = {
     "verify": {"trajectory", "version"},
     "packing": {"_upstream"},
     "modeling": {"_upstream"},
-    "data": {"trajectory", "templates", "_upstream", "verify"},
+    "data": {"trajectory", "templates", "_upstream", "version", "verify"},
     "rollout": {"trajectory", "templates", "_upstream", "version", "tools", "verify"},
     "trainer": {"data", "losses", "modeling", "packing", "templates", "_upstream", "trajectory"},
 }
