@@ -258,6 +258,13 @@ def without(*names: str) -> tuple[str, ...]:
     return (sys.executable, "-I", "-S", "-c", _WITHOUT, ",".join(str(_syscalls.OWN[name][column]) for name in names))
 
 
+def test_strict_needs_no_namespaces():
+    prefix = without()[:-1] + (str({0: 272, 1: 97}[confinement.machine()[0]]),)  # no unshare, as in Docker
+    with Sandbox(SandboxConfig(launcher=prefix, preload=())) as sandbox, sandbox.open() as session:
+        assert session.run("open('/etc/passwd')").output.startswith("PermissionError")
+        assert sandbox._backend.layers["namespaces"] == "off"
+
+
 @pytest.mark.parametrize("missing", ["landlock_create_ruleset", "seccomp"])
 def test_strict_refuses_a_machine_without_a_wall_and_says_why(missing):
     with Sandbox(SandboxConfig(launcher=without(missing), preload=())) as sandbox:

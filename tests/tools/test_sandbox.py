@@ -139,6 +139,13 @@ def test_the_tool_starts_nothing_until_opened_and_pickles():
     tool.close()
 
 
+def test_a_shared_sandbox_outlives_the_tool(sandbox):
+    with PythonTool(sandbox=sandbox) as tool, tool.open() as session:
+        assert session.run("2 + 2").output == "4"
+    with sandbox.open() as session:
+        assert session.run("2 + 2").output == "4"
+
+
 def test_users_mistakes_raise_at_once():
     with pytest.raises(ValueError, match="backend='docker'"):
         SandboxConfig(backend="docker")
@@ -159,6 +166,7 @@ def test_a_missing_kernel_is_the_machines_failure():
 def test_limits_on_cells_and_code_are_answered_as_text():
     with Sandbox(SandboxConfig(max_cells=1, code_limit_chars=20, preload=())) as sandbox, sandbox.open() as session:
         assert "more than the limit of 20" in session.run("x = " + "1" * 100).output
+        assert session.run(5).output == "TypeError: `code` must be a string, not int"
         assert session.run("1").status == "ok"
         assert "limit of 1 cells" in session.run("1").output
 

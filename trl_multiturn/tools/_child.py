@@ -45,7 +45,7 @@ _COMPILE_ERRORS = (SyntaxError, ValueError, OverflowError, MemoryError, Recursio
 _REPEAT_SECONDS = 0.05
 _STATIONARY = 0.25  # share of a core above which a thread left behind counts as spinning
 _RECURSION = sys.getrecursionlimit()
-_set_switch_interval, _SWITCH_INTERVAL, _HURRIED = sys.setswitchinterval, sys.getswitchinterval(), 0.0002
+_set_switch_interval, _SWITCH_SECONDS = sys.setswitchinterval, 0.0005  # do not wait long for spinning threads
 
 
 class Output:
@@ -275,8 +275,7 @@ def _restore() -> None:
         for name, value in _pristine.items():
             if _builtins.get(name, missing) is not value:
                 _builtins[name] = value
-    # with threads left behind, the main thread must not wait long for its turn
-    _set_switch_interval(_HURRIED if _thread_count() else _SWITCH_INTERVAL)
+    _set_switch_interval(_SWITCH_SECONDS)
     _setitimer(signal.ITIMER_PROF, 0)  # its signal kills
     _setitimer(signal.ITIMER_VIRTUAL, 0)
     sys.settrace(None)
@@ -349,6 +348,7 @@ def report(descriptor: int, status: int, text: str = "", nonce: bytes = protocol
 
 def serve(descriptor: int, cells: Cells) -> None:
     """Answers cells until the client closes the socket."""
+    _set_switch_interval(_SWITCH_SECONDS)
     pack, left = protocol.REPLY.pack, protocol.THREADS_LEFT
     while True:
         nonce, timeout, code = _read_request(descriptor)
