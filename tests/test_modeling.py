@@ -7,8 +7,9 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, GraniteConfig, Granite
 
 from trl_multiturn import _upstream
 from trl_multiturn.losses import full_vocab_kl
-from trl_multiturn.modeling import ValueModel
-from trl_multiturn.trainer.joint_forward import attach_value_model, capture_hidden_states, lm_head
+from trl_multiturn.modeling import ValueModel, decoder
+from trl_multiturn.packing.decoder import capture_hidden_states
+from trl_multiturn.trainer.joint_forward import attach_value_model, lm_head
 
 from .support import byte_tokenizer, tiny_model
 
@@ -171,7 +172,7 @@ class TestAttached:
         labels = IDS.clone()
         labels[0, :2] = -100
         other = tiny_model(byte_tokenizer(), seed=1).eval()
-        with capture_hidden_states(other) as captured:
+        with capture_hidden_states(decoder(other)) as captured:
             ref_logps = other(IDS).logits.log_softmax(dim=-1)
         outputs = model(
             input_ids=IDS,
@@ -209,7 +210,7 @@ def test_heads_that_scale_or_cap_their_logits(config_class, model_class, options
         models.append(model_class(config).eval())
     hidden, logps = [], []
     for model in models:
-        with capture_hidden_states(model) as captured:
+        with capture_hidden_states(decoder(model)) as captured:
             logps.append(model(IDS).logits.log_softmax(dim=-1))
         hidden.append(captured[0].flatten(0, 1))
     expected = (logps[0].exp() * (logps[0] - logps[1])).sum(dim=-1).flatten()

@@ -89,6 +89,23 @@ class TestLoss:
         for name in gradients[0]:
             torch.testing.assert_close(gradients[0][name], gradients[1][name])
 
+    @pytest.mark.parametrize(("value_model", "lora"), [("full", False), ("adapter", True), ("head", False)])
+    def test_packed_rows_give_the_same_loss_and_gradients(self, tmp_path, value_model, lora):
+        losses, gradients = [], []
+        for packed in (False, True):
+            settings = {"value_model": value_model, "lora": lora, "packed": packed, "kl_coef": 0.5}
+            trainer = make_trainer(tmp_path / str(packed), **settings)
+            trainer.model.train()
+            loss = trainer.compute_loss(trainer.model, whole_batch(trainer))
+            loss.backward()
+            losses.append(loss.item())
+            gradients.append({n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None})
+            calls = [forward.calls["packed"] for forward in trainer._packed_forwards]
+            assert bool(calls) == packed and all(calls)
+        assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+        for name in gradients[0]:
+            torch.testing.assert_close(gradients[0][name], gradients[1][name], rtol=1e-3, atol=1e-5)
+
     def test_without_kl_coef_no_distribution_is_computed(self, tmp_path):
         trainer = make_trainer(tmp_path, kl_coef=0.0)
         _, hidden, head = trainer._reference(whole_batch(trainer))
@@ -127,6 +144,17 @@ class TestTraining:
                 gradient_accumulation_steps=accumulation,
                 train_sampling_strategy="sequential",
             )
+            trainer.train()
+            weights.append(parameters(trainer.model))
+        for name in weights[0]:
+            torch.testing.assert_close(weights[0][name], weights[1][name], rtol=1e-4, atol=1e-6)
+
+    def test_a_token_budget_computes_batches_in_parts(self, tmp_path):
+        weights = []
+        for budget in (None, 30):
+            settings = {"value_model": "full", "optim": "sgd", "max_steps": 2, "max_grad_norm": 0.0}
+            settings |= {"per_device_train_batch_size": 4, "max_tokens_per_batch": budget, "value_learning_rate": 1e-2}
+            trainer = make_trainer(tmp_path / str(budget), **settings)
             trainer.train()
             weights.append(parameters(trainer.model))
         for name in weights[0]:
@@ -288,12 +316,9 @@ class TestReference:
     def test_refreshing_restarts_ratios_and_leaves_the_value_model_alone(self, tmp_path, lora, value_model):
         trainer = make_trainer(tmp_path, lora=lora, value_model=value_model)
         batch = whole_batch(trainer)
-        before = trainer.model(
-            input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
-            labels=batch["input_ids"],
-            values=True,
-        )
+        labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+        call = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "labels": labels}
+        before = trainer.model(**call, values=True)
         trainer.compute_loss(trainer.model, batch)
         metrics = metrics_of(trainer)
         assert metrics["kl"] > 1e-3 and abs(metrics["rewards/chosen"]) > 1e-3
@@ -301,14 +326,10 @@ class TestReference:
         trainer.compute_loss(trainer.model, batch)
         metrics = metrics_of(trainer)
         assert metrics["kl"] == pytest.approx(0, abs=1e-6) and metrics["rewards/chosen"] == pytest.approx(0, abs=1e-5)
-        after = trainer.model(
-            input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
-            labels=batch["input_ids"],
-            values=True,
-        )
-        assert torch.equal(before.state_values, after.state_values)
-        assert torch.equal(before.log_probs, after.log_probs)
+        after = trainer.model(**call, values=True)
+        mask = labels[:, 1:] != -100
+        torch.testing.assert_close(before.state_values[mask], after.state_values[mask])
+        torch.testing.assert_close(before.log_probs, after.log_probs)
         policy, values = split(trainer)
         trainer.train()  # gradients still reach both models after adapters were switched
         policy_after, values_after = split(trainer)

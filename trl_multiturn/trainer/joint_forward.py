@@ -8,8 +8,6 @@ generation want a policy and nothing else. [`attach_value_model`] gives both.
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +18,8 @@ from transformers.utils import ModelOutput
 
 from ..losses import LMHead, full_vocab_kl
 from ..modeling import ValueModel, decoder
+from ..packing.decoder import capture_hidden_states
+from ..packing.forward import packed_forward_of
 
 
 _ATTRIBUTE = "value_model"  # the name under which a policy holds its value model
@@ -72,8 +72,10 @@ def attach_value_model(policy: PreTrainedModel | PeftModel, value_model: ValueMo
             return original_forward(*args, **kwargs)
         labels = kwargs["labels"][:, 1:]
         columns = labels.size(1)
-        with capture_hidden_states(self) as captured:
-            outputs = original_forward(*args, **kwargs, fused_lm_head=True)
+        # Packed rows are computed by hooks on the module's call, which a call of its forward would pass by
+        policy_forward = original_forward if packed_forward_of(self) is None else self
+        with capture_hidden_states(decoder(self)) as captured:
+            outputs = policy_forward(*args, **kwargs, fused_lm_head=True)
         hidden = captured[0][:, -columns - 1 :]  # prompt-learning adapters prepend positions
         critic = getattr(self, _ATTRIBUTE)
         if critic.kind == "head":
@@ -98,17 +100,6 @@ def attach_value_model(policy: PreTrainedModel | PeftModel, value_model: ValueMo
     policy.forward = types.MethodType(forward, policy)
     policy.register_state_dict_post_hook(_drop_value_model)
     policy.register_load_state_dict_post_hook(_forgive_value_model)
-
-
-@contextmanager
-def capture_hidden_states(model: PreTrainedModel | PeftModel) -> Iterator[list[Tensor]]:
-    """Collects the last hidden states `(B, L, H)` of each forward pass of the model's decoder made inside."""
-    captured: list[Tensor] = []
-    hook = decoder(model).register_forward_hook(lambda _, __, output: captured.append(output.last_hidden_state))
-    try:
-        yield captured
-    finally:
-        hook.remove()
 
 
 def lm_head(model: PreTrainedModel | PeftModel) -> LMHead:

@@ -23,7 +23,9 @@ from torch.utils.data import DataLoader
 
 from .. import _upstream
 from ..losses import LMHead
-from .joint_forward import capture_hidden_states, lm_head
+from ..modeling import decoder
+from ..packing.decoder import capture_hidden_states
+from .joint_forward import lm_head
 
 
 logger = get_logger(__name__)
@@ -68,7 +70,7 @@ class TokenReferenceMixin:
             _upstream.disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs),
             adapter,
             self.accelerator.autocast(),
-            capture_hidden_states(scorer) as captured,
+            capture_hidden_states(decoder(scorer)) as captured,
         ):
             log_probs = model(
                 input_ids=batch["input_ids"],

@@ -208,6 +208,7 @@ class ValueBasedTrainer(TokenReferenceMixin, MultiTurnKTOTrainer):
         raise TypeError(f"`{type(self).__name__}` must define `losses`.")
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        self.seat_packed_forwards()
         ref_logps, ref_hidden, ref_head = self._reference(inputs)
         model_kwargs = {"output_router_logits": True} if self.aux_loss_enabled else {}
         if ref_hidden is not None:
@@ -232,9 +233,9 @@ class ValueBasedTrainer(TokenReferenceMixin, MultiTurnKTOTrainer):
             **aligned,
         )
         value_loss, policy_loss, metrics = self.losses(batch)
-        loss = policy_loss + value_loss
+        loss = (policy_loss + value_loss) * self._part_weight
         if self.aux_loss_enabled:
-            loss = loss + self.router_aux_loss_coef * outputs.aux_loss
+            loss = loss + self.router_aux_loss_coef * outputs.aux_loss * self._part_weight
             metrics["aux_loss"] = outputs.aux_loss
         metrics |= {"loss/value": value_loss, "loss/policy": policy_loss}
         mode = "train" if self.model.training else "eval"

@@ -4,15 +4,17 @@ from dataclasses import dataclass, field
 
 from trl import KTOConfig
 
+from .packed_config import PackedConfig
+
 
 @dataclass
-class ValueBasedConfig(KTOConfig):
+class ValueBasedConfig(PackedConfig, KTOConfig):
     # docstyle-ignore
     """
     Parameters that [`OREOConfig`] and [`DQOConfig`] share: the value model beside the policy.
 
-    For the other parameters see [`~trl.KTOConfig`]. Of these, `loss_type`, `desirable_weight` and `undesirable_weight`
-    belong to KTO's own loss and have no effect.
+    For the other parameters see [`PackedConfig`] and [`~trl.KTOConfig`]. Of these, `loss_type`, `desirable_weight` and
+    `undesirable_weight` belong to KTO's own loss and have no effect.
 
     Parameters:
         > Parameters that control the value model
