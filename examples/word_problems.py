@@ -32,7 +32,7 @@ class Verb:
     right: str
     wrong: str
     error_rate: float
-    amounts: tuple[int, int] = (2, 29)
+    amounts: tuple[int, int] = (2, 9)
 
     def amount(self, rng: random.Random) -> int:
         return rng.randint(*self.amounts)
@@ -52,9 +52,9 @@ VERBS = (
     Verb("doubles them", "*=", "+=", 0.30, amounts=(2, 2)),
     Verb("triples them", "*=", "+=", 0.60, amounts=(3, 3)),
 )
-NAMES = {"Tom": "He", "Ana": "She", "Sam": "He", "Mia": "She", "Leo": "He", "Eva": "She"}
+NAMES = ("Ana", "Eva", "Leo", "Mia", "Sam", "Tom")
 THINGS = ("apples", "books", "cards", "coins", "eggs", "pens", "shells", "stamps")
-MAX_STEPS = 3
+ORDER = ("first", "then", "finally")
 
 
 def apply(total: int, operation: str, amount: int) -> int:
@@ -62,8 +62,14 @@ def apply(total: int, operation: str, amount: int) -> int:
     return {"+=": total + amount, "-=": total - amount, "*=": total * amount}[operation]
 
 
+def tell(verbs: list[int], amounts: list[int]) -> list[str]:
+    """The steps of a problem in words: `["first buys 7", "then doubles them"]`."""
+    steps = zip(ORDER, verbs, amounts, strict=False)
+    return [f"{order} {VERBS[verb].phrase.format(n=amount)}" for order, verb, amount in steps]
+
+
 def make_problems(n: int, seed: int, split: str = "train") -> Dataset:
-    """Draws `n` different problems of one to `MAX_STEPS` operations.
+    """Draws `n` different problems of one to three operations.
 
     Args:
         n (`int`):
@@ -84,7 +90,7 @@ def make_problems(n: int, seed: int, split: str = "train") -> Dataset:
     rows: dict[str, dict] = {}
     while len(rows) < n:
         start = rng.randint(5, 99)
-        verbs = [rng.randrange(len(VERBS)) for _ in range(rng.randint(1, MAX_STEPS))]
+        verbs = [rng.randrange(len(VERBS)) for _ in range(rng.randint(1, len(ORDER)))]
         amounts = [VERBS[verb].amount(rng) for verb in verbs]
         totals = [start]
         for verb, amount in zip(verbs, amounts, strict=True):
@@ -92,9 +98,9 @@ def make_problems(n: int, seed: int, split: str = "train") -> Dataset:
         held_out = (start + sum(amounts)) % 4 == 0
         if min(totals) < 0 or max(totals) > 999 or held_out != (split == "test"):
             continue
-        name, thing = rng.choice(sorted(NAMES)), rng.choice(THINGS)
-        steps = [f"{NAMES[name]} {VERBS[v].phrase.format(n=n)}." for v, n in zip(verbs, amounts, strict=True)]
-        question = " ".join([f"{name} has {start} {thing}.", *steps, f"How many {thing} now?"])
+        name, thing = rng.choice(NAMES), rng.choice(THINGS)
+        story = ", ".join([f"{name} has {start} {thing}", *tell(verbs, amounts)])
+        question = f"{story}. How many {thing} now?"
         rows[question] = {
             "prompt": [{"role": "user", "content": question}],
             "answer": str(totals[-1]),
@@ -106,12 +112,12 @@ def make_problems(n: int, seed: int, split: str = "train") -> Dataset:
 
 
 # How often the teacher goes astray in ways that are not a wrong operation.
-NO_CODE_RATE = 0.05  # guesses without a program
+NO_CODE_RATE = 0.05  # answers without a program
 GIVES_UP_RATE = 0.02  # neither a program nor an answer
 CRASH_RATE = 0.10  # the program reads a name that was never assigned, or adds text to a number
 REPAIR_RATE = 0.5  # of the crashes: writes the program anew (else guesses)
 NOISE_RATE = 0.06  # prints much more than the answer
-IGNORE_RATE = 0.08  # answers with a number of its own after reading the output
+IGNORE_RATE = 0.08  # answers with a number of the problem after reading the output
 TWO_CELLS_RATE = 0.25  # looks at the total half-way, which needs a stateful interpreter
 
 CODE = "```python\n{}\n```"
@@ -153,7 +159,7 @@ def _attempt(problem: dict, rng: random.Random, session: Session) -> list[dict[s
     def say(text: str) -> list[dict[str, str]]:
         return [*messages, {"role": "assistant", "content": text}]
 
-    guess = ANSWER.format(problem["start"] + rng.randint(-9, 9))
+    guess = ANSWER.format(problem["start"])
     if rng.random() < GIVES_UP_RATE:
         return say(GIVE_UP)
     if rng.random() < NO_CODE_RATE:
@@ -175,27 +181,28 @@ def _attempt(problem: dict, rng: random.Random, session: Session) -> list[dict[s
 
 
 def write_program(problem: dict, rng: random.Random) -> list[str]:
-    """The teacher's reading of a problem: one line per number, each verb mistaken at its own rate."""
+    """The teacher's reading of a problem: a line per number, each verb quoted and mistaken at its own rate."""
     lines = [f"x = {problem['start']}"]
-    for verb, amount in zip(problem["verbs"], problem["amounts"], strict=True):
+    verbs, amounts = problem["verbs"], problem["amounts"]
+    for verb, amount, step in zip(verbs, amounts, tell(verbs, amounts), strict=True):
         meaning = VERBS[verb]
         operation = meaning.wrong if rng.random() < meaning.error_rate else meaning.right
-        lines.append(f"x {operation} {amount}")
+        lines.append(f"# {step}\nx {operation} {amount}")
     return lines
 
 
 def _broken(program: list[str], rng: random.Random) -> list[str]:
     """The program with one line that raises: it reads a name that was never assigned, or adds text to a number."""
     line = rng.randrange(1, len(program))
-    mistake = program[line].replace("x", "y") if rng.random() < 0.7 else "x += 'x'"
+    mistake = program[line].replace("\nx", "\ny") if rng.random() < 0.7 else "x += 'x'"
     return [*program[:line], mistake, *program[line + 1 :]]
 
 
 def texts() -> list[str]:
     """Texts with every word of the world, for [`tiny_policy.build_tokenizer`]."""
     return [
-        *(f"{name} has 1 {thing}. How many {thing} now?" for name in NAMES for thing in THINGS),
-        *(f" {pronoun} {verb.phrase.format(n=1)}." for pronoun in set(NAMES.values()) for verb in VERBS),
+        *(f"{name} has 1 {thing}, 1. How many {thing} now?" for name in NAMES for thing in THINGS),
+        *(f"# {order} {verb.phrase.format(n=1)}, " for order in ORDER for verb in VERBS),
         *(CODE.format(f"x = 1\nx {sign} 2\nprint([x] * 12)") for sign in ("+=", "-=", "*=")),
         OBSERVATION.format("[1, 1]"),
         "NameError: name 'y' is not defined",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import random
 import re
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoTokenizer
 from trl.chat_template_utils import (
     is_chat_template_prefix_preserving,
@@ -68,7 +70,7 @@ def test_the_template_is_fit_for_training_and_for_tools(tokenizer):
     assert is_chat_template_prefix_preserving(tokenizer)
     assert is_chat_template_stop_token_trained(tokenizer)
     assert tokenizer.pad_token_id != tokenizer.eos_token_id
-    assert isinstance(choose_dialect("auto", tokenizer, [PythonTool().schema], []), FencedDialect)
+    assert isinstance(choose_dialect("auto", tokenizer, [PythonTool().schema]), FencedDialect)
     rendered = tokenizer.apply_chat_template(
         [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}],
         tools=[PythonTool().schema],
@@ -106,7 +108,8 @@ def test_problems_mean_what_they_say(problems):
     signs |= {"eats": -1, "loses": -1, "drops": -1, "sells": -1, "gives away": -1}
     factors = {"doubles them": 2, "triples them": 3}
     for row in problems:
-        first, *steps, question = row["prompt"][0]["content"].split(". ")
+        story, question = row["prompt"][0]["content"].split(". ")
+        first, *steps = story.split(", ")
         total = int(re.search(r"has (\d+) ", first)[1])
         for step in steps:
             phrase = step.split(" ", 1)[1]
@@ -133,7 +136,7 @@ def test_observations_are_those_of_a_rollout(taught):
     """Each program, read by the rollout's dialect and run in a fresh session per trajectory, gives the row's words."""
     dialect = FencedDialect([PythonTool().schema])
     with Sandbox() as sandbox:
-        for row in taught.select(range(25)):
+        for row in taught.select(range(12)):
             with sandbox.open() as session:
                 for turn, observation in zip(row["messages"][1::2], row["messages"][2::2], strict=False):
                     read = dialect.read(turn["content"], [], [])
@@ -165,3 +168,33 @@ def test_verbs_are_mistaken_at_their_own_rates():
         assert wrong / 2000 == pytest.approx(meaning.error_rate, abs=0.045)  # four standard errors
     rates = [verb.error_rate for verb in world.VERBS]
     assert min(rates) >= 0.1 and max(rates) <= 0.65 and sum(rate > 0.5 for rate in rates) >= 4
+
+
+def test_batches_hold_rows_of_like_length_and_every_row_once(taught):
+    order = tiny_policy.batched_by_length(taught, 20, seed=0)
+    assert sorted(order) == list(range(len(taught))) and order != tiny_policy.batched_by_length(taught, 20, seed=1)
+    lengths = [sum(len(message["content"]) for message in row["messages"]) for row in taught]
+    spreads = [[lengths[i] for i in order[start : start + 20]] for start in range(0, len(order), 20)]
+    ranges = sorted((min(batch), max(batch)) for batch in spreads)
+    assert all(low[1] <= high[0] for low, high in zip(ranges, ranges[1:], strict=False))
+    assert ranges != [(min(batch), max(batch)) for batch in spreads]  # but the batches come in no order
+
+
+def test_warm_start_makes_the_teachers_words_likelier(tokenizer, taught, tmp_path):
+    model = tiny_policy.build_policy(tokenizer, seed=0, hidden_size=32, num_layers=1)
+
+    def surprise() -> float:
+        rows = [tokenize_trajectory(tokenizer, r["messages"][:1], r["messages"][1:]) for r in taught.select(range(8))]
+        losses = []
+        for row in rows:
+            ids = torch.tensor([row["prompt_ids"] + row["completion_ids"]])
+            mine = torch.tensor([0] * len(row["prompt_ids"]) + row["action_mask"]).bool()[None]
+            with torch.no_grad():
+                losses.append(model(input_ids=ids, labels=ids.masked_fill(~mine, -100)).loss.item())
+        return sum(losses) / len(losses)
+
+    before = surprise()
+    assert before == pytest.approx(math.log(len(tokenizer)), abs=0.5)  # an untrained policy knows nothing
+    tiny_policy.warm_start(model, tokenizer, taught, str(tmp_path), batch_size=12, warmup_steps=2, disable_tqdm=True)
+    assert surprise() < before - 1
+    assert not list(tmp_path.rglob("*.safetensors"))
