@@ -55,6 +55,7 @@ while True:
     timer_disarmed="import signal, time; signal.setitimer(signal.ITIMER_REAL, 0); time.sleep(100)",
     sleep="import time; time.sleep(100)",
     regex="import re; re.match(r'(a+)+$', 'a' * 64 + 'b')",
+    endless_destructor="class A:\n    def __del__(self):\n        while True: pass\na = A(); del a",
     stopped_by_itself="import os, signal, time; os.kill(os.getpid(), signal.SIGSTOP); time.sleep(100)",
     deadlock="import threading; lock = threading.Lock(); lock.acquire(); lock.acquire()",
     endless_generator="list(x for x in iter(int, 1) if x)",
@@ -138,9 +139,11 @@ _family(
     bad_bytecode="eval((lambda: 0).__code__.replace(co_code=b'd\\xff' * 16, co_consts=()))",
     descriptors_closed="import os; os.closerange(0, 1 << 16)",
 )
+_family(("error",), audit_hook="import sys, time; sys.addaudithook(lambda *_: time.sleep(100))")
 _family(("error",), exit_politely="import sys; sys.exit(0)", exit_by_name="exit()", quit_by_name="quit()", interrupted="raise KeyboardInterrupt")
 _family(
     ENDED,
+    hooks_left="import gc, time\nf = lambda *_: time.sleep(100)\nfor n in ('pre_execute', 'pre_run_cell', 'post_execute', 'post_run_cell'): get_ipython().events.register(n, f)\nget_ipython().input_transformers_post.append(f); get_ipython().ast_transformers.append(f); gc.callbacks.append(f)",
     recursion="def f(): f()\nf()",
     recursion_unlimited="import sys; sys.setrecursionlimit(10**9)\ndef f(): f()\nf()",
     recursion_in_c="import sys; sys.setrecursionlimit(10**9)\nx = []\nfor _ in range(10**6): x = [x]\nrepr(x)",

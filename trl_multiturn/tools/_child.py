@@ -11,6 +11,7 @@ import _thread
 import builtins
 import contextlib
 import ctypes
+import gc
 import io
 import os
 import random
@@ -204,6 +205,9 @@ class Cells:
         self.include_stderr = include_stderr
         self.expired = self.running = False
         self.stdin = sys.stdin
+        # lists of callables that run around every cell, and how long they are at the start
+        hooks = [*shell.events.callbacks.values(), shell.ast_transformers, shell.input_transformers_post, gc.callbacks]
+        self.hooks = [(hooks_of_a_kind, len(hooks_of_a_kind)) for hooks_of_a_kind in hooks]
 
     def _alarm(self, signum, frame) -> None:
         if self.running:
@@ -236,6 +240,8 @@ class Cells:
                 self.running = False
                 _setitimer(signal.ITIMER_REAL, 0)
                 _restore()
+                for hooks, count in self.hooks:
+                    del hooks[count:]
         except BaseException as error:
             failure, output, flags = error, Output(self.limit), self._blame(error)
             output.add(describe(error))
@@ -266,6 +272,11 @@ def describe(error: BaseException) -> str:
     except Exception as second:
         text = f"<its message raises {type(second).__name__}>"
     return f"{name}: {text}" if text else name
+
+
+def refuse_audit_hook(hook) -> None:
+    """Stands in for `sys.addaudithook`, whose hooks nothing could remove before the next cell."""
+    raise PermissionError("audit hooks are not available: they would outlive their cell")
 
 
 def _restore() -> None:
@@ -349,6 +360,7 @@ def report(descriptor: int, status: int, text: str = "", nonce: bytes = protocol
 def serve(descriptor: int, cells: Cells) -> None:
     """Answers cells until the client closes the socket."""
     _set_switch_interval(_SWITCH_SECONDS)
+    sys.addaudithook = refuse_audit_hook
     pack, left = protocol.REPLY.pack, protocol.THREADS_LEFT
     while True:
         nonce, timeout, code = _read_request(descriptor)
