@@ -23,6 +23,7 @@ LAYERS = {
     "version": set(),
     "_upstream": set(),
     "losses": set(),
+    "steps": set(),
     "report": set(),
     "templates": {"_upstream"},
     "tools": {"trajectory", "version"},
@@ -30,7 +31,7 @@ LAYERS = {
     "packing": {"_upstream"},
     "modeling": {"_upstream"},
     "data": {"trajectory", "templates", "_upstream", "version", "verify"},
-    "rollout": {"trajectory", "templates", "_upstream", "version", "tools", "verify"},
+    "rollout": {"trajectory", "templates", "steps", "_upstream", "version", "tools", "verify"},
     "trainer": {"data", "losses", "modeling", "packing", "templates", "_upstream", "trajectory"},
 }
 TOP = set(LAYERS)

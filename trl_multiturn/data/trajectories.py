@@ -10,8 +10,8 @@ import torch
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
+from ..steps import StepDelimiter, step_ids
 from .collators import DataCollatorForMultiTurnUnpairedPreference
-from .steps import StepDelimiter, step_ids
 
 
 # Per-token columns of a completion that the collator lays out beside `input_ids`

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from .steps import StepDelimiter, step_ids
+from ..steps import StepDelimiter, step_ids
 
 
 class Scorer(Protocol):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from ..templates import TurnTemplate
@@ -50,10 +51,18 @@ class Conversation:
     def read(self, generation: Generation, prefix_ids: list[int]) -> Turn:
         """Reads a sampled turn."""
         ids = generation.token_ids
-        ended = bool(ids) and ids[-1] in self.stop_token_ids
-        written = ids[:-1] if ended else ids
-        text = self._tokenizer.decode(written, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        return self.dialect.read(text, ids, prefix_ids)
+        return self.dialect.read(self.text(ids), ids, prefix_ids)
+
+    def text(self, sampled_ids: Sequence[int]) -> str:
+        """The text of a sampled turn, without the token that ended it."""
+        return self._tokenizer.decode(
+            self.without_end(sampled_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+
+    def without_end(self, sampled_ids: Sequence[int]) -> list[int]:
+        """A turn's ids without the token that ended it, where one did."""
+        ended = bool(sampled_ids) and sampled_ids[-1] in self.stop_token_ids
+        return list(sampled_ids[:-1] if ended else sampled_ids)
 
     def observation_ids(self, turn: Turn, observations: list[Message]) -> list[int]:
         """Ids from a turn's end to the end of the next generation prompt.
@@ -98,7 +107,7 @@ def _without_arguments(call: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass
 class Transcript:
-    """A trajectory as it grows."""
+    """A trajectory as it grows; `turns` are those that were answered, each with the messages that answered it."""
 
     prompt: list[Message]
     prompt_ids: list[int] = field(default_factory=list)
@@ -106,13 +115,25 @@ class Transcript:
     completion_ids: list[int] = field(default_factory=list)
     action_mask: list[int] = field(default_factory=list)
     logps: list[float] = field(default_factory=list)
+    turns: list[tuple[Turn, list[Message]]] = field(default_factory=list)
     results: list[ToolResult] = field(default_factory=list)
     malformed: int = 0
     final_observation: str | None = None
     unrenderable: str | None = None
+    replays_differ: int | None = None
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.completion_ids)
+
+    @property
+    def ids(self) -> list[int]:
+        """All that the policy reads before the next token."""
+        return self.prompt_ids + self.completion_ids
+
+    def fork(self) -> Transcript:
+        """A copy that grows on its own."""
+        lists = {f.name: list(v) for f in fields(self) if isinstance(v := getattr(self, f.name), list)}
+        return replace(self, **lists)
 
     def add_sampled(self, generation: Generation) -> None:
         """Appends what the policy sampled."""
@@ -137,6 +158,35 @@ class Transcript:
         }
 
 
+@dataclass(frozen=True)
+class Opening:
+    """What a trajectory begins with instead of sampling it: answered turns, and tokens of the turn after them."""
+
+    transcript: Transcript
+    started: Generation
+
+
+async def replay(transcript: Transcript, toolbox: Toolbox, conversation: Conversation) -> int:
+    """Runs again, in a new toolbox, the calls of a transcript's turns that leave something behind.
+
+    Sessions and the environment are then as the transcript left them, if the calls are deterministic. Plain functions
+    keep nothing for a trajectory and are not called.
+
+    Returns:
+        `int`: how many turns were answered otherwise than recorded. The transcript keeps what was recorded.
+
+    Raises:
+        [`ToolFailure`]: if the machine failed.
+    """
+    differing = 0
+    for turn, observations in transcript.turns:
+        calls = [copy.deepcopy(call) for call in turn.calls if toolbox.keeps_state(call.name)]
+        results = await toolbox.call(calls)
+        if calls and len(calls) == len(turn.calls):
+            differing += conversation.dialect.observe(turn, results) != observations
+    return differing
+
+
 async def play_episode(
     prompt: list[Message],
     context: RolloutContext,
@@ -144,6 +194,7 @@ async def play_episode(
     conversation: Conversation,
     engine: Engine,
     config: RolloutConfig,
+    opening: Opening | None = None,
 ) -> Trajectory:
     """Rolls out one trajectory; only a user's mistake, or the engine's error, raises.
 
@@ -160,16 +211,23 @@ async def play_episode(
             Samples the turns.
         config ([`RolloutConfig`]):
             Limits and sampling.
+        opening ([`Opening`], *optional*):
+            Recorded turns to go on from; their calls are run again first.
     """
     enter_rollout(context)
     start = time.monotonic()
-    transcript = Transcript(prompt)
+    transcript = Transcript(prompt) if opening is None else opening.transcript.fork()
     failure, reward = None, None
     try:
-        transcript.prompt = append_observation(prompt, await toolbox.reset())
-        transcript.prompt_ids = conversation.template.prompt_ids(transcript.prompt)
-        refuse_long_prompt(len(transcript), context.prompt_index, config)
-        stop_reason = await _converse(transcript, context, toolbox, conversation, engine, config)
+        observation = await toolbox.reset()
+        if opening is None:
+            transcript.prompt = append_observation(prompt, observation)
+            transcript.prompt_ids = conversation.template.prompt_ids(transcript.prompt)
+            refuse_long_prompt(len(transcript), context.prompt_index, config)
+        else:
+            transcript.replays_differ = await replay(transcript, toolbox, conversation)
+        started = None if opening is None else opening.started
+        stop_reason = await _converse(transcript, context, toolbox, conversation, engine, config, started)
         reward = await toolbox.reward()
     except ToolFailure as error:
         stop_reason, failure = StopReason.TOOL_FAILED, str(error)
@@ -178,18 +236,27 @@ async def play_episode(
     finally:
         engine.release(context.trajectory_id)
         await toolbox.close()
+    return finish_trajectory(transcript, context, stop_reason, time.monotonic() - start, failure, reward)
+
+
+def finish_trajectory(
+    transcript: Transcript,
+    context: RolloutContext,
+    stop_reason: StopReason,
+    seconds: float,
+    failure: str | None = None,
+    reward: float | None = None,
+) -> Trajectory:
+    """The trajectory that a transcript has become, with how it went in `info`."""
     info: dict[str, Any] = {"trajectory_id": context.trajectory_id, "seed": context.seed, **transcript.counts()}
     if failure is not None:
         info["tool_failure"] = failure
     if reward is not None:
         info["environment_reward"] = reward
-    for name in ("final_observation", "unrenderable"):
+    for name in ("final_observation", "unrenderable", "replays_differ"):
         if getattr(transcript, name) is not None:
             info[name] = getattr(transcript, name)
-    info["timing"] = {
-        "seconds": time.monotonic() - start,
-        "tool_seconds": sum(result.seconds for result in transcript.results),
-    }
+    info["timing"] = {"seconds": seconds, "tool_seconds": sum(result.seconds for result in transcript.results)}
     return Trajectory(
         prompt=transcript.prompt,
         completion=transcript.completion,
@@ -218,10 +285,12 @@ async def _converse(
     conversation: Conversation,
     engine: Engine,
     config: RolloutConfig,
+    started: Generation | None,
 ) -> StopReason:
-    for number in range(config.max_tool_calling_iterations + 1):
-        room = min(config.max_turn_tokens, config.max_trajectory_tokens - len(transcript))
-        prefix_ids = transcript.prompt_ids + transcript.completion_ids
+    for number in range(len(transcript.turns), config.max_tool_calling_iterations + 1):
+        begun = started if started is not None else Generation([], [], "stop")
+        started = None
+        room = turn_room(transcript, begun, config)
         sampling = config.sampling(
             room,
             context.sample_index,
@@ -229,32 +298,70 @@ async def _converse(
             stop_strings=conversation.stop_strings,
             seed=derive_seed(context.seed, number),
         )
+        prefix_ids = transcript.ids + begun.token_ids
         generation = await engine.generate(prefix_ids, sampling, session=context.trajectory_id)
-        turn = conversation.read(generation, prefix_ids)
-        transcript.add_sampled(generation)
-        transcript.completion.append(turn.message)
-        transcript.malformed += turn.problem is not None
-        stop_reason = _after_turn(turn, generation, number, config)
+        generation = joined(begun, generation)
+        turn, stop_reason = end_turn(generation, transcript, conversation, config)
+        if stop_reason is None:
+            stop_reason = await answer_turn(turn, generation, transcript, toolbox, conversation, config)
         if stop_reason is not None:
             return stop_reason
-
-        results = await toolbox.call(turn.calls)
-        transcript.results += results
-        observations = conversation.dialect.observe(turn, results)
-        if toolbox.done:
-            transcript.final_observation = "\n".join(result.output for result in results)
-            return StopReason.ANSWERED
-        try:
-            context_ids = conversation.observation_ids(turn, observations)
-        except ValueError as error:  # the policy's doing: the template did render an ordinary call's answer
-            transcript.unrenderable = str(error)
-            return StopReason.ENDED
-        context_ids = conversation.template.close_turn(generation.token_ids) + context_ids
-        if len(transcript) + len(context_ids) >= config.max_trajectory_tokens:
-            return StopReason.MAX_TOKENS  # no room for another turn: the observation would be read by nobody
-        transcript.add_context(context_ids)
-        transcript.completion += observations
     raise AssertionError("unreachable: the last round returns")
+
+
+def turn_room(transcript: Transcript, begun: Generation, config: RolloutConfig) -> int:
+    """How many tokens may still be sampled in a turn of which `begun` stands already."""
+    left = min(config.max_turn_tokens, config.max_trajectory_tokens - len(transcript))
+    return left - len(begun.token_ids)
+
+
+def joined(first: Generation, second: Generation) -> Generation:
+    """One turn that was sampled in two pieces."""
+    return Generation(first.token_ids + second.token_ids, first.logps + second.logps, second.finish_reason)
+
+
+def end_turn(
+    generation: Generation, transcript: Transcript, conversation: Conversation, config: RolloutConfig
+) -> tuple[Turn, StopReason | None]:
+    """Reads a sampled turn and appends it; why the trajectory stops there, `None` where its calls are to be run."""
+    turn = conversation.read(generation, transcript.ids)
+    transcript.add_sampled(generation)
+    transcript.completion.append(turn.message)
+    transcript.malformed += turn.problem is not None
+    return turn, _after_turn(turn, generation, len(transcript.turns), config)
+
+
+async def answer_turn(
+    turn: Turn,
+    generation: Generation,
+    transcript: Transcript,
+    toolbox: Toolbox,
+    conversation: Conversation,
+    config: RolloutConfig,
+) -> StopReason | None:
+    """Runs the calls of the last turn and appends the answers; why the trajectory stops there, if it does.
+
+    Raises:
+        [`ToolFailure`]: if the machine failed.
+    """
+    results = await toolbox.call(turn.calls)
+    transcript.results += results
+    observations = conversation.dialect.observe(turn, results)
+    if toolbox.done:
+        transcript.final_observation = "\n".join(result.output for result in results)
+        return StopReason.ANSWERED
+    try:
+        context_ids = conversation.observation_ids(turn, observations)
+    except ValueError as error:  # the policy's doing: the template did render an ordinary call's answer
+        transcript.unrenderable = str(error)
+        return StopReason.ENDED
+    context_ids = conversation.template.close_turn(generation.token_ids) + context_ids
+    if len(transcript) + len(context_ids) >= config.max_trajectory_tokens:
+        return StopReason.MAX_TOKENS  # no room for another turn: the observation would be read by nobody
+    transcript.add_context(context_ids)
+    transcript.completion += observations
+    transcript.turns.append((turn, observations))
+    return None
 
 
 def _after_turn(turn: Turn, generation: Generation, number: int, config: RolloutConfig) -> StopReason | None:

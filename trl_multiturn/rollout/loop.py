@@ -11,14 +11,14 @@ import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import trl
 from datasets import Dataset
 from tqdm.auto import tqdm
 
 from ..tools.base import RolloutContext
-from ..tools.toolbox import ToolLimits, Toolset
+from ..tools.toolbox import Toolbox, ToolLimits, Toolset
 from ..trajectory import StopReason, Trajectory, Verdict
 from ..version import __version__
 from .config import RolloutConfig
@@ -98,6 +98,8 @@ def generate_trajectories(
             Called with each finished and judged trajectory, in the order of finishing.
         progress (`bool`, *optional*, defaults to `True`):
             Whether to show a progress bar.
+        player ([`Player`], *optional*):
+            Plays each trajectory instead of the plain loop; [`value_guided_search`] has one.
 
     Returns:
         `list[Trajectory]`: by prompt, then by sample; empty with `collect=False`.
@@ -134,6 +136,7 @@ async def agenerate_trajectories(
     collect: bool = True,
     on_trajectory: Callable[[Trajectory], None] | None = None,
     progress: bool = True,
+    player: Player | None = None,
 ) -> list[Trajectory]:
     """[`generate_trajectories`] for event loops."""
     config = config or RolloutConfig()
@@ -152,6 +155,9 @@ async def agenerate_trajectories(
     )
     rollouts = _Rollouts(rows, engine, toolset, config, judge, processing_class or engine.processing_class)
     rollouts.provenance |= {"iteration": iteration, "policy": policy, "policy_revision": policy_revision}
+    if player is not None:
+        rollouts.player = player
+        rollouts.provenance |= player.provenance
     rollouts.place(
         prompt_indices=range(len(rows)) if prompt_indices is None else prompt_indices,
         samples=range(sample_offset, sample_offset + (num_generations or config.num_generations)),
@@ -165,8 +171,35 @@ async def agenerate_trajectories(
     return await rollouts.run(journal, on_trajectory, progress)
 
 
+class Player(Protocol):
+    """Plays one trajectory, with as many toolboxes as it opens; it closes them. `provenance` joins that of the run."""
+
+    provenance: dict[str, Any]
+
+    async def __call__(
+        self,
+        prompt: list[dict[str, Any]],
+        context: RolloutContext,
+        open_toolbox: Callable[[], Toolbox],
+        conversation: Conversation,
+        engine: Engine,
+        config: RolloutConfig,
+    ) -> Trajectory: ...
+
+
+class PlainPlayer:
+    """Turn by turn, nothing else: [`play_episode`]."""
+
+    provenance: dict[str, Any] = {}
+
+    async def __call__(self, prompt, context, open_toolbox, conversation, engine, config) -> Trajectory:
+        return await play_episode(prompt, context, open_toolbox(), conversation, engine, config)
+
+
 class _Rollouts:
     """One call of [`generate_trajectories`]."""
+
+    player: Player = PlainPlayer()
 
     def __init__(
         self,
@@ -278,9 +311,15 @@ class _Rollouts:
                 group.create_task(roll_out(context, row))
 
     async def _roll_out(self, context: RolloutContext, row: Mapping[str, Any]) -> Trajectory:
-        toolbox = self.toolset.open(row, self.limits)
         conversation = self.conversations[self.toolset.environments.for_row(row)]
-        trajectory = await play_episode(self._prompt(row), context, toolbox, conversation, self.engine, self.config)
+        trajectory = await self.player(
+            self._prompt(row),
+            context,
+            lambda: self.toolset.open(row, self.limits),
+            conversation,
+            self.engine,
+            self.config,
+        )
         trajectory.info.update(
             prompt_index=context.prompt_index,
             prompt_fingerprint=fingerprint(dict(row)),

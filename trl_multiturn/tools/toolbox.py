@@ -125,6 +125,10 @@ class Toolbox:
         """Whether the environment ended the episode."""
         return self._environment is not None and self._environment.done
 
+    def keeps_state(self, name: str) -> bool:
+        """Whether calls of `name` may depend on earlier ones: those of a session or of the environment."""
+        return name in self._toolset.sessions or (self._kind is not None and name in self._kind.tool_names)
+
     async def reset(self) -> str | list[dict[str, Any]] | None:
         """Starts the environment, if there is one; returns its first observation.
 
@@ -185,11 +189,9 @@ class Toolbox:
         self._environment = None
 
     def _lane(self, name: str, index: int) -> Any:
-        if name in self._toolset.sessions:
-            return name
-        if self._kind is not None and name in self._kind.tool_names:
-            return self._kind
-        return index
+        if not self.keeps_state(name):
+            return index
+        return name if name in self._toolset.sessions else self._kind
 
     async def _answer(self, call: ToolCall) -> ToolResult:
         if call.name not in self._schemas:

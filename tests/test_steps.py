@@ -2,9 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from trl_multiturn.data.steps import step_ids
-
-from ..support import byte_tokenizer
+from tests.support import byte_tokenizer
+from trl_multiturn.steps import step_ids
 
 
 @pytest.fixture(scope="module")
