@@ -225,6 +225,25 @@ def test_an_interpreter_that_cannot_start_is_the_machines_failure():
         sandbox.open()
 
 
+def test_a_session_holds_its_own_socket_and_nothing_else(sandbox):
+    with sandbox.open() as one, sandbox.open() as two:
+        for session in (one, two):
+            links = [os.readlink(link) for link in Path(f"/proc/{session._interpreter.pid}/fd").iterdir()]
+            assert sorted(link.split(":")[0] for link in links) == ["/dev/null"] * 3 + ["socket"]
+
+
+def test_a_fork_that_fails_is_the_machines_failure_and_spares_the_others(sandbox):
+    with sandbox.open() as session:
+        session.run("x = 5")
+        root = sandbox._backend.root
+        os.mkdir(os.path.join(root, str(sandbox._backend._numbers + 1)))  # the next session's folder cannot be made
+        with pytest.raises(ToolFailure, match="cannot be forked"):
+            sandbox.open()
+        assert session.run("x").output == "5"
+        with sandbox.open() as other:
+            assert other.run("1").output == "1"
+
+
 def test_another_executor_plugs_in():
     class Echo:
         async def start(self):

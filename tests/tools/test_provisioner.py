@@ -63,6 +63,9 @@ def test_a_jupyter_client_works_as_ever_and_the_kernel_is_confined(transport):
             assert await notebook.run("import os; os.fork()") == "PermissionError"
             assert await notebook.run("import socket; socket.socket()") == "PermissionError"
             assert await notebook.run("os.kill(os.getppid(), 9)") == "PermissionError"
+            # no way back to the warm interpreter or its owner: every socket is the kernel's own
+            kinds = "{os.readlink(f'/proc/self/fd/{n}').split(':')[0] for n in os.listdir('/proc/self/fd')[:-1]}"
+            assert "/trl-multiturn" not in await notebook.run(kinds)
             # the walls stand on every thread of the kernel, not only on the one that runs cells
             escape = "from threading import Thread; Thread(target=lambda: print(open('/etc/passwd'))).start()"
             assert "root:" not in await notebook.run(f"{escape}; import time; time.sleep(0.1)")

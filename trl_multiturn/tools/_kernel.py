@@ -30,6 +30,7 @@ def run(zygote, descriptor: int, folder: str, kernel: dict) -> None:
     if zygote.landlock is not None:
         writable = [*zygote.writable(folder), *filter(None, [kernel["sockets"]])]
         zygote.landlock.restrict(writable, network=True, sockets=True)
+    zygote.close_all_but(descriptor)
     app = IPKernelApp.instance()
     app.config.HistoryManager.enabled = False
     app.config.IPKernelApp.log_level = 50

@@ -60,6 +60,7 @@ class Zygote:
     def __init__(self, control: socket.socket, settings: dict) -> None:
         self.control = control
         self.settings = settings
+        self.pid = os.getpid()
         self.children: dict[int, Child] = {}  # by session number
         self.by_pid: dict[int, Child] = {}
         self.backlog: list[bytes] = []
@@ -112,12 +113,13 @@ class Zygote:
             self.program = confinement.seccomp_program(*machine, network=self.settings["network"])
         if self.settings["namespaces"] and self._trial(lambda: confinement.enter_namespaces(self.settings["network"])):
             self.layers["namespaces"] = confinement.enter_namespaces(self.settings["network"])
-        folder = os.path.join(self.settings["root"], "trial")
+        folder, outside = os.path.join(self.settings["root"], "trial"), os.path.join(self.settings["root"], "outside")
         os.mkdir(folder)
+        os.mkdir(outside)
 
         def try_landlock() -> bool:
             self.landlock.restrict([folder])
-            return _refused(lambda: open(__file__)) and not _refused(lambda: open(os.path.join(folder, "f"), "w"))
+            return _refused(lambda: os.listdir(outside)) and not _refused(lambda: os.mkdir(os.path.join(folder, "in")))
 
         def try_seccomp() -> bool:
             confinement.set_seccomp(self.program)
@@ -132,6 +134,7 @@ class Zygote:
         else:
             self.program = None
         self.scratch.remove(folder)
+        self.scratch.remove(outside)
 
     @staticmethod
     def _trial(attempt) -> bool:
@@ -218,8 +221,14 @@ class Zygote:
 
     def _spawn(self, message: dict, descriptor: int) -> None:
         folder = os.path.join(self.settings["root"], f"{message['id']}")
-        os.mkdir(folder, 0o700)
-        pid = os.fork()
+        try:
+            os.mkdir(folder, 0o700)
+            pid = os.fork()
+        except OSError as error:  # no processes, memory or disk left just now
+            os.close(descriptor)
+            self._sweep(folder)
+            self._send(op="refused", id=message["id"], reason=str(error))
+            return
         if pid == 0:
             try:
                 self._become_session(descriptor, folder, message.get("kernel"))
@@ -234,13 +243,12 @@ class Zygote:
         self._send(op="spawned", id=child.number, pid=pid, folder=folder)
 
     def _become_session(self, descriptor: int, folder: str, kernel: dict | None) -> None:
-        zygote = os.getppid()
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler if kernel else signal.SIG_IGN)
         self.confinement.libc.prctl(self.confinement.PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() != zygote:
+        if os.getppid() != self.pid:
             os._exit(0)
         os.setsid()
         null = os.open("/dev/null", os.O_RDWR)
@@ -258,12 +266,17 @@ class Zygote:
             self.landlock.restrict(self.writable(folder), network=self.settings["network"])
         if self.program is not None:
             self.confinement.set_seccomp(self.program)
-        os.closerange(3, descriptor)
-        os.closerange(descriptor + 1, 1 << 20)
+        self.close_all_but(descriptor)
         self.child.seed_generators(self.settings["seed"])
         cells = self.child.Cells(self.shell, self.settings["output_limit_chars"], self.settings["include_stderr"])
         self.child.report(descriptor, self.protocol.READY)
         self.child.serve(descriptor, cells)
+
+    @staticmethod
+    def close_all_but(descriptor: int) -> None:
+        """A session keeps its own socket: neither the control connection nor the opened read-only paths."""
+        os.closerange(3, descriptor)
+        os.closerange(descriptor + 1, 1 << 20)
 
     def _limit(self) -> None:
         settings = self.settings

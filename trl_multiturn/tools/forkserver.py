@@ -222,6 +222,9 @@ class ForkServer:
                 async with asyncio.timeout(_SPAWN_SECONDS):
                     await self._tell({"op": "spawn", "id": number, "kernel": kernel}, [theirs.fileno()])
                     return number, await future
+            except ToolFailure:
+                self._exits.pop(number, None)
+                raise
             except (OSError, TimeoutError) as error:
                 self._exits.pop(number, None)
                 self.kill()
@@ -262,6 +265,10 @@ class ForkServer:
             message = json.loads(data)
             if message["op"] == "spawned":
                 _resolve(self._spawned.get(message["id"]), message)
+            elif message["op"] == "refused":
+                future = self._spawned.get(message["id"])
+                if future is not None and not future.done():
+                    future.set_exception(ToolFailure(f"A session cannot be forked: {message['reason']}."))
             elif message["op"] == "exit":
                 _resolve(self._exits.get(message["id"]), Exit(message["code"], message["reason"]))
 
