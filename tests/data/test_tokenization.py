@@ -83,6 +83,16 @@ def test_tool_calls_that_a_template_drops_are_refused():
         tokenize_unpaired_row({"prompt": PROMPT, "completion": COMPLETION}, byte_tokenizer("llama3"))
 
 
+def test_keys_that_arrow_fills_with_none_are_not_there():
+    """Llama 3.1 takes a message for a tool call where it has the key, whatever its value."""
+    tokenizer = byte_tokenizer("llama3_1")
+    row = {"prompt": PROMPT, "completion": COMPLETION, "tools": TOOLS}
+    keys = {key for messages in (PROMPT, COMPLETION) for message in messages for key in message}
+    filled = {**row, **{c: [{**dict.fromkeys(keys), **m} for m in row[c]] for c in ("prompt", "completion")}}
+    assert filled["prompt"][0]["tool_calls"] is None
+    assert tokenize_unpaired_row(filled, tokenizer) == tokenize_unpaired_row(row, tokenizer)
+
+
 def test_empty_completion_is_refused():
     with pytest.raises(ValueError, match="holds no message"):
         tokenize_trajectory(byte_tokenizer(), PROMPT, [])

@@ -53,6 +53,7 @@ def _settings(folder: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
         use_cpu=True,
         bf16=False,
         disable_tqdm=True,
+        gradient_checkpointing=False,
     )
     return {**defaults, **kwargs}
 

@@ -96,6 +96,12 @@ def test_preparing_twice_changes_nothing(folder, tmp_path):
     assert again.to_dict() == trainer.train_dataset.to_dict()
 
 
+def test_prepared_rows_come_from_the_cache_the_second_time(folder, tmp_path):
+    preference_dataset().save_to_disk(tmp_path / "rows")
+    prepared = [make(folder, tmp_path, load_from_disk(tmp_path / "rows")).train_dataset for _ in range(2)]
+    assert prepared[0].cache_files and prepared[0].cache_files == prepared[1].cache_files
+
+
 def test_mask_not_aligned_with_its_ids_names_the_row(folder, tmp_path):
     rows = {
         "prompt_ids": [[5], [5]],

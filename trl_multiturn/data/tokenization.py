@@ -87,7 +87,7 @@ def tokenize_completion(
     reason to refuse: such a row holds no observations, so it is tokenized as TRL's own trainers do, every token after
     the prompt trained, and the defect is logged.
     """
-    prompt, completion = example["prompt"], example[column]
+    prompt, completion = _without_nulls(example["prompt"]), _without_nulls(example[column])
     tools, kwargs = example.get("tools"), example.get("chat_template_kwargs") or {}
     try:
         return tokenize_trajectory(processing_class, prompt, completion, tools, **kwargs)
@@ -100,6 +100,11 @@ def tokenize_completion(
             f"completions are then tokenized as TRL does, all of their tokens trained. {error}"
         )
         return _tokenize_as_upstream(processing_class, prompt, completion, tools, kwargs)
+
+
+def _without_nulls(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Arrow gives every message of a column the keys of all, filled with None; templates ask which keys are there."""
+    return [{key: value for key, value in m.items() if value is not None or key == "content"} for m in messages]
 
 
 def _tokenize_as_upstream(processing_class, prompt, completion, tools, kwargs) -> dict[str, list[int]]:

@@ -147,7 +147,8 @@ class TokenRowsMixin:
                 Prepared rows (see `prepare_rows`), the same on every process.
             reference (`"policy"` or `"reference"`, *optional*, defaults to `"policy"`):
                 `"policy"` takes the weights being trained as they are now, adapters on: rewards and margins of these
-                rows restart at 0, and no second model is held. `"reference"` takes the trainer's own reference (its
+                rows restart at 0 (to rounding, where a batch pads a row to another length than here), and no second
+                model is held. `"reference"` takes the trainer's own reference (its
                 `ref_model`, the `ref` adapter, or the base model below a new adapter).
             batch_size (`int`, *optional*):
                 Rows per forward pass and process. Defaults to `precompute_ref_batch_size`, or the training batch size.
