@@ -9,6 +9,8 @@ from typing import Any
 
 from datasets import Dataset
 from tiny_policy import build_policy, build_tokenizer, warm_start
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 
 def hold_out(dataset: Dataset, share: float, seed: int = 0) -> tuple[Dataset, Dataset]:
@@ -21,9 +23,9 @@ def hold_out(dataset: Dataset, share: float, seed: int = 0) -> tuple[Dataset, Da
     return dataset.select(sides[False]), dataset.select(sides[True])
 
 
-def small_policy(rows: Dataset, folder: str, hidden_size: int = 128, num_layers: int = 4) -> str:
+def small_policy(rows: Dataset, folder: str, hidden_size: int = 64, num_layers: int = 2) -> str:
     """
-    Builds a policy of about a million parameters and teaches it to write trajectories like those in `rows`.
+    Builds a policy of a quarter million parameters and teaches it to write trajectories like those in `rows`.
 
     Args:
         rows (`Dataset`): `prompt` and `completion`; only rows for training.
@@ -32,30 +34,42 @@ def small_policy(rows: Dataset, folder: str, hidden_size: int = 128, num_layers:
     Returns:
         `str`: `folder`.
     """
-    texts = [message["content"] for row in rows for message in row["prompt"] + row["completion"]]
-    tokenizer = build_tokenizer(_frequent_words(texts))
+    conversations = [row["prompt"] + row["completion"] for row in rows]
+    tokenizer = _learn_tokenizer(conversations)
     model = build_policy(tokenizer, hidden_size=hidden_size, num_layers=num_layers)
-    messages = [{"messages": row["prompt"] + row["completion"]} for row in rows]
+    messages = Dataset.from_list([{"messages": messages} for messages in conversations], on_mixed_types="use_json")
     warm_start(
-        model,
-        tokenizer,
-        Dataset.from_list(messages, on_mixed_types="use_json"),
-        str(Path(folder, "warm_start")),
-        assistant_only_loss=False,
+        model, tokenizer, messages, str(Path(folder, "warm_start")), assistant_only_loss=False, logging_steps=10
     )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
 
-def _frequent_words(texts: list[str], least: int = 8) -> list[str]:
-    counts: dict[str, int] = defaultdict(int)
-    for text in texts:
-        for word in text.split():
-            if word.isalpha():
-                counts[word] += 1
-                counts[" " + word] += 1
-    return [word for word, count in counts.items() if count >= least]
+def _learn_tokenizer(conversations: list[list[dict[str, Any]]], size: int = 2000) -> PreTrainedTokenizerFast:
+    """A byte-level BPE over the conversations as the chat template renders them, each digit a token of its own."""
+    fast = build_tokenizer([])  # its chat template and special tokens
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=[fast.pad_token, fast.eos_token, "<|im_start|>"],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((fast.apply_chat_template(c, tokenize=False) for c in conversations), trainer)
+    learned = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=fast.eos_token,
+        pad_token=fast.pad_token,
+        additional_special_tokens=["<|im_start|>"],
+        clean_up_tokenization_spaces=False,
+    )
+    learned.chat_template = fast.chat_template
+    return learned
 
 
 def outcome_auc(trainer: Any, rows: Dataset, resamples: int = 1000, seed: int = 0) -> dict[str, tuple[float, ...]]:
