@@ -184,6 +184,20 @@ class TestDRO:
         d_values, d_log_ratios = gradients(value_loss, values, log_ratios)
         assert d_values.tolist() == [0.5, 1.0, 0] and d_log_ratios is None
 
+    @pytest.mark.parametrize("junk", JUNK)
+    def test_a_row_without_an_action_may_hold_anything(self, junk):
+        mask = torch.tensor([[1, 1], [0, 0]])
+        log_ratios = torch.tensor([[1.0, 2.0], [junk, junk]], requires_grad=True)
+        values = torch.tensor([0.25, junk], requires_grad=True)
+        rewards = torch.tensor([1.0, junk])
+        for loss_fn, trained, gradient in [
+            (dro_policy_loss, log_ratios, [[0.375, 0.375], [0, 0]]),
+            (dro_value_loss, values, [0.75, 0]),
+        ]:
+            loss = loss_fn(values, log_ratios, rewards, mask, 0.5)
+            assert loss.item() == pytest.approx(0.75**2 / 2)
+            assert gradients(loss, trained)[0].tolist() == gradient
+
     def test_it_is_dqo_and_oreo_with_the_response_as_one_action(self):
         batch = random_batch(7)
         mask = batch.action_mask

@@ -40,4 +40,5 @@ def _squared_residuals(
     check_shapes(action_mask, values_per_row=values, log_ratios=log_ratios, rewards_per_row=rewards)
     mask = action_mask.bool()
     residuals = beta * row_sum(log_ratios, mask) - (rewards - values)
-    return residuals.square().where(mask.any(dim=1), 0.0).mean()
+    # Before the square, whose gradient at a row without an action would be NaN where its value or reward is
+    return residuals.where(mask.any(dim=1), 0.0).square().mean()
