@@ -81,7 +81,7 @@ class EvaluationResult:
     """What [`evaluate_policy`] measured.
 
     Attributes:
-        greedy ([`Estimate`]): pass@1 with greedy decoding.
+        greedy ([`Estimate`]): pass@1 with greedy decoding, or with the `search` that took its place.
         pass_at_k (`dict[int, Estimate]`): unbiased pass@k of the samples, for every `k` up to `n`; empty with `n=1`.
         majority ([`Estimate`], *optional*): maj@n; `None` with `n=1` and where no sample gave an answer to vote with.
         n (`int`): samples per prompt.
@@ -127,6 +127,7 @@ def evaluate_policy(
     temperature: float = 0.7,
     config: RolloutConfig | None = None,
     answer: Callable[[Trajectory], str | None] | None = None,
+    search: Callable[..., list[Trajectory]] | None = None,
     **kwargs: Any,
 ) -> EvaluationResult:
     r"""Evaluates a policy on held-out prompts: pass@1 with greedy decoding and, for `n > 1`, pass@k and maj@n.
@@ -151,6 +152,9 @@ def evaluate_policy(
             Limits and dialect. Its temperature and number of generations are not used.
         answer (`Callable[[Trajectory], str | None]`, *optional*):
             The answer with which a trajectory votes in maj@n; by default the last `\boxed{}` of its last turn.
+        search (`Callable`, *optional*):
+            Decodes in place of greedy decoding, and at `config`'s temperature, e.g.
+            `functools.partial(value_guided_search, score=value_model.score, beam=7)`.
         **kwargs:
             For [`generate_trajectories`], e.g. `environment_factory`, `reward_weights`, `progress`.
 
@@ -177,7 +181,11 @@ def evaluate_policy(
             **{"policy": policy, **kwargs},
         )
 
-    greedy = roll_out(1, 0.0, "evaluation-greedy")
+    if search is None:
+        greedy = roll_out(1, 0.0, "evaluation-greedy")
+    else:
+        arguments = {"policy": "evaluation-search", **kwargs}
+        greedy = search(prompts, engine, tools, config=config, reward_funcs=reward_funcs, **arguments)
     samples = roll_out(n, temperature, "evaluation-samples") if n > 1 else []
     result = summarize(greedy, samples, answer)
     undecided = result.counts[Verdict.UNDECIDED.value]

@@ -1,0 +1,432 @@
+"""Decoding guided by a score: step-level beam search, and the best of K actions where nothing can be taken back.
+
+A step is a whole turn, whose calls are run before it is scored, or a line or a sentence inside a turn. The score is
+any callable from token ids to numbers; a value model's `score` is one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, TypeVar
+
+from datasets import Dataset
+
+from ..tools.base import RolloutContext, enter_rollout
+from ..tools.environments import append_observation
+from ..tools.result import ToolFailure
+from ..tools.toolbox import Toolbox
+from ..trajectory import StopReason, Trajectory
+from .config import RolloutConfig
+from .dialects import Message, Turn
+from .engine import Engine, Generation
+from .episode import (
+    Conversation,
+    Transcript,
+    answer_turn,
+    end_turn,
+    finish_trajectory,
+    joined,
+    refuse_long_prompt,
+    replay,
+    turn_room,
+)
+from .loop import _run as run_coroutine
+from .loop import agenerate_trajectories
+from .provenance import derive_seed
+from .scoring import Score, Scorer
+
+
+T = TypeVar("T")
+Step = Literal["turn", "line", "sentence"]
+
+# What ends a step inside a turn: the OREO paper's delimiters for GSM8K and for MATH
+STEP_STOPS: dict[str, tuple[str, ...]] = {"turn": (), "line": ("\n",), "sentence": ("\n", ". ", ".$ ")}
+
+
+def value_guided_search(
+    prompts: Dataset | Sequence[Mapping[str, Any]],
+    engine: Engine,
+    tools: Sequence[Any] | None,
+    score: Score,
+    beam: int = 3,
+    candidates: int | None = None,
+    config: RolloutConfig | None = None,
+    **kwargs: Any,
+) -> list[Trajectory]:
+    """Searches for the trajectory of the highest score, one per prompt (OREO, arXiv:2412.16145, section 3.5).
+
+    Step-level beam search keeps `beam` partial trajectories, draws `candidates` next steps for each, and keeps the
+    best `beam` of them all, by the score of the state *after* the step: after the tools' answer, where the step was a
+    turn that called tools. Candidates that equal another token by token are drawn but count once. Every candidate has
+    interpreter sessions of its own; they are brought to its state by running its earlier calls again (plain functions,
+    which keep no state, are not run again), and closed when it is dropped.
+
+    A candidate that stops without an answer (cut at a token or turn limit, ended early) does not compete with those
+    that go on; one such is returned only where no candidate answered. If none did and the machine failed for one, the
+    result has stopped with `TOOL_FAILED`: it is unknown whether that one would have answered.
+
+    With an `environment_factory`, whose environments cannot be taken back, each turn is the best of `candidates`
+    sampled ones by the score of the state before its observation, and only that one is played: best of K actions.
+
+    Args:
+        prompts (`Dataset` or `list[dict]`), engine ([`Engine`]), tools (`list`, *optional*):
+            As in [`generate_trajectories`].
+        score (`Callable[[list[list[int]]], Sequence[float]]`):
+            Scores states, each given as all token ids so far, e.g. `value_model.score`. It is called in a thread, one
+            call at a time, with the states of as many prompts as wait for it.
+        beam (`int`, *optional*, defaults to `3`):
+            Partial trajectories kept (B); 1 with an `environment_factory`.
+        candidates (`int`, *optional*):
+            Steps drawn for each; `beam` by default.
+        config ([`RolloutConfig`], *optional*):
+            How to sample. With `beam=1, candidates=1` and whole turns the trajectories are those of
+            [`generate_trajectories`].
+        step (`str`, *optional*, defaults to `"turn"`):
+            `"turn"`, `"line"` or `"sentence"` (line breaks and periods). A step never crosses the end of a turn.
+        finished (`str`, *optional*, defaults to `"rank"`):
+            Where finished candidates compete. `"rank"`: in the beam, with those that go on. `"pool"`: in a pool apart,
+            the best of which is taken once no candidate goes on (the authors' code).
+        score_end_token (`bool`, *optional*, defaults to `False`):
+            Whether the score of a turn that nothing answers reads the token that ended it. A value model has no value
+            there, for the trajectory is over; a reward model may.
+        **kwargs:
+            For [`generate_trajectories`], e.g. `reward_funcs`, `environment_factory`, `journal`; `num_generations`
+            (1 by default) is the number of searches per prompt.
+
+    Returns:
+        `list[Trajectory]`: ids as sampled, with masks and log-probabilities. `info["search"]` holds the `score`, and
+        how many steps were `drawn` and how many were `duplicates`.
+
+    Raises:
+        `ValueError`: for arguments that allow no search, or if `score` does not give one finite number per state.
+
+    Example:
+
+    ```python
+    >>> value_model = ValueModel.from_pretrained("my-oreo-run/value_model")
+    >>> trajectories = value_guided_search(prompts, engine, [PythonTool()], value_model.score, beam=7)
+    ```
+    """
+    return run_coroutine(avalue_guided_search(prompts, engine, tools, score, beam, candidates, config, **kwargs))
+
+
+async def avalue_guided_search(
+    prompts: Dataset | Sequence[Mapping[str, Any]],
+    engine: Engine,
+    tools: Sequence[Any] | None,
+    score: Score,
+    beam: int = 3,
+    candidates: int | None = None,
+    config: RolloutConfig | None = None,
+    *,
+    step: Step = "turn",
+    finished: Literal["rank", "pool"] = "rank",
+    score_end_token: bool = False,
+    environment_factory: Callable[[], Any] | Mapping[str, Callable[[], Any]] | None = None,
+    num_generations: int = 1,
+    **kwargs: Any,
+) -> list[Trajectory]:
+    """[`value_guided_search`] for event loops."""
+    config = config or RolloutConfig()
+    candidates = beam if candidates is None else candidates
+    rewindable = environment_factory is None
+    _refuse(score, beam, candidates, config, step, finished, rewindable)
+    settings = _Settings(beam, candidates, step, finished, score_end_token, rewindable)
+    return await agenerate_trajectories(
+        prompts,
+        engine,
+        tools,
+        config,
+        environment_factory=environment_factory,
+        num_generations=num_generations,
+        player=_SearchPlayer(Scorer(score), settings),
+        **kwargs,
+    )
+
+
+def _refuse(
+    score: Any, beam: int, candidates: int, config: RolloutConfig, step: str, finished: str, rewindable: bool
+) -> None:
+    if not callable(score):
+        raise TypeError(f"`score` is a {type(score).__name__}, which cannot be called. Pass e.g. `value_model.score`.")
+    if beam < 1 or candidates < 1:
+        raise ValueError(f"`beam` and `candidates` must be at least 1, got {beam} and {candidates}.")
+    if step not in STEP_STOPS:
+        raise ValueError(f"`step={step!r}` is unknown. Choose 'turn', 'line' or 'sentence'.")
+    if finished not in ("rank", "pool"):
+        raise ValueError(f"`finished={finished!r}` is unknown. Choose 'rank' or 'pool'.")
+    if candidates > 1 and config.temperature == 0 and not any(config.temperature_variants):
+        raise ValueError(
+            f"At `temperature=0` all {candidates} candidates of a step are the same, so there is nothing to choose. "
+            "Raise the temperature, or draw one candidate."
+        )
+    if not rewindable and (beam > 1 or step != "turn"):
+        raise ValueError(
+            f"An environment cannot be taken back, so `beam={beam}` trajectories with `step={step!r}` cannot be tried "
+            "in it. Use `beam=1, step='turn'` with `candidates=K`: the best of K actions."
+        )
+
+
+@dataclass(frozen=True)
+class _Settings:
+    beam: int
+    candidates: int
+    step: str
+    finished: str
+    score_end_token: bool
+    rewindable: bool
+
+
+class _SearchPlayer:
+    """Plays a trajectory by searching for it."""
+
+    def __init__(self, scorer: Scorer, settings: _Settings):
+        self.scorer, self.settings = scorer, settings
+        self.provenance = {"decoding": {"score": scorer.name, **vars(settings)}}
+
+    async def __call__(
+        self,
+        prompt: list[Message],
+        context: RolloutContext,
+        open_toolbox: Callable[[], Toolbox],
+        conversation: Conversation,
+        engine: Engine,
+        config: RolloutConfig,
+    ) -> Trajectory:
+        enter_rollout(context)
+        return await _Search(self, context, open_toolbox, conversation, engine, config).run(prompt)
+
+
+@dataclass(eq=False)
+class _Node:
+    """A partial trajectory: answered turns, and what is sampled of the turn after them.
+
+    Where a turn was just sampled, `turn` and `sampled` hold it until its calls are run. `toolbox` is at the
+    transcript's state; without one, a new one is brought there when it is needed.
+    """
+
+    transcript: Transcript
+    session: str
+    begun: Generation = field(default_factory=lambda: Generation([], [], "stop"))
+    toolbox: Toolbox | None = None
+    turn: Turn | None = None
+    sampled: Generation | None = None
+    stop_reason: StopReason | None = None
+    failure: str | None = None
+    score: float = -math.inf
+
+    @property
+    def ids(self) -> list[int]:
+        return self.transcript.ids + self.begun.token_ids
+
+
+class _Search:
+    """The search for one prompt."""
+
+    def __init__(
+        self,
+        player: _SearchPlayer,
+        context: RolloutContext,
+        open_toolbox: Callable[[], Toolbox],
+        conversation: Conversation,
+        engine: Engine,
+        config: RolloutConfig,
+    ):
+        self.scorer, self.settings = player.scorer, player.settings
+        self.context, self.open_toolbox, self.conversation = context, open_toolbox, conversation
+        self.engine, self.config = engine, config
+        self.toolboxes: set[Toolbox] = set()
+        self.sessions: set[str] = set()
+        self.named = 0
+        self.counts = {"drawn": 0, "duplicates": 0}
+
+    async def run(self, prompt: list[Message]) -> Trajectory:
+        start, reward = time.monotonic(), None
+        root = _Node(Transcript(prompt), self._new_session())
+        best = root
+        try:
+            await self._prepare(root)
+            best = await self._search(root)
+            if best.toolbox is not None and best.stop_reason is not StopReason.TOOL_FAILED:
+                reward = await best.toolbox.reward()
+        except ToolFailure as error:  # the environment's
+            best.stop_reason, best.failure = StopReason.TOOL_FAILED, str(error)
+        finally:
+            for session in self.sessions:
+                self.engine.release(session)
+            for toolbox in list(self.toolboxes):
+                await self._close(toolbox)
+        seconds = time.monotonic() - start
+        trajectory = finish_trajectory(best.transcript, self.context, best.stop_reason, seconds, best.failure, reward)
+        trajectory.info["search"] = {"score": best.score if math.isfinite(best.score) else None, **self.counts}
+        return trajectory
+
+    async def _prepare(self, root: _Node) -> None:
+        """The prompt, with an environment's first observation."""
+        transcript = root.transcript
+        try:
+            if not self.settings.rewindable:
+                root.toolbox = self._new_toolbox()
+                transcript.prompt = append_observation(transcript.prompt, await root.toolbox.reset())
+        finally:
+            transcript.prompt_ids = self.conversation.template.prompt_ids(transcript.prompt)
+        refuse_long_prompt(len(transcript), self.context.prompt_index, self.config)
+
+    async def _search(self, root: _Node) -> _Node:
+        live, answered, stopped = [root], [], []
+        while live:
+            parents = live
+            children = await self._expand(parents)
+            if self.settings.rewindable:
+                await _all(self._answer(child) for child in children)
+                await self._score(children)
+            else:
+                await self._score(children)
+                children = [_best_action(children)]
+                await self._answer(children[0])
+            new = [child for child in children if child.stop_reason is StopReason.ANSWERED]
+            live = [child for child in children if child.stop_reason is None]
+            stopped += [child for child in children if child not in new and child not in live]
+            live, answered = self._keep(live, answered, new)
+            await self._let_go(parents + children, live)
+        if answered:
+            return _ranked(answered)[0]
+        failed = [node for node in stopped if node.stop_reason is StopReason.TOOL_FAILED]
+        return failed[0] if failed else _ranked(stopped)[0]
+
+    def _keep(self, live: list[_Node], answered: list[_Node], new: list[_Node]) -> tuple[list[_Node], list[_Node]]:
+        if self.settings.finished == "pool":
+            return _ranked(live)[: self.settings.beam], answered + new
+        kept = _ranked(answered + new + live)[: self.settings.beam]
+        return [node for node in kept if node in live], [node for node in kept if node not in live]
+
+    async def _let_go(self, nodes: list[_Node], live: list[_Node]) -> None:
+        """Ends what only dropped candidates hold. A played environment stays open: it may give the reward."""
+        in_use = {node.session for node in live}
+        for session in [*self.sessions - in_use]:
+            self.sessions.discard(session)
+            self.engine.release(session)
+        if self.settings.rewindable:
+            held = {node.toolbox for node in live}
+            await _all(self._close(toolbox) for toolbox in [*self.toolboxes] if toolbox not in held)
+
+    # One round
+
+    async def _expand(self, parents: list[_Node]) -> list[_Node]:
+        """The next steps of all partial trajectories, each distinct one once."""
+        places = [(rank, k) for rank in range(len(parents)) for k in range(self.settings.candidates)]
+        drawn = await _all(self._draw(parents[rank], rank, k) for rank, k in places)
+        self.counts["drawn"] += len(drawn)
+        children: dict[tuple[int, ...], _Node] = {}
+        for (rank, _), child in zip(places, drawn, strict=True):
+            if children.setdefault(tuple(child.ids), child) is not child:
+                self.counts["duplicates"] += 1
+            elif self.settings.rewindable:  # the first child goes on with the sessions, the others replay
+                child.toolbox, parents[rank].toolbox = parents[rank].toolbox, None
+            else:
+                child.toolbox = parents[rank].toolbox
+        return list(children.values())
+
+    async def _draw(self, parent: _Node, rank: int, k: int) -> _Node:
+        """Samples one step after `parent`; blank lines belong to the step before them and are no step."""
+        transcript, begun = parent.transcript.fork(), parent.begun
+        child = _Node(transcript, parent.session if k == 0 else self._new_session())
+        ended = False
+        while not ended:
+            place = () if rank == k == 0 and not begun.token_ids else (rank, k, len(begun.token_ids))
+            sampling = self.config.sampling(
+                turn_room(transcript, begun, self.config),
+                self.context.sample_index + k,
+                stop_token_ids=self.conversation.stop_token_ids,
+                stop_strings=(*self.conversation.stop_strings, *STEP_STOPS[self.settings.step]),
+                seed=derive_seed(self.context.seed, len(transcript.turns), *place),
+            )
+            prefix_ids = transcript.ids + begun.token_ids
+            begun = joined(begun, await self.engine.generate(prefix_ids, sampling, session=child.session))
+            begun, ended = self._turn_ended(begun, transcript)
+            if not ended and self.conversation.text(begun.token_ids[len(parent.begun.token_ids) :]).strip():
+                child.begun = begun
+                return child
+        child.sampled = begun
+        child.turn, child.stop_reason = end_turn(begun, transcript, self.conversation, self.config)
+        return child
+
+    def _turn_ended(self, begun: Generation, transcript: Transcript) -> tuple[Generation, bool]:
+        if self.settings.step == "turn" or begun.finish_reason != "stop_string":
+            return begun, True
+        text = self.conversation.text(begun.token_ids)
+        if any(stop in text for stop in self.conversation.stop_strings):
+            return begun, True
+        if turn_room(transcript, begun, self.config) < 1:
+            return replace(begun, finish_reason="length"), True
+        return begun, False
+
+    async def _answer(self, node: _Node) -> None:
+        """Runs the calls of a turn that was just sampled."""
+        if node.turn is None or node.stop_reason is not None:
+            return
+        turn, node.turn = node.turn, None
+        try:
+            if node.toolbox is None:
+                node.toolbox = self._new_toolbox()
+                differing = await replay(node.transcript, node.toolbox, self.conversation)
+                if differing:
+                    node.transcript.replays_differ = max(differing, node.transcript.replays_differ or 0)
+            node.stop_reason = await answer_turn(
+                turn, node.sampled, node.transcript, node.toolbox, self.conversation, self.config
+            )
+        except ToolFailure as error:
+            node.stop_reason, node.failure = StopReason.TOOL_FAILED, str(error)
+
+    async def _score(self, nodes: list[_Node]) -> None:
+        scored = [node for node in nodes if node.stop_reason is not StopReason.TOOL_FAILED]
+        if scored:
+            for node, score in zip(scored, await self.scorer([self._state(n) for n in scored]), strict=True):
+                node.score = score
+
+    def _state(self, node: _Node) -> list[int]:
+        mask = node.transcript.action_mask
+        if node.begun.token_ids or self.settings.score_end_token or not (mask and mask[-1]):
+            return node.ids
+        return self.conversation.without_end(node.ids)
+
+    # What is held
+
+    def _new_session(self) -> str:
+        """A name for the engine's cache; the first is that of plain sampling."""
+        name = self.context.trajectory_id
+        session = f"{name}/{self.named}" if self.named else name
+        self.named += 1
+        self.sessions.add(session)
+        return session
+
+    def _new_toolbox(self) -> Toolbox:
+        toolbox = self.open_toolbox()
+        self.toolboxes.add(toolbox)
+        return toolbox
+
+    async def _close(self, toolbox: Toolbox) -> None:
+        await toolbox.close()
+        self.toolboxes.discard(toolbox)
+
+
+def _ranked(nodes: Iterable[_Node]) -> list[_Node]:
+    """Best first; the earlier drawn first among equals."""
+    return sorted(nodes, key=lambda node: -node.score)
+
+
+def _best_action(children: list[_Node]) -> _Node:
+    """The action of the highest score; one that stops without an answer only where all do."""
+    going = [child for child in children if child.stop_reason in (None, StopReason.ANSWERED)]
+    return _ranked(going or children)[0]
+
+
+async def _all(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """Awaits all; the first error cancels the others, so that none goes on with tools that are being closed."""
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(coroutine) for coroutine in coroutines]
+    return [task.result() for task in tasks]
