@@ -30,7 +30,7 @@ LAYERS = {
     "verify": {"trajectory", "version"},
     "packing": {"_upstream"},
     "modeling": {"_upstream"},
-    "data": {"trajectory", "templates", "_upstream", "version", "verify"},
+    "data": {"trajectory", "templates", "steps", "_upstream", "version", "verify"},
     "rollout": {"trajectory", "templates", "steps", "_upstream", "version", "tools", "verify"},
     "trainer": {"data", "losses", "modeling", "packing", "templates", "_upstream", "trajectory"},
 }
