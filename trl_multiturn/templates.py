@@ -88,18 +88,11 @@ class TurnTemplate:
         own = chat_template_kwargs.pop("chat_template", None) or _template_text(processing_class, self.tools)
         self.chat_template_kwargs = chat_template_kwargs
         self._multimodal = isinstance(processing_class, ProcessorMixin)
-        candidates = [own]
         training = _training_template(_with_template(processing_class, own))
-        if training is not None and training != own:
-            candidates.append(training)
-        best = None
-        for candidate in candidates:
-            self._adopt(_with_template(processing_class, candidate))
-            proven = self._count_proven_probes()
-            if best is None or proven > best[0]:
-                best = (proven, candidate)
-        if best[1] != candidate:
-            self._adopt(_with_template(processing_class, best[1]))
+        templates = [own] if training in (None, own) else [own, training]
+        # `max` keeps the first of equals: the user's own template, where it proves as much
+        candidates = [_with_template(processing_class, template) for template in templates]
+        self._adopt(max(candidates, key=self._count_proven_probes))
         self._tools_supported: bool | None = None
         if not self._endings:
             raise ValueError(
@@ -369,7 +362,8 @@ class TurnTemplate:
                 return (token,)
         return ()
 
-    def _count_proven_probes(self) -> int:
+    def _count_proven_probes(self, processing_class: PreTrainedTokenizerBase | ProcessorMixin) -> int:
+        self._adopt(processing_class)
         if not self._endings:
             return -1
         return sum(self._proves(conversation) for conversation in _probe_conversations())

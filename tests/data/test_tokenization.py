@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 
 import pytest
 
@@ -101,3 +103,12 @@ def test_empty_completion_is_refused():
 def test_common_prefix_length():
     assert common_prefix_length([1, 2, 3], [1, 2, 4, 5]) == 2
     assert common_prefix_length([], [1]) == 0
+
+
+def test_kept_templates_do_not_keep_their_tokenizer():
+    tokenizer = byte_tokenizer()
+    turn_template(tokenizer)
+    alive = weakref.ref(tokenizer)
+    del tokenizer
+    gc.collect()
+    assert alive() is None
