@@ -5,9 +5,10 @@ One training step of TRL's trainers and of the packed path, side by side in one 
     python benchmarks/train_step.py dpo groups --batches 4   # some tables
     python benchmarks/train_step.py --output benchmarks/results/train_step.md
 
-Each arm is a real trainer's `compute_loss` and `backward()` on batches from TRL's collator whose `completion_mask`
-leaves out observations. Arms alternate batch by batch and start from the same weights. A row is printed only if every
-arm's loss and gradient norm agree with stock TRL's; then the median of the paired ratios, with minimum and maximum.
+Each arm is a real trainer's `compute_loss` and `backward()` on padded batches as TRL collates them, whose
+`completion_mask` leaves out observations. Arms alternate batch by batch and start from the same weights. A row is
+printed only if every arm's loss and gradient norm agree with the first arm's; then the median of the paired ratios,
+with minimum and maximum. TRL has no OREO and no DQO: there the first arm is our trainer with `packed=False`.
 Times are CPU seconds of one thread (`--threads`), packing and metrics included; peak memory is that of a process which
 runs one arm alone, above what the process held before the step.
 
@@ -19,12 +20,11 @@ the trajectories of `tora_*_trajectories.jsonl` instead.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import datetime
 import gc
-import json
 import os
 import platform
-import random
 import statistics
 import subprocess
 import sys
@@ -38,14 +38,13 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import LoraConfig, TaskType
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, models
+from train_step_rows import VOCAB, RealRows, Setting, SyntheticRows, batch_of, trajectories_of
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 
-from trl_multiturn.packing import PackedTrainerMixin
-
-
-VOCAB = 32_000
+from trl_multiturn.packing import PackedTrainerMixin, pack_rows
+from trl_multiturn.trainer import DQOConfig, DQOTrainer, OREOConfig, OREOTrainer
 
 
 class PackedDPOTrainer(PackedTrainerMixin, DPOTrainer):
@@ -56,37 +55,7 @@ class PackedKTOTrainer(PackedTrainerMixin, KTOTrainer):
     pass
 
 
-@dataclass
-class Trajectory:
-    """Token ids after the prompt, and which of them the policy sampled."""
-
-    ids: list[int]
-    mask: list[int]
-
-    def __add__(self, other: Trajectory) -> Trajectory:
-        return Trajectory(self.ids + other.ids, self.mask + other.mask)
-
-    def cut(self, n: int) -> Trajectory:
-        return Trajectory(self.ids[:n], self.mask[:n])
-
-
-@dataclass
-class Setting:
-    """What one table row varies."""
-
-    name: str
-    kind: str = "dpo"
-    pairs: int = 2
-    turns_shared: float = 0.0  # probability that a side continues another side's first turns
-    scale: float = 1.0  # of all lengths
-    from_trajectories: int = 0  # pairs of one prompt over this many trajectories per side; 0 for independent pairs
-    lora: bool = False
-    bf16: bool = False
-    checkpointing: bool = False
-    online: bool = False  # whether our arm computes the reference in the step, as TRL's default does
-    model: dict[str, int] = field(default_factory=dict)
-
-
+SMALL = {"num_hidden_layers": 4, "vocab_size": 16_000}
 SMALL_HEAD = {"num_hidden_layers": 6, "hidden_size": 768, "intermediate_size": 2304, "vocab_size": 4096}
 
 TABLES: dict[str, list[Setting]] = {
@@ -94,7 +63,7 @@ TABLES: dict[str, list[Setting]] = {
         Setting("float32, reference precomputed"),
         Setting("float32, reference online", online=True),
         Setting("float32, 4 pairs a batch", pairs=4),
-        Setting("head small against the body, as at 7B", model=SMALL_HEAD),
+        Setting("head small against the body, as at 7B", body=SMALL_HEAD),
     ],
     "dtype": [
         Setting("bfloat16 autocast", bf16=True),
@@ -111,124 +80,24 @@ TABLES: dict[str, list[Setting]] = {
         Setting("KTO, 4 trajectories of one prompt", kind="kto", pairs=2, turns_shared=0.5, from_trajectories=2),
     ],
     "sharing": [Setting(f"turns shared with probability {p:.1f}", turns_shared=p) for p in (0.0, 0.2, 0.4, 0.6, 0.8)],
+    "values": [
+        Setting("OREO, value adapter, 8 trajectories", kind="oreo", trajectories=8, turns_shared=0.5, body=SMALL),
+        Setting("OREO, full value model", kind="oreo", trajectories=8, turns_shared=0.5, value="full", body=SMALL),
+        Setting("DQO, value head", kind="dqo", trajectories=8, turns_shared=0.5, value="head", body=SMALL),
+    ],
+    "trajectories": [
+        Setting(
+            f"DQO, value head, {n} trajectories",
+            kind="dqo",
+            trajectories=n,
+            turns_shared=0.5,
+            value="head",
+            body=SMALL,
+        )
+        for n in (2, 4, 8, 16)
+    ],
     "length": [Setting(f"lengths x {s}", scale=s) for s in (0.1, 0.25, 0.5, 1.0)],
 }
-
-
-# --- rows ------------------------------------------------------------------------------------------------------------
-
-
-class SyntheticRows:
-    """Multi-turn trajectories whose lengths follow the module's docstring."""
-
-    def __init__(self, seed: int, setting: Setting) -> None:
-        self.rng, self.setting = random.Random(seed), setting
-        self.vocab = setting.model.get("vocab_size", VOCAB)
-
-    def tokens(self, low: int, high: int) -> list[int]:
-        n = max(2, round(self.rng.uniform(low, high) * self.setting.scale))
-        return [self.rng.randrange(3, self.vocab) for _ in range(n)]
-
-    def trajectory(self, start: Trajectory | None = None) -> Trajectory:
-        parts = start or Trajectory([], [])
-        for turn in range(self.rng.randint(2, 6)):
-            if turn:
-                result = self.tokens(40, 260)
-                parts = parts + Trajectory(result, [0] * len(result))
-            action = self.tokens(40, 130)
-            parts = parts + Trajectory(action, [1] * len(action))
-        return parts.cut(round(1740 * self.setting.scale))
-
-    def sibling(self, other: Trajectory) -> Trajectory:
-        """Another trajectory of the same prompt, which may go along with `other` up to the end of one of its turns."""
-        ends = [i for i in range(1, len(other.mask)) if other.mask[i - 1] and not other.mask[i]]
-        if not ends or self.rng.random() >= self.setting.turns_shared:
-            return self.trajectory()
-        observation = self.tokens(40, 260)
-        start = other.cut(self.rng.choice(ends)) + Trajectory(observation, [0] * len(observation))
-        return self.trajectory(start)
-
-    def pairs(self) -> list[tuple[list[int], Trajectory, Trajectory]]:
-        n = self.setting.from_trajectories
-        if n and self.setting.kind == "dpo":
-            prompt, first = self.tokens(100, 300), self.trajectory()
-            sides = [first] + [self.sibling(first) for _ in range(2 * n - 1)]
-            return [(prompt, c, r) for c in sides[:n] for r in sides[n:]]
-        rows = []
-        prompt, chosen = self.tokens(100, 300), self.trajectory()
-        for _ in range(self.setting.pairs):
-            rows.append((prompt, chosen, self.sibling(chosen)))
-            if not n:
-                prompt = self.tokens(100, 300)
-            chosen = self.sibling(chosen) if n else self.trajectory()
-        return rows
-
-
-class RealRows(SyntheticRows):
-    """Trajectories of two models on the same GSM8K questions, cut into turns at their code and output fences."""
-
-    def __init__(self, seed: int, setting: Setting, folder: Path) -> None:
-        super().__init__(seed, setting)
-        files = sorted(folder.glob("tora_*_trajectories.jsonl"))
-        sets = [[json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] for file in files]
-        self.tokenizer = _byte_pair_tokenizer([row["code"][0] for rows in sets for row in rows])
-        sides = [{row["idx"]: row for row in rows} for rows in sets]
-        shared = sorted(set(sides[0]) & set(sides[1]))
-        self.rng.shuffle(shared)
-        self.questions = iter((sides[0][i], sides[1][i]) for i in shared)
-
-    def encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text).ids
-
-    def cut_into_turns(self, text: str) -> Trajectory:
-        parts, rest = Trajectory([], []), text
-        while rest:
-            action, fence, rest = rest.partition("```output")
-            ids = self.encode(action)
-            parts = parts + Trajectory(ids, [1] * len(ids))
-            if fence:
-                result, _, rest = rest.partition("```\n")
-                ids = self.encode(fence + result + "```\n")
-                parts = parts + Trajectory(ids, [0] * len(ids))
-        return parts
-
-    def pairs(self) -> list[tuple[list[int], Trajectory, Trajectory]]:
-        rows = []
-        while len(rows) < self.setting.pairs:
-            first, second = next(self.questions)
-            chosen, rejected = (self.cut_into_turns(row["code"][0]) for row in (first, second))
-            if chosen.ids != rejected.ids:
-                rows.append((self.encode(first["question"]), chosen, rejected))
-        return rows
-
-
-def _byte_pair_tokenizer(texts: list[str]) -> Tokenizer:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=8000, initial_alphabet=alphabet))
-    return tokenizer
-
-
-def batch_of(kind: str, rows: list[tuple[list[int], Trajectory, Trajectory]]) -> dict[str, torch.Tensor]:
-    """A batch as TRL's collators make it, with the true masks; KTO's mismatched completions included."""
-    if kind == "dpo":
-        sequences = [(p, c) for p, c, _ in rows] + [(p, r) for p, _, r in rows]
-        return _padded(sequences)
-    sequences = [(p, side) for p, c, r in rows for side in (c, r)]
-    mismatched = [(p, sequences[i - 1][1]) for i, (p, _) in enumerate(sequences)]
-    batch = _padded(sequences) | {f"KL_{name}": x for name, x in _padded(mismatched).items()}
-    return batch | {"label": torch.tensor([True, False] * len(rows))}
-
-
-def _padded(sequences: list[tuple[list[int], Trajectory]]) -> dict[str, torch.Tensor]:
-    width = max(len(prompt) + len(t.ids) for prompt, t in sequences)
-    ids, real, mask = (torch.zeros(len(sequences), width, dtype=torch.long) for _ in range(3))
-    for i, (prompt, t) in enumerate(sequences):
-        n = len(prompt) + len(t.ids)
-        ids[i, :n], real[i, :n] = torch.tensor(prompt + t.ids), 1
-        mask[i, len(prompt) : n] = torch.tensor(t.mask)
-    return {"input_ids": ids, "attention_mask": real, "completion_mask": mask}
 
 
 # --- arms ------------------------------------------------------------------------------------------------------------
@@ -236,8 +105,42 @@ def _padded(sequences: list[tuple[list[int], Trajectory]]) -> dict[str, torch.Te
 
 def make_trainer(setting: Setting, packed: bool, precomputed: bool) -> DPOTrainer | KTOTrainer:
     """A trainer of TRL, or the same class on the packed path, with its own copy of the same weights."""
+    policy, reference = make_models(setting, precomputed)
+    common = dict(
+        output_dir=tempfile.mkdtemp(), report_to="none", use_cpu=True, bf16=setting.bf16, disable_tqdm=True,
+        gradient_checkpointing=setting.checkpointing, max_length=None, per_device_train_batch_size=2,
+    )  # fmt: skip
+    if setting.kind in ("oreo", "dqo"):
+        config, trainer_class = {"oreo": (OREOConfig, OREOTrainer), "dqo": (DQOConfig, DQOTrainer)}[setting.kind]
+        args = config(**common, packed=packed, value_model=setting.value)
+        rows = [{"prompt_ids": [3, 4], "completion_ids": [5, 6], "action_mask": [1, 1], "reward": 1.0}] * 2
+    else:
+        base, config = (DPOTrainer, DPOConfig) if setting.kind == "dpo" else (KTOTrainer, KTOConfig)
+        trainer_class = {DPOTrainer: PackedDPOTrainer, KTOTrainer: PackedKTOTrainer}[base] if packed else base
+        args = config(**common, precompute_ref_log_probs=precomputed)
+        rows = [{"prompt": "a", "chosen": "b", "rejected": "c"}] * 2
+        if setting.kind == "kto":
+            rows = [{"prompt": "a", "completion": "b", "label": label} for label in (True, False)]
+    # The rows are not used: they let the constructor do its work, and batches come from the benchmark
+    trainer = trainer_class(
+        model=policy,
+        ref_model=reference,
+        args=args,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=_any_tokenizer(),
+        peft_config=LoraConfig(task_type=TaskType.CAUSAL_LM, r=16, target_modules="all-linear")
+        if setting.lora
+        else None,
+    )
+    if setting.checkpointing:
+        trainer.model.gradient_checkpointing_enable()
+    _move(trainer.model)
+    return trainer
+
+
+def make_models(setting: Setting, precomputed: bool) -> tuple[Qwen2ForCausalLM, Qwen2ForCausalLM | None]:
     torch.manual_seed(0)
-    settings = dict(num_hidden_layers=8, hidden_size=512, intermediate_size=1536, vocab_size=VOCAB) | setting.model
+    settings = dict(num_hidden_layers=8, hidden_size=512, intermediate_size=1536, vocab_size=VOCAB) | setting.body
     config = Qwen2Config(
         **settings, num_attention_heads=8, num_key_value_heads=2, max_position_embeddings=4096, pad_token_id=0
     )
@@ -245,30 +148,7 @@ def make_trainer(setting: Setting, packed: bool, precomputed: bool) -> DPOTraine
     if not precomputed and not setting.lora:
         reference = Qwen2ForCausalLM(config)
         reference.load_state_dict(policy.state_dict())
-    base, args_class = (DPOTrainer, DPOConfig) if setting.kind == "dpo" else (KTOTrainer, KTOConfig)
-    ours = {DPOTrainer: PackedDPOTrainer, KTOTrainer: PackedKTOTrainer}[base]
-    row = {"prompt": "a", "chosen": "b", "rejected": "c"}
-    if setting.kind == "kto":
-        row = {"prompt": "a", "completion": "b", "label": True}
-    # One unused row lets the constructor do its work without a precomputation; batches come from the benchmark
-    trainer = (ours if packed else base)(
-        model=policy,
-        ref_model=reference,
-        args=args_class(
-            output_dir=tempfile.mkdtemp(), report_to="none", use_cpu=True, bf16=setting.bf16, disable_tqdm=True,
-            gradient_checkpointing=setting.checkpointing, max_length=None,
-            precompute_ref_log_probs=precomputed, per_device_train_batch_size=2,
-        ),
-        train_dataset=Dataset.from_list([row] * 2),
-        processing_class=_any_tokenizer(),
-        peft_config=LoraConfig(task_type=TaskType.CAUSAL_LM, r=16, target_modules="all-linear")
-        if setting.lora
-        else None,
-    )  # fmt: skip
-    if setting.checkpointing:
-        trainer.model.gradient_checkpointing_enable()
-    _move(trainer.model)
-    return trainer
+    return policy, reference
 
 
 def _any_tokenizer() -> PreTrainedTokenizerFast:
@@ -334,41 +214,62 @@ def source_of_rows(setting: Setting, real: Path | None, seed: int = 0) -> Synthe
     return SyntheticRows(seed, setting) if real is None else RealRows(seed, setting, real)
 
 
-def measure(setting: Setting, batches: int, real: Path | None) -> Result:
-    """Paired steps of stock TRL, stock TRL with precomputed reference, and the packed path."""
+def arms_of(setting: Setting) -> dict[str, Callable[[dict], Step]]:
+    """The compared computations, the baseline first."""
+    if setting.kind in ("oreo", "dqo"):
+        padded, packed = (make_trainer(setting, packed=packed, precomputed=False) for packed in (False, True))
+        return {"padded": lambda batch: run_step(padded, batch), "packed": lambda batch: run_step(packed, batch)}
     stock = make_trainer(setting, packed=False, precomputed=False)
     tuned = make_trainer(setting, packed=False, precomputed=True)
     ours = make_trainer(setting, packed=True, precomputed=not setting.online)
-    arms: dict[str, Callable[[dict], Step]] = {
+    return {
         "TRL": lambda batch: run_step(stock, _without_reference(batch)),
         "TRL, precomputed": lambda batch: run_step(tuned, batch),
         "packed": lambda batch: run_step(ours, _without_reference(batch) if setting.online else batch),
     }
+
+
+def batches_of(setting: Setting, real: Path | None) -> Iterator[dict[str, torch.Tensor]]:
+    """Batches with reference log-probabilities, as precomputation leaves them in the dataset."""
     rows = source_of_rows(setting, real)
+    scorer = make_trainer(setting, packed=setting.kind in ("oreo", "dqo"), precomputed=False)
+    while True:
+        if setting.kind in ("oreo", "dqo"):
+            prepared = scorer._prepare_dataset(
+                Dataset.from_list(trajectories_of(rows)), scorer.processing_class, scorer.args, "benchmark"
+            )
+            yield scorer.data_collator(list(prepared))
+        else:
+            yield add_reference(setting, batch_of(setting.kind, rows.pairs()), scorer)
+
+
+def measure(setting: Setting, batches: int, real: Path | None) -> Result:
+    """Paired steps of every arm."""
+    arms, source = arms_of(setting), batches_of(setting, real)
+    first = next(iter(arms))
     result = Result(setting, {}, {name: [] for name in arms}, {}, 0.0, 0.0)
     totals = dict.fromkeys(arms, 0.0)
     counts = {"padded": 0, "raw": 0, "unique": 0, "trained": 0}
     for i in range(batches + 1):
-        batch = add_reference(setting, batch_of(setting.kind, rows.pairs()), stock)
-        order = list(arms)[i % 3 :] + list(arms)[: i % 3]
+        batch = next(source)
+        order = list(arms)[i % len(arms) :] + list(arms)[: i % len(arms)]
         steps = {name: arms[name](batch) for name in order}
         if i == 0:
             continue  # warm-up: allocators, thread pools, the self-test
         for name, step in steps.items():
-            result.ratios[name].append(steps["TRL"].cpu_seconds / step.cpu_seconds)
+            result.ratios[name].append(steps[first].cpu_seconds / step.cpu_seconds)
             totals[name] += step.cpu_seconds
-            difference = abs(step.loss - steps["TRL"].loss)
-            norm = abs(step.gradient_norm / steps["TRL"].gradient_norm - 1)
+            difference = abs(step.loss - steps[first].loss)
+            norm = abs(step.gradient_norm / steps[first].gradient_norm - 1)
             result.loss_difference = max(difference, result.loss_difference)
             result.norm_difference = max(norm, result.norm_difference)
         _count(counts, batch)
-    limit = 2e-2 if setting.bf16 else 1e-4
-    norm_limit = 5e-2 if setting.bf16 else 1e-3
+    limit, norm_limit = (2e-2, 5e-2) if setting.bf16 else (1e-4, 1e-3)
     if not (result.loss_difference <= limit and result.norm_difference <= norm_limit):  # NaN must not pass
         raise SystemExit(
             f"{setting.name}: the arms differ by {result.loss_difference:.1e} in loss and "
-            f"{result.norm_difference:.1e} in gradient norm, so their speeds "
-            "are not those of the same computation. Nothing is reported."
+            f"{result.norm_difference:.1e} in gradient norm, so their speeds are not those of the same computation. "
+            "Nothing is reported."
         )
     result.seconds = {name: total / batches for name, total in totals.items()}
     result.tokens = {name: count / batches for name, count in counts.items()}
@@ -380,8 +281,6 @@ def _without_reference(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
 
 
 def _count(counts: dict[str, int], batch: dict[str, torch.Tensor]) -> None:
-    from trl_multiturn.packing import pack_rows
-
     row = pack_rows(batch["input_ids"], batch["attention_mask"])
     counts["padded"] += batch["input_ids"].numel()
     counts["raw"] += row.raw_tokens
@@ -391,29 +290,20 @@ def _count(counts: dict[str, int], batch: dict[str, torch.Tensor]) -> None:
 
 def peak_memory(setting: Setting, arm: str, real: Path | None) -> float:
     """Gigabytes that one step of one arm adds to the process's resident memory; to be called in a fresh process."""
-    trainer = make_trainer(setting, packed=arm == "packed", precomputed=arm != "TRL")
-    rows = source_of_rows(setting, real)
-    peaks = []
-    for _ in range(3):
-        batch = batch_of(setting.kind, rows.pairs())
-        if arm != "TRL":
-            with torch.no_grad():
-                batch = add_reference(setting, batch, trainer)
+    trainer = make_trainer(setting, packed=arm == "packed", precomputed=arm not in ("TRL", "padded"))
+    source, peaks = batches_of(setting, real), []
+    for _ in range(2):
+        batch = next(source)
+        batch = _without_reference(batch) if arm == "TRL" else batch
         for parameter in trainer.model.parameters():
             parameter.grad = None
         gc.collect()
-        torch._C._malloc_trim() if hasattr(torch._C, "_malloc_trim") else _malloc_trim()
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
         before = _memory("VmRSS")
         run_step(trainer, batch)
         peaks.append(_memory("VmHWM") - before)
     return max(peaks)
-
-
-def _malloc_trim() -> None:
-    import ctypes
-
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _memory(name: str) -> float:
@@ -423,7 +313,7 @@ def _memory(name: str) -> float:
 
 def measure_memory(table: str, index: int, arguments: argparse.Namespace) -> dict[str, float]:
     memory = {}
-    for arm in ("TRL", "TRL, precomputed", "packed"):
+    for arm in ("padded", "packed") if TABLES[table][index].kind in ("oreo", "dqo") else ("TRL", "packed"):
         command = [sys.executable, __file__, table, "--memory-of", f"{index}:{arm}", "--threads", arguments.threads]
         command += ["--real", str(arguments.real)] if arguments.real else []
         output = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True).stdout
@@ -438,9 +328,9 @@ def loss_curves(steps: int) -> tuple[float, float]:
     """Largest loss difference, and the ratio of CPU times, over a real `trainer.train()` of `steps` steps."""
     losses, seconds = [], []
     for packed in (False, True):
-        trainer = make_trainer(Setting("run", model=dict(num_hidden_layers=4, hidden_size=256, vocab_size=8000)),
+        trainer = make_trainer(Setting("run", body=dict(num_hidden_layers=4, hidden_size=256, vocab_size=8000)),
                                packed, precomputed=False)  # fmt: skip
-        rows = SyntheticRows(5, Setting("run", scale=0.4, model=dict(vocab_size=8000)))
+        rows = SyntheticRows(5, Setting("run", scale=0.4, body=dict(vocab_size=8000)))
         optimizer = torch.optim.AdamW(trainer.model.parameters(), lr=1e-5)
         losses.append([])
         start = time.process_time()
@@ -455,23 +345,24 @@ def loss_curves(steps: int) -> tuple[float, float]:
 
 
 def report(table: str, results: list[Result]) -> Iterator[str]:
+    first, *others = results[0].ratios
     yield f"\n### {table}\n"
-    yield (
-        "| setting | tokens: padded, unpadded, unique | TRL | TRL, precomputed: s, x | packed: s, x (min..max) | "
-        "trained tokens/s | loss Δ, grad norm Δ | peak GB: TRL, precomputed, packed |"
-    )
-    yield "| --- | --- | --- | --- | --- | --- | --- | --- |"
+    columns = ["setting", "tokens: padded, unpadded, unique", first]
+    columns += [f"{name}: s, x (min..max)" for name in others]
+    columns += ["trained tokens/s", "loss Δ, grad norm Δ", f"peak GB: {first}, packed"]
+    yield f"| {' | '.join(columns)} |"
+    yield f"| {' | '.join(['---'] * len(columns))} |"
     for r in results:
-        ratio = {name: statistics.median(values) for name, values in r.ratios.items()}
-        low, high = min(r.ratios["packed"]), max(r.ratios["packed"])
-        speeds = " → ".join(f"{r.tokens['trained'] / r.seconds[name]:.0f}" for name in ("TRL", "packed"))
-        memory = ", ".join(f"{value:.2f}" for value in r.memory.values()) or "not measured"
-        yield (
-            f"| {r.setting.name} | {r.tokens['padded']:.0f}, {r.tokens['raw']:.0f}, {r.tokens['unique']:.0f} | "
-            f"{r.seconds['TRL']:.1f} s | {r.seconds['TRL, precomputed']:.1f}, {ratio['TRL, precomputed']:.2f} | "
-            f"{r.seconds['packed']:.1f}, **{ratio['packed']:.2f}** ({low:.2f}..{high:.2f}) | {speeds} | "
-            f"{r.loss_difference:.0e}, {r.norm_difference:.0e} | {memory} |"
-        )
+        cells = [r.setting.name, ", ".join(f"{r.tokens[name]:.0f}" for name in ("padded", "raw", "unique"))]
+        cells.append(f"{r.seconds[first]:.1f} s")
+        for name in others:
+            ratios = r.ratios[name]
+            median = statistics.median(ratios)
+            cells.append(f"{r.seconds[name]:.1f}, **{median:.2f}** ({min(ratios):.2f}..{max(ratios):.2f})")
+        cells.append(" → ".join(f"{r.tokens['trained'] / r.seconds[name]:.0f}" for name in (first, "packed")))
+        cells.append(f"{r.loss_difference:.0e}, {r.norm_difference:.0e}")
+        cells.append(", ".join(f"{value:.2f}" for value in r.memory.values()) or "not measured")
+        yield f"| {' | '.join(cells)} |"
 
 
 def header(arguments: argparse.Namespace) -> str:
@@ -481,7 +372,7 @@ def header(arguments: argparse.Namespace) -> str:
     return (
         f"`python benchmarks/train_step.py {' '.join(sys.argv[1:])}`, {datetime.date.today()}, {name}, "
         f"{os.cpu_count()} cores, {arguments.threads} thread(s), load average {load:.1f} at the start, "
-        f"torch {torch.__version__}. CPU seconds per step; x is TRL's default step over the arm's, paired."
+        f"torch {torch.__version__}. CPU seconds per step; x is the first arm's step over the arm's, paired."
     )
 
 

@@ -106,9 +106,10 @@ def test_auto_packs_what_pays_and_leaves_what_does_not():
     shared[1:, :16] = shared[0, :16]
     assert len(choose_row(shared, None, "auto", overhead=2)) == 24 + 8 + 8
     # A chunk costs more tokens in a narrow layer than in a wide one, and nothing in a variable-length kernel
-    overheads = [chunk_overhead(width, torch.device("cpu")) for width in (64, 512, 4096)]
+    overheads = [chunk_overhead(width, torch.device("cpu"), torch.float32) for width in (64, 512, 4096)]
     assert overheads[0] > overheads[1] >= overheads[2] == 1
-    assert chunk_overhead(64, torch.device("cuda")) == 0
+    assert chunk_overhead(64, torch.device("cuda"), torch.bfloat16) == 0
+    assert chunk_overhead(64, torch.device("cuda"), torch.float32) == overheads[0]
 
 
 def test_a_second_seat_takes_the_place_of_the_first():

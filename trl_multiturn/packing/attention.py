@@ -95,6 +95,10 @@ def packed_attention(
     if not getattr(module, "is_causal", True):
         raise NotImplementedError("bidirectional attention")
     row.windows_seen.append(sliding_window)
+    if torch.is_autocast_enabled(query.device.type):
+        # As autocast does inside SDPA, but before keys are gathered, and for kernels that autocast does not know
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     kernel = varlen_kernel(query, softcap)
     if kernel is not None:

@@ -76,7 +76,7 @@ class PackedDecoder:
             return None
         if others - {"input_ids", "attention_mask", "use_cache", "return_dict"}:
             return None
-        overhead = chunk_overhead(self.decoder.config.get_text_config().hidden_size, ids.device)
+        overhead = chunk_overhead(self.decoder.config.get_text_config().hidden_size, ids.device, self.decoder.dtype)
         row = self._plans.row(ids, mask, self._pack, overhead)
         self.calls["padded" if row is None else "packed"] += 1
         if row is None:

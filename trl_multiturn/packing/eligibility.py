@@ -46,6 +46,8 @@ def reason_against_packing(model: nn.Module) -> str | None:
         return f"attention runs on `{config._attn_implementation}`; load it with `attn_implementation='sdpa'`"
     if not getattr(causal_lm, "_supports_attention_backend", False):
         return "the architecture does not take attention functions from transformers' AttentionInterface"
+    if len(set((getattr(causal_lm, "hf_device_map", None) or {}).values())) > 1:
+        return "the model is split across devices"
     if getattr(config, "attention_dropout", 0.0):
         return "`attention_dropout` is set, and a token shared by several trajectories would drop for all at once"
     if any(isinstance(module, nn.Dropout) and module.p for module in model.modules()):

@@ -122,7 +122,8 @@ class PackedForward:
         batch = tuple(kwargs.get(name) for name in ("input_ids", "attention_mask", "labels"))
         if batch[0] is None or batch[2] is None:
             return None
-        overhead = chunk_overhead(self.causal_lm.config.get_text_config().hidden_size, batch[0].device)
+        hidden_size = self.causal_lm.config.get_text_config().hidden_size
+        overhead = chunk_overhead(hidden_size, batch[0].device, self.causal_lm.dtype)
         return self.plans.plan(*batch, pack=self._pack, overhead=overhead)
 
     def _before_model(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .row import MIN_SHARED_TOKENS, PackedRow, pack_rows
+from .varlen import KERNEL_DTYPES
 
 
 # Work of one more attention call per layer, in weights touched: what a chunk costs on top of its tokens. Dividing by
@@ -42,9 +43,13 @@ class Plan:
         return field.masked_scatter(self.mask, scores.index_select(0, self.places))
 
 
-def chunk_overhead(hidden_size: int, device: torch.device) -> int:
+def chunk_overhead(hidden_size: int, device: torch.device, dtype: torch.dtype) -> int:
     """What a chunk costs beyond its tokens, in tokens: little next to a wide layer, and nothing in a varlen kernel."""
-    return 0 if device.type == "cuda" else 1 + _CHUNK_WORK // hidden_size**2
+    if torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
+    if device.type == "cuda" and dtype in KERNEL_DTYPES:
+        return 0
+    return 1 + _CHUNK_WORK // hidden_size**2
 
 
 def choose_row(
@@ -62,7 +67,7 @@ def choose_row(
         pack (`bool` or `"auto"`, *optional*, defaults to `"auto"`): always, never, or where it pays.
         overhead (`int`, *optional*, defaults to `0`): tokens that a chunk costs beyond its own.
     """
-    if not pack or input_ids.dim() != 2:
+    if not pack or input_ids.dim() != 2 or (attention_mask is not None and attention_mask.shape != input_ids.shape):
         return None
     worth = MIN_SHARED_TOKENS if pack is True else max(MIN_SHARED_TOKENS, overhead)
     try:

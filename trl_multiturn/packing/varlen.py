@@ -19,6 +19,10 @@ from transformers.utils import is_flash_attn_2_available
 from .row import PackedRow
 
 
+# What the kernels compute in
+KERNEL_DTYPES = (torch.float16, torch.bfloat16)
+
+
 class VarlenIndex(NamedTuple):
     """What a variable-length kernel needs to know of a row."""
 
@@ -53,7 +57,7 @@ def varlen_index(row: PackedRow) -> VarlenIndex:
 
 def varlen_kernel(query: Tensor, softcap: float | None) -> Callable | None:
     """The kernel for these queries: flash-attention where installed, else PyTorch's own; `None` off CUDA."""
-    if query.device.type != "cuda" or query.dtype not in (torch.float16, torch.bfloat16) or query.shape[-1] > 256:
+    if query.device.type != "cuda" or query.dtype not in KERNEL_DTYPES or query.shape[-1] > 256:
         return None
     if is_flash_attn_2_available():
         return _flash_attn
