@@ -122,6 +122,17 @@ def test_killing_the_warm_interpreter_costs_nothing_but_time(sandbox):
     assert sandbox._backend.pid != zygote and eventually(lambda: not os.path.exists(root))
 
 
+def test_killing_the_warm_interpreter_under_a_cell_runs_the_cell_again(sandbox):
+    session = sandbox.open()
+    session.run("x = 6")
+    zygote = sandbox._backend.pid
+    killer = threading.Timer(0.3, os.kill, (zygote, signal.SIGKILL))
+    killer.start()
+    result = session.run("import time; time.sleep(1); x * 7")
+    killer.join()
+    assert (result.output, result.status) == ("42", "ok") and sandbox._backend.pid != zygote
+
+
 def test_closing_while_a_cell_runs(sandbox):
     session = sandbox.open()
     pid = session._interpreter.pid

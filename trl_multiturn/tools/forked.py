@@ -80,7 +80,8 @@ class ForkedInterpreter:
         except TimeoutError:
             return Reply(timeout_message(timeout), "timeout", alive=False)
         except (OSError, ValueError) as error:
-            return replace(await self._autopsy(error), ran=not threads)
+            reply = await self._autopsy(error)
+            return replace(reply, ran=reply.ran and not threads)
         finally:
             watch.cancel()
             if watch.when() <= asyncio.get_running_loop().time():
@@ -113,6 +114,14 @@ class ForkedInterpreter:
         if stopped:
             self._stopped = False
             self.server.tell(op="signal", id=self.number, number=signal.SIGCONT)
+        try:
+            request = request[self._connection.send(request) :]  # all of it, as a rule
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            raise _NobodyListensError("it has just ended") from error
+        if not request and not stopped:
+            return nonce
         try:
             async with asyncio.timeout(_WAKE_SECONDS if stopped else timeout + self.config.grace_seconds):
                 await asyncio.get_running_loop().sock_sendall(self._connection, request)
