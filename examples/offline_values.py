@@ -85,13 +85,13 @@ def outcome_auc(trainer: Any, rows: Dataset, resamples: int = 1000, seed: int = 
     Returns:
         `{"auc": (estimate, low, high), "auc_within_problem": (estimate, low, high)}` with 95 % intervals from a
         bootstrap over problems. The first compares any two trajectories, the second only those of one problem, where
-        knowing which problems are hard does not help.
+        knowing which problems are hard does not help. 0.5 where there is nothing to compare.
     """
     sequences = []
     for row in rows:
         last = max(t for t, action in enumerate(row["action_mask"]) if action)
         sequences.append(row["prompt_ids"] + row["completion_ids"][:last])
-    values = _values(trainer, sequences)
+    values = scorer_of(trainer).score(sequences)
     problems: dict[int, list[tuple[float, bool]]] = defaultdict(list)
     for value, label, question in zip(values, rows["label"], rows["question_id"], strict=True):
         problems[question].append((value, label))
@@ -105,15 +105,15 @@ def outcome_auc(trainer: Any, rows: Dataset, resamples: int = 1000, seed: int = 
     return result
 
 
-def _values(trainer: Any, sequences: list[list[int]]) -> list[float]:
-    value_model = trainer.value_model
-    if value_model.kind != "head":
-        return value_model.score(sequences)
-    from trl_multiturn.modeling import ValueModel
+def scorer_of(trainer: Any) -> Any:
+    """The trainer's value model as something that scores tokens; a head does so once it stands on its policy."""
+    if trainer.value_model.kind != "head":
+        return trainer.value_model
+    from trl_multiturn import ValueModel
 
-    folder = Path(trainer.args.output_dir, "value_model")  # a head reads tokens only once it stands on its policy
-    value_model.save_pretrained(folder)
-    return ValueModel.from_pretrained(folder, policy=trainer.accelerator.unwrap_model(trainer.model)).score(sequences)
+    folder = Path(trainer.args.output_dir, "value_model")
+    trainer.value_model.save_pretrained(folder)
+    return ValueModel.from_pretrained(folder, policy=trainer.accelerator.unwrap_model(trainer.model))
 
 
 def _wins(group: list[tuple[float, bool]]) -> tuple[float, int]:
@@ -135,9 +135,9 @@ def _wins(group: list[tuple[float, bool]]) -> tuple[float, int]:
 
 def _pooled_auc(groups: list[list[tuple[float, bool]]]) -> float:
     wins, pairs = _wins([entry for group in groups for entry in group])
-    return wins / max(pairs, 1)
+    return wins / pairs if pairs else 0.5
 
 
 def _auc_within(groups: list[list[tuple[float, bool]]]) -> float:
     totals = [sum(part) for part in zip(*map(_wins, groups), strict=True)]
-    return totals[0] / max(totals[1], 1)
+    return totals[0] / totals[1] if totals[1] else 0.5

@@ -28,17 +28,18 @@ accelerate launch examples/oreo.py \
     --output_dir Qwen2.5-Math-7B-OREO-LoRA
 ```
 
-# CPU, without a download: a policy of a million parameters is built and warm-started on the rows first
+# CPU, without a download: a small policy is built and warm-started on the rows first
 ```bash
 python examples/oreo.py \
     --dataset_name data/gsm8k_trajectory.jsonl \
-    --value_model full --learning_rate 2e-4 --value_learning_rate 1e-3 \
+    --value_model full --learning_rate 2e-4 --value_learning_rate 2e-3 \
     --num_train_epochs 1 --per_device_train_batch_size 16 --use_cpu --bf16 False --gradient_checkpointing False \
     --report_to none --save_strategy no --output_dir outputs/oreo
 ```
 
 With `question_id` in the rows, problems are held out (`--held_out`), and the script prints how well the value of a
-trajectory's last state tells correct from incorrect answers to them, before and after training.
+trajectory's last state tells correct from incorrect answers to them, before and after training, and writes
+`values.html`, the value after each step of some of them.
 """
 
 import argparse
@@ -58,11 +59,12 @@ class OREOScriptArguments(ScriptArguments):
 
 
 def main(script_args, training_args, model_args, dataset_args):
-    from offline_values import hold_out, outcome_auc, small_policy
+    from offline_values import hold_out, outcome_auc, scorer_of, small_policy
     from trl import get_dataset, get_peft_config, get_quantization_config
 
     from trl_multiturn import OREOTrainer, preview_masks
     from trl_multiturn.data import load_rows
+    from trl_multiturn.data.value_preview import preview_values
 
     # Load the dataset
     if dataset_args.datasets:
@@ -103,6 +105,11 @@ def main(script_args, training_args, model_args, dataset_args):
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     report(trainer, outcome_auc, "after")
     trainer.accelerator.print("✅ Training completed.")
+
+    # Look at values along held-out trajectories: where the reasoning breaks, they should drop
+    if held_out is not None and trainer.accelerator.is_main_process:
+        pages = preview_values(trainer.eval_dataset, scorer_of(trainer), trainer.processing_class, 20, show=False)
+        pages.save(f"{training_args.output_dir}/values.html")
 
     # Save and push to Hub
     trainer.save_model(training_args.output_dir)

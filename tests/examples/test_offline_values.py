@@ -33,7 +33,7 @@ def test_auc_by_hand():
     groups = [[(9.0, True), (9.5, False)], [(1.0, True), (1.5, False)]]
     assert offline_values._pooled_auc(groups) == 0.25
     assert offline_values._auc_within(groups) == 0.0
-    assert offline_values._auc_within([[(1.0, True)], [(0.0, False)]]) == 0.0  # no pairs to compare
+    assert offline_values._auc_within([[(1.0, True)], [(0.0, False)]]) == 0.5  # nothing to compare
 
 
 class Values:
@@ -94,3 +94,4 @@ def test_the_script_runs_on_rows_from_a_file(tmp_path, name):
     assert "after training, auc_within_problem on held-out problems" in done.stdout
     assert (tmp_path / "out" / "model.safetensors").exists()
     assert (tmp_path / "out" / "value_model" / "value_head.safetensors").exists()
+    assert "hsl(" in (tmp_path / "out" / "values.html").read_text(encoding="utf-8")
