@@ -251,6 +251,15 @@ def test_release_and_refresh_drop_caches(engine):
     assert engine._batch._cache.tensors() == []
 
 
+def test_nothing_is_held_after_the_last_release(engine):
+    for name in ("a", "b"):
+        run(engine, (prompt(10), SamplingParams(2)), session=name)
+    engine.release("a")
+    assert engine._batch._cache.tensors() != []
+    engine.release("b")
+    assert engine._batch._cache.tensors() == []
+
+
 def test_refresh_forgets_what_the_old_weights_said():
     model = tiny_model(TOKENIZER, seed=1)
     engine = TransformersEngine(model, TOKENIZER)

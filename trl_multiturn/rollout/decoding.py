@@ -18,7 +18,7 @@ from .stop_strings import StopStringMatcher
 
 
 # Matrix kernels treat fewer rows than this differently (GEMV, short tails): below it, the last bits of a row's result
-# would depend on how many rows share the batch.
+# would depend on how many rows share the batch. Attention likewise sums in lanes, so its length is rounded up as well.
 ROW_MULTIPLE = 16
 COLUMN_MULTIPLE = 32
 

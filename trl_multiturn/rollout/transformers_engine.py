@@ -46,11 +46,11 @@ class TransformersEngine:
     change meanwhile; call [`refresh`] when they have. Nothing here is collective: under several processes each has its
     own engine and rolls out its own share. Sharded weights (ZeRO-3, FSDP) have to be gathered around the rollout.
 
-    A request with a `seed` depends on nothing else that runs: its draws are its own, rows do not see each other, and
-    on a CPU in float32 its tokens and log-probabilities are the same to the last bit whatever shares its batch, as
-    long as its session's cache was not evicted in between. On a GPU, and in lower precision, matrix kernels may be
-    chosen by the size of the batch: log-probabilities then agree to rounding error, and a token differs where a draw
-    falls within that error of the boundary between two tokens.
+    A request with a `seed` depends on nothing else that runs: its draws are its own, and rows do not see each other.
+    On a CPU in float32 with one thread per process (`OMP_NUM_THREADS=1`; small models with several, too) its tokens
+    and log-probabilities are the same to the last bit whatever shares its batch, as long as its session's cache was
+    not evicted in between. Elsewhere matrix kernels are chosen by the size of the batch: log-probabilities then agree
+    to rounding error, and a token differs where a draw falls within that error of the boundary between two tokens.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -141,8 +141,11 @@ class TransformersEngine:
             raise
 
     def release(self, session: str) -> None:
-        """Drops the cache of a trajectory."""
-        self._retained.pop(session)
+        """Drops the cache of a trajectory; with the last one, the live batch's buffers too, if it is idle."""
+        with self._lock:
+            self._retained.pop(session)
+            if not self._retained and self._worker is None:
+                self._batch.drop_buffers()
 
     def refresh(self, model_path: str | None = None) -> None:
         """Drops all caches, as the model's weights have changed. `model_path` is not read: the model in place *is* the
