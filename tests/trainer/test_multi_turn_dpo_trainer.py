@@ -216,7 +216,10 @@ def test_truncation_tells_the_truth(folder, tmp_path, caplog):
         "rejected_ids": [[30, 31], [30, 31], [*ids[:-1], 40], [30]],
         "rejected_action_mask": [[1, 1], [1, 1], mask, [1]],
     }
-    trainer = make(folder, tmp_path, Dataset.from_dict(rows), max_length=9)
+    with caplog.at_level("WARNING"):
+        trainer = make(folder, tmp_path, Dataset.from_dict(rows), max_length=9)
+    assert "Dropped 2 of 4 rows of the train dataset: 1 without a trained token" in caplog.text
+    assert "95th percentile of lengths in the train dataset is 11 tokens" in caplog.text
     assert trainer.train_dataset["chosen_ids"][:] == [ids[:5], ids[:3]]
     assert trainer.train_dataset["chosen_action_mask"][:] == [mask[:5], first]
     assert batch_of(trainer)["input_ids"].shape[1] <= 9
