@@ -53,6 +53,7 @@ EMBEDDED = {
     "output_dir": "outputs/iterative_multi_turn_dpo",
     "num_train_epochs": 3,
     "learning_rate": 3e-4,
+    "beta": 0.5,  # a small policy degenerates at the paper's 0.1, which suits 7B
     "lr_scheduler_type": "constant_with_warmup",
     "warmup_steps": 5,
     "per_device_train_batch_size": 16,
@@ -67,7 +68,7 @@ EMBEDDED = {
     "num_generations": 12,
     "previous_policy_generations": 4,
     "prompts_per_iteration": 250,
-    "max_pairs_per_prompt": 2,
+    "max_pairs_per_prompt": 4,
     "max_turn_tokens": 80,
     "max_trajectory_tokens": 256,
     "system_prompt": None,
@@ -82,9 +83,7 @@ class IterativeScriptArguments(ScriptArguments):
         default=None, metadata={"help": "Dataset of questions and answers; without it the embedded problems are used."}
     )
     question_column: str = field(default="question", metadata={"help": "Column with the question."})
-    answer_column: str = field(
-        default="answer", metadata={"help": "Column with the gold answer."}
-    )
+    answer_column: str = field(default="answer", metadata={"help": "Column with the gold answer."})
     system_prompt: str | None = field(default=SYSTEM_PROMPT, metadata={"help": "System message of every prompt."})
     prompts_per_iteration: int | None = field(
         default=None, metadata={"help": "Prompts of one iteration, in order; all of them by default."}
@@ -102,7 +101,10 @@ class IterativeScriptArguments(ScriptArguments):
     max_pairs_per_prompt: int = field(default=1, metadata={"help": "Most pairs per prompt."})
     reference: str = field(default="previous", metadata={"help": "Reference policy: `previous` or `initial`."})
     history: str = field(default="latest", metadata={"help": "Rows of the `latest` iteration, or of `all`."})
-    sft_steps: int = field(default=400, metadata={"help": "Embedded default only: steps of the warm start."})
+    sft_problems: int = field(
+        default=12000,
+        metadata={"help": "Embedded default only: problems that the warm start learns from, in one pass."},
+    )
 
 
 def main(script_args, training_args, model_args):
@@ -239,9 +241,10 @@ def warm_started_policy(script_args, training_args):
     folder = Path(training_args.output_dir, "warm_start")
     if not Path(folder, "config.json").exists():
         tokenizer = build_tokenizer(texts())
-        rows = teacher_trajectories(make_problems(4000, seed=training_args.seed), seed=training_args.seed)
+        problems = make_problems(script_args.sft_problems, seed=training_args.seed)
+        rows = teacher_trajectories(problems, seed=training_args.seed)
         policy = build_policy(tokenizer, seed=training_args.seed)
-        warm_start(policy, tokenizer, rows, str(folder), seed=training_args.seed, max_steps=script_args.sft_steps)
+        warm_start(policy, tokenizer, rows, str(folder), seed=training_args.seed)
         tokenizer.save_pretrained(folder)
         policy.save_pretrained(folder)
     return str(folder)

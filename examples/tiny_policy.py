@@ -1,7 +1,7 @@
 """A tokenizer and a policy built on the spot, for the examples that must run on a CPU without a download.
 
 Nothing here is special to this package: the tokenizer is an ordinary fast tokenizer with an ordinary tool-calling chat
-template, the policy an ordinary Qwen2, and the warm start TRL's own SFT. They are merely small.
+template, the policy an ordinary Qwen3, and the warm start TRL's own SFT. They are merely small.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import random
 
 from datasets import Dataset
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, set_seed
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, set_seed
 from trl import SFTConfig, SFTTrainer
 
 
@@ -105,8 +105,8 @@ def build_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
 
 def build_policy(
     tokenizer: PreTrainedTokenizerBase, seed: int = 0, hidden_size: int = 128, num_layers: int = 2
-) -> Qwen2ForCausalLM:
-    """Builds an untrained Qwen2 of about 0.4 million parameters in float32.
+) -> Qwen3ForCausalLM:
+    """Builds an untrained Qwen3 of about 0.4 million parameters in float32.
 
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
@@ -117,7 +117,7 @@ def build_policy(
             Size.
     """
     set_seed(seed)
-    config = Qwen2Config(
+    config = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,
         intermediate_size=2 * hidden_size,
@@ -125,20 +125,21 @@ def build_policy(
         # many small heads: with 4 the policy needs about twice the steps until it copies numbers reliably
         num_attention_heads=8,
         num_key_value_heads=8,
+        head_dim=hidden_size // 8,
         max_position_embeddings=1024,
         tie_word_embeddings=True,
-        # about 1/sqrt(hidden_size): from Qwen2's own 0.02, made for large models, a small one learns to copy numbers
+        # about 1/sqrt(hidden_size): from Qwen3's own 0.02, made for large models, a small one learns to copy numbers
         # out of the problem several times later
         initializer_range=0.08,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return Qwen2ForCausalLM(config).float()
+    return Qwen3ForCausalLM(config).float()
 
 
 def warm_start(
-    model: Qwen2ForCausalLM,
+    model: Qwen3ForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
     dataset: Dataset,
     output_dir: str,
@@ -146,7 +147,7 @@ def warm_start(
     batch_size: int = 32,
     learning_rate: float = 3e-3,
     **config_kwargs,
-) -> Qwen2ForCausalLM:
+) -> Qwen3ForCausalLM:
     """Fine-tunes the policy on a teacher's trajectories: TRL's SFT with the loss on the teacher's own words alone.
 
     One pass over the rows unless `num_train_epochs` or `max_steps` say otherwise. About 400 steps bring the loss down
