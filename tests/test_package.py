@@ -27,7 +27,7 @@ LAYERS = {
     "report": set(),
     "templates": {"_upstream"},
     "tools": {"trajectory", "version"},
-    "verify": {"trajectory", "version"},
+    "verify": {"trajectory", "steps", "version"},
     "packing": {"_upstream"},
     "modeling": {"_upstream"},
     "data": {"trajectory", "templates", "steps", "_upstream", "version", "verify"},

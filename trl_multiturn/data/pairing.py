@@ -109,7 +109,8 @@ def build_unpaired_dataset(
     Returns:
         `Dataset` with the columns `prompt_ids`, `completion_ids`, `action_mask`, `label` (verdict `CORRECT`),
         `reward`, `behavior_logps` (left out where a trajectory has none), `turn_rewards` (where every trajectory has
-        `info["turn_rewards"]`) and, as provenance, `prompt_index` (-1 where unknown), `info` (a JSON string).
+        `info["turn_rewards"]`), `process_rewards` (aligned with `completion_ids`, where every trajectory has
+        `info["process_rewards"]`) and, as provenance, `prompt_index` (-1 where unknown), `info` (a JSON string).
     """
     chosen = _selection(trajectories, config, (PairingConfig, UnpairedConfig)).trajectories
     features = {
@@ -133,6 +134,8 @@ def build_unpaired_dataset(
         )
     if chosen and all("turn_rewards" in trajectory.info for trajectory in chosen):
         features["turn_rewards"] = _FLOATS
+    if chosen and all("process_rewards" in trajectory.info for trajectory in chosen):
+        features["process_rewards"] = _FLOATS
     if include_messages:
         features |= {"prompt_messages": Value("string"), "completion_messages": Value("string")}
     return _dataset([_unpaired_row(trajectory) for trajectory in chosen], features)
@@ -149,9 +152,18 @@ def _unpaired_row(trajectory: Trajectory) -> dict[str, Any]:
         "info": json.dumps(trajectory.info),
         "behavior_logps": trajectory.logps,
         "turn_rewards": trajectory.info.get("turn_rewards"),
+        "process_rewards": _aligned(trajectory.info.get("process_rewards", []), len(trajectory.completion_ids)),
         "prompt_messages": json.dumps(trajectory.prompt),
         "completion_messages": json.dumps(trajectory.completion),
     }
+
+
+def _aligned(rewards: list[list[float]], length: int) -> list[float]:
+    """Pairs of a position and a reward, as one number per token."""
+    aligned = [0.0] * length
+    for position, reward in rewards:
+        aligned[int(position)] += reward
+    return aligned
 
 
 def _prompt_index(trajectory: Trajectory) -> int:

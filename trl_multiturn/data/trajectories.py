@@ -75,13 +75,13 @@ def finish_rows(
     Give token rows the reward columns that [`DataCollatorForTrajectories`] reads, and drop what cannot train.
 
     A row's outcome is `reward`, or 1 and 0 for its `label`; it is paid at the last action, on top of `turn_rewards`
-    (one per assistant turn, paid at the turn's last action). Rows longer than `max_length` are dropped, never cut: the
-    loss of every state sums up to the end of the trajectory.
+    (one per assistant turn, paid at the turn's last action) and of `process_rewards` (one per token). Rows longer than
+    `max_length` are dropped, never cut: the loss of every state sums up to the end of the trajectory.
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
             Rows with `prompt_ids`, `completion_ids`, `action_mask`, and `reward` or `label`; optionally
-            `turn_rewards`, `behavior_logps`, `ref_logps`.
+            `turn_rewards`, `process_rewards`, `behavior_logps`, `ref_logps`.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): reads step delimiters.
         max_length (`int`, *optional*): most tokens of prompt and completion together.
         step_delimiter (`str`, *optional*): adds `step_ids`; absent where nothing reads them.
@@ -138,7 +138,7 @@ def _finish_row(
 ) -> dict[str, Any]:
     mask = [int(bool(x)) for x in example["action_mask"]]
     count = len(example["completion_ids"])
-    for name in ("action_mask", "behavior_logps", "ref_logps"):
+    for name in ("action_mask", "behavior_logps", "ref_logps", "process_rewards"):
         if name in example and (example[name] is None or len(example[name]) != count):
             entries = "no value" if example[name] is None else f"{len(example[name])} entries"
             raise ValueError(
@@ -148,7 +148,12 @@ def _finish_row(
     reward = outcome(example, index)
     label = example.get("label")
     output = {"action_mask": mask, "reward": reward, "label": reward > 0 if label is None else bool(label)}
-    output["token_rewards"] = _token_rewards(mask, reward, example.get("turn_rewards"), index)
+    token_rewards = _token_rewards(mask, reward, example.get("turn_rewards"), index)
+    process_rewards = example.get("process_rewards") or [0.0] * count
+    output["token_rewards"] = [
+        paid + (process if action else 0.0)
+        for paid, process, action in zip(token_rewards, process_rewards, mask, strict=True)
+    ]
     if step_delimiter is not None:
         output["step_ids"] = step_ids(tokenizer, example["completion_ids"], mask, step_delimiter)
     return output

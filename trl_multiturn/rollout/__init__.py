@@ -11,7 +11,9 @@ _MODULES = {
     "engine": ["Engine", "Generation", "SamplingParams"],
     "journal": ["Journal", "JournalError", "read_dataset"],
     "loop": ["TooManyToolFailures", "agenerate_trajectories", "generate_trajectories"],
+    "prefix_completion": ["Prefix", "complete_prefixes", "estimate_step_rewards", "reward_longest_good_prefix"],
     "scripted_engine": ["ScriptedEngine"],
+    "search": ["avalue_guided_search", "value_guided_search"],
     "transformers_engine": ["TransformersEngine"],
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}

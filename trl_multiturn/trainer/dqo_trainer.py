@@ -24,9 +24,9 @@ class DQOTrainer(ValueBasedTrainer):
     trajectory's actions, so that the effective step grows with its length (OREO's are means).
 
     Arguments, their order and the rows are those of [`~trl.KTOTrainer`]; `args` is a [`DQOConfig`]. A row has a
-    `reward` or a `label` (1 and 0), optionally `turn_rewards` (one per assistant turn, process rewards on top of the
-    outcome) and `behavior_logps` (of the policy that sampled it, aligned with `completion_ids`). Instead of text it
-    may carry `prompt_ids`, `completion_ids`, `action_mask`.
+    `reward` or a `label` (1 and 0), optionally process rewards on top of the outcome (`turn_rewards`, one per
+    assistant turn, or `process_rewards`, aligned with `completion_ids`) and `behavior_logps` (of the policy that
+    sampled it, aligned likewise). Instead of text it may carry `prompt_ids`, `completion_ids`, `action_mask`.
 
     With `horizon="response"` the whole response is one action: [DRO](https://huggingface.co/papers/2405.19107).
 
