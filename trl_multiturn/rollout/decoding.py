@@ -164,7 +164,8 @@ class DecodingBatch:
             self._cache.copy_row(index[id(source)], index[id(request)], request.position)
 
     def step(self) -> list[DecodingRequest]:
-        """Samples one token for every row; rows whose turn is over, or that were cancelled, leave and are returned."""
+        """Samples one token for every row. Rows that were cancelled leave; rows whose turn is over leave and are
+        returned."""
         self._remove([row for row, request in enumerate(self.rows) if request.cancelled], retain=False)
         if not self.rows:
             return []
