@@ -167,3 +167,15 @@ def test_hidden_states_can_be_captured_on_either_path():
         captured.append(states[0][batch["attention_mask"].bool()])
         assert forward.calls["packed"] == int(pack)
     torch.testing.assert_close(*captured, atol=2e-5, rtol=1e-4)
+
+
+def test_a_plan_says_what_is_computed():
+    batch = branching_batch()
+    call = {**batch, "fused_lm_head": True}
+    # Unique: prompt 11, its turn 9, ends of 12 + 5 + 20 and 17; the other prompt 14, ends of 10 + 21; and the lone 8
+    text = "9 sequences, 360 tokens padded, 237 without padding, 127 unique: packed"
+    assert str(seated(pack=True)[1].plan(call)) == text
+    trained = (batch["labels"] != -100).sum()
+    assert str(seated(pack=False)[1].plan(call)).endswith(
+        f"stays padded, the LM head on {trained} trained tokens only"
+    )

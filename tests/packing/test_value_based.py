@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from datasets import Dataset
@@ -37,18 +39,21 @@ def one_step(trainer):
     return loss.detach(), gradients, trainer._value_metrics.pop("train")
 
 
-@pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("lora", [False, True])
-@pytest.mark.parametrize("value_model", ["adapter", "full", "head"])
+SETTINGS = {OREOTrainer: dict(kl_coef=0.3), DQOTrainer: dict(lam=0.9)}
+CASES = list(itertools.product(SETTINGS, ["adapter", "full", "head"], [False, True], [False, True]))
+QUICK = [(OREOTrainer, "adapter", False, False), (DQOTrainer, "full", True, False), (OREOTrainer, "head", False, True)]
+
+
 @pytest.mark.parametrize(
-    ("cls", "settings"), [(OREOTrainer, dict(kl_coef=0.3)), (DQOTrainer, dict(lam=0.9))], ids=["oreo", "dqo"]
+    ("cls", "value_model", "lora", "checkpointing"),
+    [pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow) for case in CASES],
 )
-def test_a_step(cls, settings, value_model, lora, checkpointing, tmp_path):
+def test_a_step(cls, value_model, lora, checkpointing, tmp_path):
     steps = []
     for packed in (True, False):
         trainer = make_trainer(
             tmp_path, cls, branching_rows(), lora, value_model=value_model, packed=packed,
-            gradient_checkpointing=checkpointing, **settings,
+            gradient_checkpointing=checkpointing, **SETTINGS[cls],
         )  # fmt: skip
         steps.append(one_step(trainer))
         if packed:

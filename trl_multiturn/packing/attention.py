@@ -9,6 +9,8 @@ such a layer returns NaN.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -39,9 +41,29 @@ def implementation_for(current: str, softcap: bool) -> str:
     return EAGER if current == "eager" or softcap else SDPA
 
 
+def switch_attention(model: nn.Module) -> str:
+    """Put the packed attention on a model; the name of what it had before, for `set_attn_implementation`."""
+    register()
+    config = model.config.get_text_config()
+    before = config._attn_implementation
+    softcap = getattr(config, "attn_logit_softcapping", None) is not None
+    model.set_attn_implementation(implementation_for(before, softcap))
+    return before
+
+
 def poison_mask(row: PackedRow, dtype: torch.dtype) -> Tensor:
     """`(1, 1, 1, 1)` of NaN: 4-D, so that transformers builds no mask from it, and never to be read."""
     return torch.full((1, 1, 1, 1), float("nan"), dtype=dtype, device=row.input_ids.device)
+
+
+def packed_arguments(row: PackedRow, kwargs: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """A decoder's arguments with the batch replaced by the row."""
+    return kwargs | {
+        "input_ids": row.input_ids,
+        "position_ids": row.position_ids,
+        "attention_mask": poison_mask(row, dtype),
+        "packed_row": row,
+    }
 
 
 def _sdpa(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs):

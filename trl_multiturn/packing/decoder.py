@@ -13,33 +13,13 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
-from .attention import implementation_for, poison_mask, register
+from .attention import packed_arguments, switch_attention
 from .plan import PlanCache, chunk_overhead
 from .row import PackedRow
 
 
 # The row that a decoder is running on, while it runs on one
 ROWS_IN_FLIGHT: WeakKeyDictionary[nn.Module, PackedRow] = WeakKeyDictionary()
-
-
-def switch_attention(model: nn.Module) -> str:
-    """Put the packed attention on a model; the name of what it had before, for `set_attn_implementation`."""
-    register()
-    config = model.config.get_text_config()
-    before = config._attn_implementation
-    softcap = getattr(config, "attn_logit_softcapping", None) is not None
-    model.set_attn_implementation(implementation_for(before, softcap))
-    return before
-
-
-def packed_arguments(row: PackedRow, kwargs: dict[str, Any], dtype) -> dict[str, Any]:
-    """A decoder's arguments with the batch replaced by the row."""
-    return kwargs | {
-        "input_ids": row.input_ids,
-        "position_ids": row.position_ids,
-        "attention_mask": poison_mask(row, dtype),
-        "packed_row": row,
-    }
 
 
 class PackedDecoder:

@@ -23,7 +23,8 @@ from weakref import WeakKeyDictionary, ref
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from .decoder import ROWS_IN_FLIGHT, packed_arguments, switch_attention
+from .attention import packed_arguments, switch_attention
+from .decoder import ROWS_IN_FLIGHT
 from .plan import Plan, PlanCache, chunk_overhead
 from .scored_head import FIELDS, TokenScores, score_tokens
 
@@ -71,6 +72,7 @@ class PackedForward:
         self.enabled = True
         self.calls: dict[str, int] = {"packed": 0, "padded": 0}
         self._pack = pack
+        self.last_plan: Plan | None = None
         self._plan: Plan | None = None
         self._scores: TokenScores | None = None
         self.plans = PlanCache() if plans is None else plans
@@ -133,7 +135,7 @@ class PackedForward:
             return None
         if plan.row is None and not self._scores_here():
             return None  # TRL's own head already skips what is not scored
-        self._plan = plan
+        self._plan = self.last_plan = plan
         self.calls["padded" if plan.row is None else "packed"] += 1
         kwargs = {name: value for name, value in kwargs.items() if name != "labels"}
         targets = plan.targets if not self._scores_here() else plan.targets[:0]

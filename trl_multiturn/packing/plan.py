@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +38,13 @@ class Plan:
     mask: Tensor
     places: Tensor
     right_padded: bool
+
+    def __str__(self) -> str:
+        batch, width = self.mask.shape[0], self.mask.shape[1] + 1
+        shape = f"{batch} sequences, {batch * width} tokens padded"
+        if self.row is None:
+            return f"{shape}: stays padded, the LM head on {len(self.targets)} trained tokens only"
+        return f"{shape}, {self.row.raw_tokens} without padding, {len(self.row)} unique: packed"
 
     def scatter(self, scores: Tensor) -> Tensor:
         """`(N,)` scores as a padded `(B, L - 1)` field, 0 outside the mask; sequences that share a token share it."""
@@ -111,35 +120,48 @@ def _is_right_padded(attention_mask: Tensor | None) -> bool:
 
 
 class PlanCache:
-    """The last batch's row and plan: policy, reference and value model are called with the very same tensors."""
+    """
+    Rows and plans of the last two batches.
+
+    Policy, reference and value model are called with the very same tensors; KTO calls each with two batches in turn.
+    """
 
     def __init__(self) -> None:
-        self.clear()
+        self._rows: deque[tuple[tuple[Any, ...], PackedRow | None]] = deque(maxlen=2)
+        self._plans: deque[tuple[tuple[Any, ...], Plan | None]] = deque(maxlen=2)
 
     def clear(self) -> None:
-        self._row_key: tuple[Any, ...] = ()
-        self._row: PackedRow | None = None
-        self._plan_key: tuple[Any, ...] = ()
-        self._plan: Plan | None = None
+        self._rows.clear()
+        self._plans.clear()
 
     def row(
         self, input_ids: Tensor, attention_mask: Tensor | None, pack: bool | str, overhead: int
     ) -> PackedRow | None:
         """As [`choose_row`]."""
         key = (input_ids, attention_mask, pack)
-        if not _same(key, self._row_key):
-            self._row_key, self._row = key, choose_row(input_ids, attention_mask, pack, overhead)
-        return self._row
+        return _remembered(self._rows, key, lambda: choose_row(input_ids, attention_mask, pack, overhead))
 
     def plan(
         self, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor, pack: bool | str, overhead: int
     ) -> Plan | None:
         """As [`plan_call`], of the batch's row."""
-        row = self.row(input_ids, attention_mask, pack, overhead)
-        key = (input_ids, attention_mask, labels, row)
-        if not _same(key, self._plan_key):
-            self._plan_key, self._plan = key, plan_call(*key)
-        return self._plan
+        key = (input_ids, attention_mask, self.row(input_ids, attention_mask, pack, overhead))
+        # Labels are made anew for every call, from the same mask: compared by value, which costs less than a plan
+        for (*known, known_labels), plan in self._plans:
+            if _same(tuple(known), key) and torch.equal(known_labels, labels):
+                return plan
+        plan = plan_call(input_ids, attention_mask, labels, key[2])
+        self._plans.append(((*key, labels), plan))
+        return plan
+
+
+def _remembered(memory: deque, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
+    for known, value in memory:
+        if _same(known, key):
+            return value
+    value = make()
+    memory.append((key, value))
+    return value
 
 
 def _same(key: tuple[Any, ...], other: tuple[Any, ...]) -> bool:

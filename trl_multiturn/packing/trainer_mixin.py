@@ -37,9 +37,15 @@ class PackedTrainerMixin:
     # Weight of the part of a batch that is being computed: its share of the batch's rows
     _part_weight = 1.0
 
+    _path_is_logged = False
+
     def compute_loss(self, model, inputs, *args, **kwargs):
         self.seat_packed_forwards()
         output = super().compute_loss(model, inputs, *args, **kwargs)
+        if not self._path_is_logged:
+            self._path_is_logged = True
+            plan = self._packed_forwards[0].last_plan if self._packed_forwards else None
+            logger.info(f"First batch: {'computed as TRL does' if plan is None else plan}.")
         return output if self._part_weight == 1.0 else output * self._part_weight
 
     def compute_ref_log_probs(self, model, inputs):
