@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the fork server
 
 _HERE = Path(__file__).parent
 _NOBODY = 65534
-_LATE_SECONDS = 60.0  # far beyond timeout and grace: a verdict that needs this long is a client that was blocked
+_LATE_SECONDS = 120.0  # far beyond timeout and grace: a verdict that needs this long is a client that was blocked
 _SOME_ENDLESS = ("loop", "loop_in_c", "signals_ignored", "sleep", "endless_str")
 # a cell that stumbles over its own mistake attacks nothing
 _NEVER_RAN = ("SyntaxError", "NameError", "AttributeError", "TypeError", "ImportError", "ModuleNotFoundError")
@@ -41,7 +41,11 @@ class Arena:
             env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
             start_new_session=True,
         )
-        self.hello = self._answer()
+        try:
+            self.hello = self._answer()
+        except BaseException:
+            self.close()
+            raise
 
     def _answer(self) -> dict:
         ready, _, _ = select.select([self.process.stdout], [], [], _LATE_SECONDS)
@@ -62,6 +66,7 @@ class Arena:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+        self.process.stdout.close()
 
 
 @pytest.fixture(scope="module", params=["as_this_user", pytest.param("as_nobody", marks=pytest.mark.slow)])
@@ -88,7 +93,7 @@ def _by_pace(attack):
     return pytest.param(attack, id=attack.name, marks=[pytest.mark.slow] if endless else [])
 
 
-@pytest.mark.parametrize("attack", map(_by_pace, ATTACKS))
+@pytest.mark.parametrize("attack", [_by_pace(attack) for attack in ATTACKS])
 def test_attack_is_contained(arena, attack):
     report = arena.attack(attack.name)
     assert report["problems"] == []

@@ -16,9 +16,10 @@ def config_for(backend, **settings):
     return SandboxConfig(backend=backend, isolation="strict" if backend == "forkserver" else "none", **settings)
 
 
-@pytest.fixture(scope="module", params=["forkserver", "jupyter"])
+@pytest.fixture(scope="module", params=["forkserver", pytest.param("jupyter", marks=pytest.mark.slow)])
 def sandbox(request):
-    with Sandbox(config_for(request.param, timeout_seconds=1.5)) as sandbox:
+    # a kernel's own traceback of a trivial error can take a second on a busy machine
+    with Sandbox(config_for(request.param, timeout_seconds=6.0 if request.param == "jupyter" else 2.0)) as sandbox:
         yield sandbox
 
 

@@ -15,7 +15,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from . import confinement
 from .result import ToolFailure
 
 
@@ -118,7 +117,9 @@ def _fork_server() -> list[Finding]:
 def _landlock(state: str) -> list[Finding]:
     if state == "off":
         return [_layer("landlock", state, "")]
-    abi = confinement.landlock_abi()
+    from .confinement import landlock_abi
+
+    abi = landlock_abi()
     gaps = [
         text
         for least, text in ((2, "renaming across folders"), (4, "TCP"), (6, "signals and abstract sockets"))

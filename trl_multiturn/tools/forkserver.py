@@ -187,7 +187,13 @@ class ForkServer:
                 Connection information of a Jupyter kernel, which the process becomes instead.
         """
         async with self._spawning:
-            ours, theirs = socket.socketpair()
+            try:
+                ours, theirs = socket.socketpair()
+            except OSError as error:
+                raise ToolFailure(
+                    f"No connection to another session can be made ({error}). Raise the limit on open files "
+                    "(`ulimit -n`): every open session takes one."
+                ) from error
             ours.setblocking(False)
             try:
                 number, info = await self._request_process(theirs, kernel)

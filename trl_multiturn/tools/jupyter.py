@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.1
+_KEPT_VARIABLES = ("PATH", "LANG", "LC_ALL", "JUPYTER_PATH", "LD_LIBRARY_PATH", "SYSTEMROOT", "PATHEXT", "TEMP", "TMP")
 _READY_SECONDS = 60.0
 _CUT = re.compile("\0(\\d+)\0")
 
@@ -157,7 +158,7 @@ class JupyterInterpreter:
         self._limit_resources()
 
     def _environment(self) -> dict[str, str]:
-        kept = {name: os.environ[name] for name in ("PATH", "LANG", "LC_ALL", "JUPYTER_PATH") if name in os.environ}
+        kept = {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ}
         return {
             **kept,
             "HOME": self.folder,
