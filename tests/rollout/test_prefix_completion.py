@@ -204,3 +204,46 @@ def test_plain_functions_are_not_called_again():
         [Prefix(trajectory, starts(trajectory)[1])], ROWS, engine, [python], CONFIG, 1, **QUIET
     )
     assert len(calls) == 1 and completion.completion[1] == trajectory.completion[1]
+
+
+class Stairs:
+    """An environment: whoever is on step 2 has won."""
+
+    def reset(self, **row):
+        self.step, self.done = 0, False
+
+    def act(self, command: str) -> str:
+        """
+        Acts.
+
+        Args:
+            command: What to do.
+        """
+        self.step += {"up": 1, "down": -1}.get(command, 0)
+        self.done = self.step == 2
+        return f"You are on step {self.step}."
+
+    def get_reward(self):
+        return float(self.step == 2)
+
+
+def test_an_environment_is_played_again_up_to_the_prefix():
+    config = RolloutConfig(dialect="action", num_generations=1, max_tool_calling_iterations=4)
+    options = {"environment_factory": Stairs, "progress": False}
+    engine = ScriptedEngine(["Action: up", "Action: down", "Action: down"] + ["Action: wait"] * 2, TOKENIZER)
+    (failed,) = generate_trajectories(ROWS, engine, None, config, **options)
+    assert failed.reward == 0.0
+    up = ScriptedEngine(lambda *_: "Action: up", TOKENIZER)
+    (labelled,) = estimate_step_rewards([failed], ROWS, up, None, config, num_completions=1, **options)
+    # of four actions two are left after `up, down`, which is enough; after the second `down` the one left is not
+    assert labelled.info["step_rewards"]["values"] == [1.0, 1.0, 0.0, 0.0, 0.0]
+
+
+def test_a_journal_keeps_completions(tmp_path):
+    (trajectory,) = recorded()
+    arguments = ([Notebook()], CONFIG)
+    prefixes = [Prefix(trajectory, starts(trajectory)[1])]
+    first = complete_prefixes(prefixes, ROWS, policy(FROM), *arguments, 3, journal=tmp_path, **QUIET)
+    silent = ScriptedEngine([], TOKENIZER)
+    silent_again = complete_prefixes(prefixes, ROWS, silent, *arguments, 3, journal=tmp_path, **QUIET)
+    assert silent_again == first and not silent.calls

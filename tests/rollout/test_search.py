@@ -6,11 +6,14 @@ from dataclasses import replace
 from functools import partial
 
 import pytest
+import torch
 
 from tests.rollout.notebook import TOKENIZER, Notebook, boxed, code, policy
 from tests.support import render_actions, tiny_model, user
 from trl_multiturn.evaluation import evaluate_policy
+from trl_multiturn.modeling import ValueModel
 from trl_multiturn.rollout import RolloutConfig, ScriptedEngine, TransformersEngine, generate_trajectories
+from trl_multiturn.rollout import search as search_module
 from trl_multiturn.rollout.search import value_guided_search
 from trl_multiturn.tools import PythonTool
 from trl_multiturn.trajectory import StopReason, Verdict
@@ -72,11 +75,14 @@ def test_states_are_read_after_the_observation_and_before_the_end_of_an_answer()
     assert left.endswith("```output\nleft\n```<|im_end|>\n<|im_start|>assistant\n")
     assert right.endswith("```output\nright\n```<|im_end|>\n<|im_start|>assistant\n")
     assert [text.rpartition("assistant\n")[2] for text in answers] == [boxed(1), boxed(3), boxed(2), boxed(4)]
-    with_end = Table(TRAP_SCORES)
-    search(TRAP, with_end, beam=2, score_end_token=True)
-    assert [text.rpartition("assistant\n")[2] for text in with_end.seen[2:]] == [
-        boxed(i) + "<|im_end|>" for i in (1, 3, 2, 4)
-    ]
+
+
+def test_a_reward_model_reads_actions():
+    score = Table({"'left'": 0.7, "'right'": 0.6, boxed(1): 0.2, boxed(3): 0.1, boxed(2): 0.9, boxed(4): 0.3})
+    (found,), _ = search(TRAP, score, beam=2, score_at="action")
+    turns = [code("print('left')"), code("print('right')"), *map(boxed, (1, 3, 2, 4))]
+    assert [text.rpartition("assistant\n")[2] for text in score.seen] == [turn + "<|im_end|>" for turn in turns]
+    assert answer(found) == boxed(2)
 
 
 def test_what_was_sampled_is_what_is_kept():
@@ -277,6 +283,26 @@ def test_a_turn_that_runs_out_of_tokens_in_the_middle_of_a_line_is_cut():
     assert (found.stop_reason, answer(found)) == (StopReason.MAX_TOKENS, "abc\nabc\n")
 
 
+def test_a_real_policy_and_a_real_value_model(monkeypatch):
+    # a random model seldom breaks a line: here steps end at lower-case letters
+    monkeypatch.setitem(search_module.STEP_STOPS, "line", tuple("abcdefghijklmnopqrstuvwxyz"))
+    model = tiny_model(TOKENIZER)
+    value_model = ValueModel.from_policy(model, "full")
+    torch.nn.init.normal_(value_model.head.weight)
+    engine = TransformersEngine(model, TOKENIZER)
+    (found,), _ = search(
+        None, value_model.score, engine=engine, beam=2, step="line", config=replace(CONFIG, max_turn_tokens=30)
+    )
+    assert found.info["search"]["drawn"] > 6 and len(found.completion_ids) == 30
+    # branches, shared caches and joined pieces: the log-probabilities are those of one pass over the ids
+    ids = torch.tensor([found.prompt_ids + found.completion_ids])
+    with torch.no_grad():
+        logps = model(ids).logits.log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None]).squeeze(1)
+    assert found.logps == pytest.approx(logps[len(found.prompt_ids) - 1 :].tolist(), abs=1e-4)
+    state = found.prompt_ids + found.completion_ids
+    assert found.info["search"]["score"] == pytest.approx(value_model.score([state])[0], abs=1e-4)
+
+
 # Environments
 
 
@@ -370,6 +396,7 @@ def test_scores_that_rank_nothing_are_refused(scores, message):
         ({"beam": 0}, "at least 1"),
         ({"step": "word"}, "step='word'"),
         ({"finished": "never"}, "finished='never'"),
+        ({"score_at": "noon"}, "score_at='noon'"),
         ({"config": replace(CONFIG, temperature=0.0)}, "nothing to choose"),
     ],
 )

@@ -45,6 +45,7 @@ Step = Literal["turn", "line", "sentence"]
 
 # What ends a step inside a turn: the OREO paper's delimiters for GSM8K and for MATH
 STEP_STOPS: dict[str, tuple[str, ...]] = {"turn": (), "line": ("\n",), "sentence": ("\n", ". ", ".$ ")}
+_CHOICES = {"step": tuple(STEP_STOPS), "finished": ("rank", "pool"), "score_at": ("state", "action")}
 
 
 def value_guided_search(
@@ -90,9 +91,10 @@ def value_guided_search(
         finished (`str`, *optional*, defaults to `"rank"`):
             Where finished candidates compete. `"rank"`: in the beam, with those that go on. `"pool"`: in a pool apart,
             the best of which is taken once no candidate goes on (the authors' code).
-        score_end_token (`bool`, *optional*, defaults to `False`):
-            Whether the score of a turn that nothing answers reads the token that ended it. A value model has no value
-            there, for the trajectory is over; a reward model may.
+        score_at (`str`, *optional*, defaults to `"state"`):
+            What `score` reads. `"state"`, for value models: the state after the step, its observation included; where
+            nothing answers a turn, the state before the token that ended it, for none comes after. `"action"`, for
+            reward models: everything up to the step's last sampled token.
         **kwargs:
             For [`generate_trajectories`], e.g. `reward_funcs`, `environment_factory`, `journal`; `num_generations`
             (1 by default) is the number of searches per prompt.
@@ -125,7 +127,7 @@ async def avalue_guided_search(
     *,
     step: Step = "turn",
     finished: Literal["rank", "pool"] = "rank",
-    score_end_token: bool = False,
+    score_at: Literal["state", "action"] = "state",
     environment_factory: Callable[[], Any] | Mapping[str, Callable[[], Any]] | None = None,
     num_generations: int = 1,
     **kwargs: Any,
@@ -134,8 +136,8 @@ async def avalue_guided_search(
     config = config or RolloutConfig()
     candidates = beam if candidates is None else candidates
     rewindable = environment_factory is None
-    _refuse(score, beam, candidates, config, step, finished, rewindable)
-    settings = _Settings(beam, candidates, step, finished, score_end_token, rewindable)
+    _refuse(score, beam, candidates, config, rewindable, step, finished, score_at)
+    settings = _Settings(beam, candidates, step, finished, score_at, rewindable)
     return await agenerate_trajectories(
         prompts,
         engine,
@@ -149,16 +151,15 @@ async def avalue_guided_search(
 
 
 def _refuse(
-    score: Any, beam: int, candidates: int, config: RolloutConfig, step: str, finished: str, rewindable: bool
+    score: Any, beam: int, candidates: int, config: RolloutConfig, rewindable: bool, step: str, *choices: str
 ) -> None:
     if not callable(score):
         raise TypeError(f"`score` is a {type(score).__name__}, which cannot be called. Pass e.g. `value_model.score`.")
     if beam < 1 or candidates < 1:
         raise ValueError(f"`beam` and `candidates` must be at least 1, got {beam} and {candidates}.")
-    if step not in STEP_STOPS:
-        raise ValueError(f"`step={step!r}` is unknown. Choose 'turn', 'line' or 'sentence'.")
-    if finished not in ("rank", "pool"):
-        raise ValueError(f"`finished={finished!r}` is unknown. Choose 'rank' or 'pool'.")
+    for (name, known), value in zip(_CHOICES.items(), (step, *choices), strict=True):
+        if value not in known:
+            raise ValueError(f"`{name}={value!r}` is none of {', '.join(map(repr, known))}.")
     if candidates > 1 and config.temperature == 0 and not any(config.temperature_variants):
         raise ValueError(
             f"At `temperature=0` all {candidates} candidates of a step are the same, so there is nothing to choose. "
@@ -177,7 +178,7 @@ class _Settings:
     candidates: int
     step: str
     finished: str
-    score_end_token: bool
+    score_at: str
     rewindable: bool
 
 
@@ -390,9 +391,12 @@ class _Search:
 
     def _state(self, node: _Node) -> list[int]:
         mask = node.transcript.action_mask
-        if node.begun.token_ids or self.settings.score_end_token or not (mask and mask[-1]):
+        if node.begun.token_ids:
             return node.ids
-        return self.conversation.without_end(node.ids)
+        if self.settings.score_at == "action":
+            unsampled = next((i for i, bit in enumerate(reversed(mask)) if bit), len(mask))
+            return node.ids[: len(node.ids) - unsampled]
+        return self.conversation.without_end(node.ids) if mask and mask[-1] else node.ids
 
     # What is held
 
