@@ -19,6 +19,7 @@ from .iteration import (
     keep_policy,
     policy_file,
     refresh,
+    restore_reference,
     run_iteration,
     unwrapped_policy,
 )
@@ -26,6 +27,7 @@ from .report import IterationReport, load_reports, load_start, print_iterations,
 from .rollout.config import RolloutConfig
 from .rollout.engine import Engine
 from .trainer.policy_weights import load_policy_weights, policy_revision
+from .trainer.value_based import ValueBasedTrainer
 
 
 logger = logging.getLogger(__name__)
@@ -52,7 +54,8 @@ class ToolRolloutGenerator(TrainerCallback):
         config ([`RolloutConfig`], *optional*):
             Sampling and limits.
         pairing ([`PairingConfig`] or [`UnpairedConfig`], *optional*):
-            Filters, and how rows are chosen.
+            Filters, and how rows are chosen. By default that of the trainer's paper: random pairs for M-DPO and M-KTO,
+            balanced trajectories for OREO and DQO.
         reference (`str`, *optional*, defaults to `"previous"`):
             `"previous"`: each iteration's reference is the policy that rolled it out (eq. 15, better in domain);
             `"initial"`: it stays the policy before the first iteration (eq. 14).
@@ -72,8 +75,9 @@ class ToolRolloutGenerator(TrainerCallback):
             Weights of the reward functions.
         environment_factory (`Callable`, *optional*):
             As in [`~trl.GRPOTrainer`].
-        engine ([`Engine`], *optional*):
-            What samples; by default a [`TransformersEngine`] on the model that is being trained.
+        engine ([`Engine`] or `Callable`, *optional*):
+            What samples, or a function of the model and the tokenizer that builds it; by default a
+            [`TransformersEngine`] on the model that is being trained.
         run_folder (`str`, *optional*):
             Defaults to `<output_dir>/rollouts`.
     """
@@ -94,7 +98,7 @@ class ToolRolloutGenerator(TrainerCallback):
         lr_schedule: Literal["run", "iteration"] = "run",
         reward_weights: list[float] | None = None,
         environment_factory: Any = None,
-        engine: Engine | None = None,
+        engine: Engine | Callable[[Any, Any], Engine] | None = None,
         run_folder: str | None = None,
     ):
         if not reward_funcs:
@@ -129,7 +133,7 @@ class ToolRolloutGenerator(TrainerCallback):
             tools=list(tools or []),
             reward_funcs=reward_funcs if isinstance(reward_funcs, list) else [reward_funcs],
             rollout=config or RolloutConfig(),
-            pairing=pairing or PairingConfig(),
+            pairing=pairing,
             reference=reference,
             history=history,
             reward_weights=reward_weights,
@@ -150,11 +154,15 @@ class ToolRolloutGenerator(TrainerCallback):
                 "policy. Train with DDP, with LoRA where the model is too large for full fine-tuning."
             )
         self.trainer = trainer
+        if self.settings.pairing is None:
+            self.settings.pairing = UnpairedConfig() if isinstance(trainer, ValueBasedTrainer) else PairingConfig()
         self.run_folder = self.run_folder or Path(trainer.args.output_dir, "rollouts")
         if self.engine is None:
-            from .rollout.transformers_engine import TransformersEngine
+            from .rollout.transformers_engine import TransformersEngine as engine_class
 
-            self.engine = TransformersEngine(unwrapped_policy(trainer), trainer.processing_class)
+            self.engine = engine_class(unwrapped_policy(trainer), trainer.processing_class)
+        elif not isinstance(self.engine, Engine):
+            self.engine = self.engine(unwrapped_policy(trainer), trainer.processing_class)
 
     def position(self, global_step: int) -> tuple[int, int]:
         """`(iteration, its first global step)` of a run that stopped after `global_step` optimizer steps."""
@@ -192,6 +200,8 @@ class ToolRolloutGenerator(TrainerCallback):
         else:
             logger.info("Iteration %d goes on with the rows in %s.", iteration + 1, folder)
             rows = load_from_disk(folder / "training_rows")
+            if self._report.first_step == state.global_step:  # the checkpoint is of the iteration before
+                restore_reference(self.trainer, self.settings.reference, self.run_folder)
         if len(rows) == 0:
             logger.warning(
                 "Iteration %d found no row to train on (%d trajectories: %d correct, %d incorrect; dropped: %s). A "

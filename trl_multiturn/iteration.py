@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -41,7 +41,7 @@ class IterationSettings:
     tools: list[Any]
     reward_funcs: list[Callable]
     rollout: RolloutConfig
-    pairing: PairingConfig | UnpairedConfig
+    pairing: PairingConfig | UnpairedConfig | None = None  # chosen by the trainer, once it stands
     reference: Literal["previous", "initial"] = "previous"
     history: Literal["latest", "all"] = "latest"
     reward_weights: list[float] | None = None
@@ -159,14 +159,31 @@ def with_reference(
     `"previous"`: the policy that has just rolled out (eq. 15), so every margin starts the iteration at exactly 0.
     `"initial"`: the policy before the first iteration (eq. 14), whose weights are put into the model for the moment.
     """
-    weights = nullcontext()
-    if reference == "initial":
-        weights = policy_weights(unwrapped_policy(trainer), policy_file(run_folder, 0))
     if len(rows) == 0:
         return rows
     rows = trainer.prepare_rows(rows)
-    with weights:
+    with reference_weights(trainer, reference, run_folder):
         return trainer.compute_reference_columns(rows, reference="policy")
+
+
+def restore_reference(trainer: Any, reference: Literal["previous", "initial"], run_folder: Path) -> None:
+    """Gives a trainer that resumes before an iteration's first step the reference of the iteration's rows.
+
+    Rows on disk carry its log-probabilities. A loss that reads whole distributions (OREO's KL) needs the reference
+    itself, and the checkpoint of the iteration before holds the one before.
+    """
+    if getattr(trainer, "_needs_reference_distributions", False):
+        with reference_weights(trainer, reference, run_folder):
+            trainer.refresh_reference()
+
+
+def reference_weights(
+    trainer: Any, reference: Literal["previous", "initial"], run_folder: Path
+) -> AbstractContextManager[None]:
+    """Runs the body with the reference's weights in the policy: its present ones, or the initial ones."""
+    if reference == "previous":
+        return nullcontext()
+    return policy_weights(unwrapped_policy(trainer), policy_file(run_folder, 0))
 
 
 def count(trajectories: list[Trajectory], selection: Selection) -> IterationReport:

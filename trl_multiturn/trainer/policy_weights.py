@@ -1,6 +1,7 @@
 """Snapshots of a policy's trainable weights: the previous policy and the initial one without a second model in memory.
 
-Only parameters that train are written, so a LoRA policy's snapshot is its adapter and a full one is the model.
+Only parameters that train are written, so a LoRA policy's snapshot is its adapter and a full one is the model. A value
+model that is trained beside the policy belongs to the snapshot: it knows the values of that policy.
 """
 
 from __future__ import annotations
@@ -69,9 +70,16 @@ def policy_weights(model: nn.Module, path: str | os.PathLike) -> Iterator[None]:
 
 
 def policy_revision(model: nn.Module) -> str:
-    """A hash of the trainable parameters: the same weights have the same revision, on any device."""
+    """A hash of the trainable parameters: the same weights have the same revision, on any device.
+
+    A value model beside the policy does not count: it has no say in what is sampled.
+    """
+    value_model = getattr(model, "value_model", None)
+    others = set() if value_model is None else {id(p) for p in value_model.parameters()}
     digest = hashlib.blake2b(digest_size=8)
     for name, p in sorted(_trainable(model).items()):
+        if id(p) in others:
+            continue
         digest.update(name.encode())
         digest.update(p.detach().cpu().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
