@@ -67,6 +67,7 @@ EMBEDDED = {
     "gradient_checkpointing": False,
     "num_generations": 12,
     "previous_policy_generations": 4,
+    "rollout_batch_size": 256,
     "prompts_per_iteration": 250,
     "max_pairs_per_prompt": 4,
     "max_turn_tokens": 80,
@@ -94,6 +95,7 @@ class IterativeScriptArguments(ScriptArguments):
         default=10, metadata={"help": "How many of them the previous iteration's policy samples."}
     )
     temperature: float = field(default=1.0, metadata={"help": "Temperature of the rollouts."})
+    rollout_batch_size: int = field(default=64, metadata={"help": "Trajectories that sample a token together."})
     max_tool_calling_iterations: int = field(default=6, metadata={"help": "Most rounds of tool calls."})
     max_turn_tokens: int = field(default=512, metadata={"help": "Most tokens of one turn."})
     max_trajectory_tokens: int = field(default=2048, metadata={"help": "Most tokens of prompt and completion."})
@@ -118,6 +120,7 @@ def main(script_args, training_args, model_args):
         PythonTool,
         RolloutConfig,
         ToolRolloutGenerator,
+        TransformersEngine,
         evaluate_policy,
         math_reward,
         preview_masks,
@@ -159,6 +162,7 @@ def main(script_args, training_args, model_args):
         history=script_args.history,
         prompts_per_iteration=script_args.prompts_per_iteration,
         eval_prompts=eval_prompts,
+        engine=lambda model, tokenizer: TransformersEngine(model, tokenizer, script_args.rollout_batch_size),
     )
     trainer = MultiTurnDPOTrainer(
         model=model_args.model_name_or_path,
@@ -189,7 +193,8 @@ def main(script_args, training_args, model_args):
 
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
-    trainer.end()
+    if hasattr(trainer, "end"):  # transformers >= 5.18
+        trainer.end()
 
 
 def load_engine(folder, base_model):

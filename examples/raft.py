@@ -134,7 +134,8 @@ def main(script_args, training_args, model_args):
     trainer.accelerator.print(f"💾 Model saved to {training_args.output_dir}.")
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
-    trainer.end()
+    if hasattr(trainer, "end"):  # transformers >= 5.18
+        trainer.end()
 
 
 def load_prompts(script_args):

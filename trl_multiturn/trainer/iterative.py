@@ -74,7 +74,7 @@ class IterativeTrainerMixin:
         if missing := [seam for seam in ("_run_epoch", "_init_training_state") if not hasattr(Trainer, seam)]:
             raise ImportError(
                 f"This version of transformers has no `Trainer.{missing[0]}`, on which iterations rely. Install "
-                "`transformers>=5.18`."
+                "`transformers>=5.17`."
             )
         # The rows bring their reference log-probabilities: with this flag the parent keeps no second model.
         arguments["args"] = copy.copy(arguments["args"])
