@@ -3,6 +3,7 @@ One training step of TRL's trainers and of the packed path, side by side in one 
 
     python benchmarks/train_step.py                          # every table, about an hour on two cores
     python benchmarks/train_step.py dpo groups --batches 4   # some tables
+    python benchmarks/train_step.py groups --scale 0.25      # a quick look, on shorter rows
     python benchmarks/train_step.py --output benchmarks/results/train_step.md
 
 Each arm is a real trainer's `compute_loss` and `backward()` on padded batches as TRL collates them, whose
@@ -315,6 +316,7 @@ def measure_memory(table: str, index: int, arguments: argparse.Namespace) -> dic
     memory = {}
     for arm in ("padded", "packed") if TABLES[table][index].kind in ("oreo", "dqo") else ("TRL", "packed"):
         command = [sys.executable, __file__, table, "--memory-of", f"{index}:{arm}", "--threads", arguments.threads]
+        command += ["--scale", arguments.scale]
         command += ["--real", str(arguments.real)] if arguments.real else []
         output = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True).stdout
         memory[arm] = float(output.splitlines()[-1])
@@ -380,6 +382,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tables", nargs="*", help=f"of {', '.join(TABLES)}, run (a 50-step run); all by default")
     parser.add_argument("--batches", type=int, default=4)
+    parser.add_argument("--scale", type=float, default=1.0, help="factor on all lengths, for a quick look")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--memory", action="store_true", help="also measure each arm's peak in a process of its own")
     parser.add_argument("--real", type=Path, help="folder with tora_*_trajectories.jsonl, instead of synthetic rows")
@@ -391,6 +394,9 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     arguments = parse()
     torch.set_num_threads(arguments.threads)
+    for settings in TABLES.values():
+        for setting in settings:
+            setting.scale *= arguments.scale
     if arguments.memory_of:
         index, arm = arguments.memory_of.split(":")
         print(peak_memory(TABLES[arguments.tables[0]][int(index)], arm, arguments.real))
