@@ -73,7 +73,7 @@ def main(script_args, training_args, model_args, dataset_args):
         dataset = load_rows(script_args.dataset_name, script_args.dataset_config, script_args.dataset_streaming)
     train_dataset, held_out = dataset[script_args.dataset_train_split], None
     if script_args.held_out and "question_id" in train_dataset.column_names:
-        train_dataset, held_out = hold_out(train_dataset, script_args.held_out, training_args.seed)
+        train_dataset, held_out = hold_out(train_dataset, script_args.held_out)
 
     # Without a model, build a small one
     if model_args.model_name_or_path is None:

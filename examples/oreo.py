@@ -40,6 +40,11 @@ python examples/oreo.py \
 With `question_id` in the rows, problems are held out (`--held_out`), and the script prints how well the value of a
 trajectory's last state tells correct from incorrect answers to them, before and after training, and writes
 `values.html`, the value after each step of some of them.
+
+Measured with the settings of the CPU command (2,244 rows of 561 problems, 396 rows of 99 problems held out; four
+minutes of one core; 2026-11-20): AUC 0.624 (95 % interval 0.546–0.690) over all held-out trajectories, 0.5 before
+training. Among trajectories of the *same* problem it is 0.440 (0.352–0.533), no better than chance. Shortness alone
+gives 0.652 and 0.450 over all 2,640 rows, so so small a model has learned little more than that.
 """
 
 import argparse
@@ -73,7 +78,7 @@ def main(script_args, training_args, model_args, dataset_args):
         dataset = load_rows(script_args.dataset_name, script_args.dataset_config, script_args.dataset_streaming)
     train_dataset, held_out = dataset[script_args.dataset_train_split], None
     if script_args.held_out and "question_id" in train_dataset.column_names:
-        train_dataset, held_out = hold_out(train_dataset, script_args.held_out, training_args.seed)
+        train_dataset, held_out = hold_out(train_dataset, script_args.held_out)
 
     # Without a model, build a small one
     if model_args.model_name_or_path is None:
