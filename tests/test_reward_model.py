@@ -9,11 +9,13 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForTokenClassification, Trainer, TrainingArguments
 
+from tests.support import byte_tokenizer, tiny_model
 from trl_multiturn.reward_model import (
     DataCollatorForRewardModel,
     RewardModel,
     outcome_reward_rows,
     process_reward_rows,
+    reward_model_from_policy,
     step_reward_loss,
 )
 from trl_multiturn.trajectory import StopReason, Trajectory, Verdict
@@ -84,6 +86,17 @@ def test_the_loss_by_hand():
     assert logits.grad.squeeze(-1).tolist() == [[0.0, pytest.approx(0.125)], [pytest.approx(-0.25), 0.0]]
     whole = step_reward_loss(SimpleNamespace(logits=logits), labels, num_items_in_batch=8)
     assert whole.item() == pytest.approx(loss.item() / 4)
+
+
+def test_a_reward_model_starts_as_the_policy(tmp_path):
+    policy = tiny_model(byte_tokenizer())
+    policy.save_pretrained(tmp_path)
+    classifier = reward_model_from_policy(tmp_path)
+    assert classifier.config.num_labels == 1 and classifier.dropout.p == 0.0
+    torch.testing.assert_close(classifier.model.state_dict(), policy.model.state_dict())
+    classifier.save_pretrained(tmp_path / "saved")
+    again = type(classifier).from_pretrained(tmp_path / "saved")
+    assert RewardModel(again).score([[1, 2]]) == pytest.approx(RewardModel(classifier).score([[1, 2]]))
 
 
 def trained(tmp_path, rows, steps=60, **kwargs):

@@ -7,9 +7,11 @@ trajectory is correct at the trajectory's last token. Both are one logit per tok
 
 ```python
 labelled = estimate_step_rewards(trajectories, prompts, engine, tools, config, reward_funcs=math_reward)
-model = AutoModelForTokenClassification.from_pretrained("my-policy", num_labels=1, classifier_dropout=0.0)
 trainer = Trainer(
-    model, args, train_dataset=process_reward_rows(labelled), data_collator=DataCollatorForRewardModel(pad_token_id),
+    reward_model_from_policy("my-policy"),
+    args,
+    train_dataset=process_reward_rows(labelled),
+    data_collator=DataCollatorForRewardModel(pad_token_id),
     compute_loss_func=step_reward_loss,
 )
 trainer.train()
@@ -23,12 +25,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset, Features, List, Value
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForTokenClassification, PreTrainedModel
 
 from .steps import StepDelimiter
 from .trajectory import Trajectory, Verdict
@@ -75,6 +78,20 @@ def outcome_reward_rows(trajectories: Sequence[Trajectory]) -> Dataset:
         if trajectory.verdict is not Verdict.UNDECIDED and spans:
             rows.append(_row(trajectory, {spans[-1][1] - 1: float(trajectory.verdict is Verdict.CORRECT)}))
     return _dataset(rows)
+
+
+def reward_model_from_policy(policy: str | Path, **kwargs: Any) -> PreTrainedModel:
+    """A token classifier with one label that starts from a policy's weights, without dropout before its head.
+
+    Args:
+        policy (`str` or `Path`):
+            Checkpoint of a causal language model.
+        **kwargs:
+            For `AutoModelForTokenClassification.from_pretrained`, e.g. `dtype`.
+    """
+    config = AutoConfig.from_pretrained(policy, num_labels=1)
+    config.classifier_dropout = 0.0
+    return AutoModelForTokenClassification.from_pretrained(policy, config=config, **kwargs)
 
 
 def step_reward_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
@@ -137,7 +154,7 @@ class RewardModel:
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
-            `AutoModelForTokenClassification` with `num_labels=1`, trained with [`step_reward_loss`].
+            From [`reward_model_from_policy`], trained with [`step_reward_loss`].
         batch_size (`int`, *optional*, defaults to `8`):
             Sequences of one forward pass.
 
