@@ -48,7 +48,7 @@ def run(script, output, *arguments, processes=1, returncode=0):
     """Runs an example; its standard output and error in one text."""
     command = [sys.executable]
     if processes > 1:
-        command += ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes)]
+        command += ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
         command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
         command += ["--main_process_port", "0", "--num_cpu_threads_per_process", "1"]
     command += [f"examples/{script}.py", "--output_dir", str(output), "--use_cpu", "--bf16", "False"]
