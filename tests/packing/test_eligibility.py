@@ -5,7 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, TaskType, get_peft_model
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, MptConfig, MptForCausalLM
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
+    MptConfig,
+    MptForCausalLM,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from tests.packing.families import FAMILIES, tiny
 from trl_multiturn._upstream import add_fused_lm_head
@@ -94,3 +105,28 @@ def test_an_architecture_not_listed_anywhere_is_packed_if_it_passes():
     model = GPTNeoXForCausalLM(config)
     assert reason_against_packing(model) is None
     assert self_test(seated(model)) is None
+
+
+def test_the_self_test_compares_with_the_attention_the_model_came_with():
+    def louder(module, query, key, value, attention_mask, scaling=None, **kwargs):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=2 * scaling)
+
+    AttentionInterface.register("louder", louder)
+    AttentionMaskInterface.register("louder", sdpa_mask)
+    model = tiny("llama")
+    model.set_attn_implementation("louder")
+    assert "louder" in reason_against_packing(model)  # unknown by name; were it not, the numbers would tell
+    forward = seated(model)
+    assert "differ" in self_test(forward)
+    forward.stop_packing()
+    assert model.config._attn_implementation == "louder"
+
+
+def test_attention_sinks_are_seen():
+    config = GptOssConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, head_dim=8,
+        num_key_value_heads=2, num_local_experts=2, num_experts_per_tok=1, sliding_window=64, initializer_range=0.3,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = GptOssForCausalLM(config)
+    assert "s_aux" in self_test(seated(model))

@@ -59,7 +59,8 @@ def self_test(forward: PackedForward) -> str | None:
     """
     Score two trajectories that fork, padded and then packed; why the results differ, or `None` where they agree.
 
-    The model is left as it was. Weights are only read, and PyTorch's random state is not touched.
+    The padded pass runs on the attention the model came with. The model is left as it was: weights are only read, and
+    PyTorch's random state is not touched.
     """
     model, config = forward.model, forward.causal_lm.config.get_text_config()
     batch = _forked_batch(config.vocab_size, next(forward.backbone.parameters()).device)
@@ -68,15 +69,14 @@ def self_test(forward: PackedForward) -> str | None:
     always, forward._pack = forward._pack, True
     try:
         with torch.no_grad():
-            forward.enabled = False
-            padded = model(**batch, fused_lm_head=True).log_probs
-            forward.enabled = True
+            with forward.as_it_came():
+                padded = model(**batch, fused_lm_head=True).log_probs
             row = forward.plan({**batch, "fused_lm_head": True}).row
             packed = model(**batch, fused_lm_head=True).log_probs
     except (NotImplementedError, TypeError, RuntimeError, ValueError) as error:
         return f"the self-test raised {type(error).__name__}: {error}"
     finally:
-        forward.enabled, forward._pack = True, always
+        forward._pack = always
         for module in training:
             module.training = True
         forward.plans.clear()

@@ -16,7 +16,8 @@ they can be put on before or after it prepares the model, and they are removed w
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
@@ -106,6 +107,20 @@ class PackedForward:
             self.causal_lm.set_attn_implementation(self._implementation_before)
             self._implementation_before = None
         self.plans.clear()
+
+    @contextmanager
+    def as_it_came(self) -> Iterator[None]:
+        """The model with the attention it came with, and calls that go by."""
+        config = self.causal_lm.config.get_text_config()
+        packed, before = config._attn_implementation, self._implementation_before
+        self.enabled = False
+        try:
+            if before is not None:
+                self.causal_lm.set_attn_implementation(before)
+            yield
+        finally:
+            self.enabled = True
+            self.causal_lm.set_attn_implementation(packed)
 
     def stop_packing(self) -> None:
         """Keep the batches padded from now on, with the attention the model came with."""
