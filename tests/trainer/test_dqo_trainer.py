@@ -124,3 +124,20 @@ class TestFace:
     def test_wrong_settings_are_refused(self, tmp_path, kwargs):
         with pytest.raises(ValueError, match=f"`{next(iter(kwargs))}`"):
             DQOConfig(output_dir=str(tmp_path), bf16=False, **kwargs)
+
+
+def test_process_rewards_are_paid_at_their_tokens(tmp_path):
+    rows = token_rows(turn_rewards=TURN_REWARDS)
+    aligned = []
+    for row in rows:  # the same rewards, token by token: 9.0 lies on what the policy only read
+        mask = row["action_mask"]
+        ends = [t for t, m in enumerate(mask) if m and not (mask[t + 1 : t + 2] or [0])[0]]
+        paid = dict(zip(ends, row["turn_rewards"], strict=True))
+        aligned.append([paid.get(t, 0.0) if m else 9.0 for t, m in enumerate(mask)])
+    losses = []
+    for dataset in (rows, token_rows(process_rewards=aligned), token_rows()):
+        trainer = make_trainer(tmp_path, dataset=dataset, importance_weights=False, **SETTINGS)
+        losses.append(trainer.compute_loss(trainer.model, whole_batch(trainer)).item())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6) and abs(losses[2] - losses[0]) > 1e-2
+    with pytest.raises(ValueError, match="Row 0: `process_rewards` has 1 entries"):
+        make_trainer(tmp_path, cls=DQOTrainer, dataset=token_rows(process_rewards=[[0.0]] * 4))
