@@ -137,6 +137,7 @@ def main(script_args, training_args, model_args):
     prompts, eval_prompts = load_prompts(script_args, training_args)
 
     # The loop: a callback in place of a training set
+    tool = PythonTool()
     rollout_config = RolloutConfig(
         num_generations=script_args.num_generations,
         previous_policy_generations=script_args.previous_policy_generations,
@@ -150,7 +151,7 @@ def main(script_args, training_args, model_args):
     )
     generator = ToolRolloutGenerator(
         prompts,
-        tools=[PythonTool()],
+        tools=[tool],
         reward_funcs=[math_reward],
         config=rollout_config,
         pairing=PairingConfig(
@@ -187,8 +188,8 @@ def main(script_args, training_args, model_args):
 
     # Load it as any user would, and check that it is the one that was measured
     if eval_prompts is not None and trainer.accelerator.is_main_process:
-        engine = load_engine(training_args.output_dir, model_args.model_name_or_path)
-        result = evaluate_policy(eval_prompts, engine, [PythonTool()], [math_reward], config=rollout_config)
+        engine = load_engine(training_args.output_dir, trainer.accelerator.device)
+        result = evaluate_policy(eval_prompts, engine, [tool], [math_reward], config=rollout_config)
         print(f"Reloaded: pass@1 {result.greedy} on {result.greedy.num_prompts} held-out prompts.")
 
     if training_args.push_to_hub:
@@ -197,7 +198,7 @@ def main(script_args, training_args, model_args):
         trainer.end()
 
 
-def load_engine(folder, base_model):
+def load_engine(folder, device=None):
     """The saved policy, plain or adapter, behind the engine that the rollouts used."""
     from peft import AutoPeftModelForCausalLM
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -206,7 +207,8 @@ def load_engine(folder, base_model):
 
     adapter = Path(folder, "adapter_config.json").exists()
     model_class = AutoPeftModelForCausalLM if adapter else AutoModelForCausalLM
-    return TransformersEngine(model_class.from_pretrained(folder), AutoTokenizer.from_pretrained(folder))
+    model = model_class.from_pretrained(folder)
+    return TransformersEngine(model if device is None else model.to(device), AutoTokenizer.from_pretrained(folder))
 
 
 def load_prompts(script_args, training_args):
@@ -217,7 +219,7 @@ def load_prompts(script_args, training_args):
         from word_problems import make_problems
 
         iterations = int(training_args.num_train_epochs)
-        train = make_problems(script_args.prompts_per_iteration * iterations, seed=1000 + training_args.seed)
+        train = make_problems((script_args.prompts_per_iteration or 250) * iterations, 1000 + training_args.seed)
         test = make_problems(max(script_args.num_eval_prompts, 1), seed=0, split="test")
     else:
         dataset = load_dataset(script_args.dataset_name, script_args.dataset_config)
@@ -249,9 +251,13 @@ def warm_started_policy(script_args, training_args):
         problems = make_problems(script_args.sft_problems, seed=training_args.seed)
         rows = teacher_trajectories(problems, seed=training_args.seed)
         policy = build_policy(tokenizer, seed=training_args.seed)
-        warm_start(policy, tokenizer, rows, str(folder), seed=training_args.seed)
-        tokenizer.save_pretrained(folder)
-        policy.save_pretrained(folder)
+        partial = folder.with_name("warm_start.partial")
+        warm_start(policy, tokenizer, rows, str(partial), seed=training_args.seed)
+        if training_args.process_index == 0:  # renamed at the end, so that the folder is whole or not there
+            tokenizer.save_pretrained(partial)
+            policy.save_pretrained(partial)
+            partial.rename(folder)
+        training_args.distributed_state.wait_for_everyone()
     return str(folder)
 
 

@@ -8,6 +8,8 @@ import pytest
 import torch
 from datasets import Dataset, load_from_disk
 from peft import LoraConfig
+from transformers import AutoModelForCausalLM
+from transformers.trainer_utils import SaveStrategy
 
 from tests.support import byte_tokenizer, tiny_model
 from trl_multiturn import (
@@ -71,7 +73,7 @@ def make_run(folder, tool, script=solve, model=None, iterations=2, trainer_class
         disable_tqdm=True,
         gradient_checkpointing=False,
     )
-    engine = ScriptedEngine(script, TOKENIZER)
+    engine = generator_kwargs.pop("engine", None) or ScriptedEngine(script, TOKENIZER)
     generator = ToolRolloutGenerator(
         generator_kwargs.pop("prompts", problems(3)),
         tools=[tool],
@@ -228,18 +230,128 @@ def test_stopped_run_goes_on_and_ends_where_an_undisturbed_one_does(tmp_path, to
         )
 
 
-def test_rows_of_another_policy_are_set_aside(tmp_path, tool, caplog):
-    trainer, generator, _ = make_run(tmp_path, tool, iterations=1)
-    trainer.train()
-    other, generator, _ = make_run(tmp_path, tool, iterations=1, model=tiny_model(TOKENIZER, seed=1))
-    generator.reports[0].last_step = None
-    report = generator.reports[0]
-    report.last_step = None  # as if the first run had been killed inside the iteration
-    report.save(generator.run_folder / "iteration_000")
-    other.train()
-    assert (generator.run_folder / "stale_iteration_000_1" / "training_rows").exists()
-    assert generator.reports[0].policy_revision != report.policy_revision
+def test_other_settings_are_refused_by_name(tmp_path, tool):
+    make_run(tmp_path, tool, iterations=1)[0].train()
+    before = sorted(tmp_path.rglob("*.json"))
+    for changes, name in (
+        (dict(generations=6), "num_generations"),
+        (dict(pairing=PairingConfig(max_pairs_per_prompt=2)), "pairing"),
+        (dict(prompts=problems(3, first=7)), "prompts"),
+    ):
+        with pytest.raises(ValueError, match=f"other settings \\(`{name}`"):
+            make_run(tmp_path, tool, iterations=1, **changes)[0].train()
+    assert sorted(tmp_path.rglob("*.json")) == before  # nothing overwritten
+
+
+def test_another_initial_policy_is_refused(tmp_path, tool):
+    make_run(tmp_path, tool, iterations=1)[0].train()
+    other, _, engine = make_run(tmp_path, tool, iterations=1, model=tiny_model(TOKENIZER, seed=1))
+    with pytest.raises(ValueError, match="begun from another policy"):
+        other.train()
+    assert not engine.calls
+
+
+def test_iterations_after_a_policy_that_turned_out_differently_are_set_aside(tmp_path, tool, caplog):
+    """Started anew with another learning rate: the first rollouts are the same policy's, the later ones are not."""
+    make_run(tmp_path, tool, iterations=3)[0].train()
+    again, generator, engine = make_run(tmp_path, tool, iterations=3)
+    again.args.learning_rate = 1e-3
+    again.train()
+    assert not [call for call in engine.calls if call.session.startswith("0/")]
+    assert {call.session[0] for call in engine.calls} == {"1", "2"}
+    assert (generator.run_folder / "stale_iteration_001_1" / "training_rows").exists()
+    assert (generator.run_folder / "stale_iteration_002_1" / "training_rows").exists()
+    assert [r.iteration for r in generator.reports] == [0, 1, 2]
     assert "another policy" in caplog.text
+
+
+def test_rollouts_cut_off_by_a_policy_that_turned_out_differently_start_anew(tmp_path, tool):
+    def stopping(prompt_text, sampling, session):
+        if session.startswith("1/current/2"):
+            raise InterruptedError
+        return solve(prompt_text, sampling, session)
+
+    with pytest.raises(InterruptedError):
+        make_run(tmp_path, tool, stopping)[0].train()
+    again, generator, engine = make_run(tmp_path, tool)
+    again.args.learning_rate = 1e-3
+    again.train()
+    assert (generator.run_folder / "stale_iteration_001_1" / "journal").exists()
+    assert [r.iteration for r in generator.reports] == [0, 1]
+
+
+def test_every_iteration_ends_with_a_checkpoint_by_default(tmp_path, tool):
+    trainer, _, _ = make_run(tmp_path, tool)
+    trainer.args.save_strategy, trainer.args.save_steps = SaveStrategy.STEPS, 500  # transformers' defaults
+    trainer.train()
+    assert sorted(folder.name for folder in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+
+
+def test_an_iteration_of_rows_that_are_all_too_long_is_skipped(tmp_path, tool, caplog):
+    trainer, generator, _ = make_run(tmp_path, tool)
+    trainer.args.max_length = 20
+    trainer.train()
+    assert [(r.rows, r.trained_rows) for r in generator.reports] == [(3, 0), (3, 0)]
+    assert "No row is left to train on" in caplog.text
+
+
+class LoadingEngine(ScriptedEngine):
+    """An engine with weights of its own: remembers the revision of each checkpoint it was given."""
+
+    loads_checkpoints = True
+
+    def refresh(self, model_path=None):
+        super().refresh(model_path)
+        self.loaded = policy_revision(AutoModelForCausalLM.from_pretrained(model_path))
+
+
+def test_an_engine_with_weights_of_its_own_samples_and_is_evaluated_with_the_present_ones(tmp_path, tool):
+    seen = []
+
+    def script(prompt_text, sampling, session):
+        present = policy_revision(trainer.model)
+        seen.append((session.partition("/")[2].partition("/")[0], engine.loaded == present))
+        return solve(prompt_text, sampling, session)
+
+    engine = LoadingEngine(script, TOKENIZER)
+    trainer, generator, _ = make_run(tmp_path, tool, eval_prompts=problems(1, first=50), engine=engine)
+    trainer.train()
+    assert {label for label, _ in seen} == {"current", "previous", "evaluation-greedy"}
+    assert all(right for _, right in seen)
+    assert len(list(generator.run_folder.glob("engine_0_*"))) == 1  # the last one alone is kept
+
+
+def test_evaluation_sees_the_environment(tmp_path):
+    class Calculator:
+        """An environment with one tool."""
+
+        def reset(self, **row):
+            return None
+
+        def add(self, a: int, b: int) -> str:
+            """Adds.
+
+            Args:
+                a: First.
+                b: Second.
+            """
+            return str(a + b)
+
+    def script(prompt_text, sampling, session):
+        assert "Adds." in prompt_text  # the tool is in the prompt, in rollouts and in evaluations
+        return "\\boxed{3}" if int(session.rpartition("/")[2]) % 2 else "\\boxed{4}"
+
+    args = MultiTurnDPOConfig(str(tmp_path), num_train_epochs=1, use_cpu=True, bf16=False, report_to="none")
+    generator = ToolRolloutGenerator(
+        problems(2),
+        reward_funcs=math_reward,
+        config=RolloutConfig(num_generations=2, max_turn_tokens=50),
+        environment_factory=Calculator,
+        eval_prompts=problems(1, first=50),
+        engine=lambda model, tokenizer: ScriptedEngine(script, tokenizer),
+    )
+    MultiTurnDPOTrainer(tiny_model(TOKENIZER), args=args, processing_class=TOKENIZER, callbacks=[generator]).train()
+    assert generator.start_evaluation["pass@1"] == 0
 
 
 def test_kto_takes_the_same_rollouts_unpaired(tmp_path, tool):

@@ -113,7 +113,7 @@ def run(tmp_path):
         report = IterationReport(iteration, trajectories=2, incorrect=2, dropped={"duplicate": 1})
         report.evaluation = {"pass@1": 0.5 + iteration / 4, "pass@1_se": 0.05}
         report.save(folder / f"iteration_{iteration:03d}")
-    save_start(folder, {"pass@1": 0.25, "pass@1_se": 0.04})
+    save_start(folder, {"policy_revision": "0", "evaluation": {"pass@1": 0.25, "pass@1_se": 0.04}})
     return tmp_path / "run"
 
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset, load_from_disk
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import SaveStrategy
 
 from .data.pairing import PairingConfig, UnpairedConfig
-from .evaluation import evaluate_policy
+from .evaluation import evaluate_policy, summarize
 from .iteration import (
     IterationSettings,
     iteration_folder,
@@ -26,6 +30,7 @@ from .iteration import (
 from .report import IterationReport, load_reports, load_start, print_iterations, save_start
 from .rollout.config import RolloutConfig
 from .rollout.engine import Engine
+from .rollout.provenance import fingerprint
 from .trainer.policy_weights import load_policy_weights, policy_revision
 from .trainer.value_based import ValueBasedTrainer
 
@@ -150,8 +155,15 @@ class ToolRolloutGenerator(TrainerCallback):
         """Binds the trainer; its constructor calls this."""
         if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
             raise ValueError(
-                "The model's weights are sharded (FSDP or DeepSpeed), so this process cannot keep snapshots of the "
-                "policy. Train with DDP, with LoRA where the model is too large for full fine-tuning."
+                "Under FSDP or DeepSpeed a process does not hold the policy's weights by itself, so it cannot keep "
+                "snapshots of the policy. Train with DDP, with LoRA where full fine-tuning needs too much memory."
+            )
+        longest = self.settings.rollout.max_trajectory_tokens
+        if trainer.args.max_length is not None and trainer.args.max_length < longest:
+            logger.warning(
+                "Rollouts have up to `max_trajectory_tokens=%d` tokens, but training cuts or drops what is longer "
+                "than `max_length=%d`. Raise `max_length` to train on whole trajectories.",
+                *(longest, trainer.args.max_length),
             )
         self.trainer = trainer
         if self.settings.pairing is None:
@@ -163,6 +175,52 @@ class ToolRolloutGenerator(TrainerCallback):
             self.engine = engine_class(unwrapped_policy(trainer), trainer.processing_class)
         elif not isinstance(self.engine, Engine):
             self.engine = self.engine(unwrapped_policy(trainer), trainer.processing_class)
+
+    def begin_iteration(self, iteration: int, resumed_inside: bool) -> Dataset:
+        """Rolls out, or takes up what the iteration has found already; the rows that its epoch trains on.
+
+        Args:
+            iteration (`int`):
+                0-based.
+            resumed_inside (`bool`):
+                Whether a part of the iteration's rows is trained on already, so that they must be on disk.
+
+        Raises:
+            `ValueError`: if the iteration was begun with other settings or, before the first step, from another
+                policy; or if its rows are gone. Nothing is overwritten.
+        """
+        folder = iteration_folder(self.run_folder, iteration)
+        settings = {"prompts": self._prompts_fingerprint(iteration), **self.settings.describe()}
+        revision = policy_revision(unwrapped_policy(self.trainer))
+        first_step = self.trainer.state.global_step
+        plan = self._on_main(lambda: self._plan(iteration, resumed_inside, settings, revision, first_step))
+        if plan == "set aside":
+            self._set_aside(iteration)
+        if plan != "load":
+            begun = IterationReport(iteration, first_step, policy_revision=revision, settings=settings, ready=False)
+            self._save(begun)
+            rows, self._report = run_iteration(
+                iteration, self._prompts_of(iteration), self.trainer, self.engine, self.settings, self.run_folder
+            )
+            self._report.settings = settings
+            self._save(self._report)
+        else:
+            logger.info("Iteration %d goes on with the rows in %s.", iteration + 1, folder)
+            self._report = IterationReport.load(folder)
+            rows = load_from_disk(folder / "training_rows")
+            if not resumed_inside:  # the checkpoint is of the iteration before
+                restore_reference(self.trainer, self.settings.reference, self.run_folder)
+        if len(rows) == 0:
+            logger.warning(
+                "Iteration %d found no row to train on (%d trajectories: %d correct, %d incorrect; dropped: %s). A "
+                "prompt gives rows where some of its trajectories are correct and some are not: raise "
+                "`num_generations` or the temperature, or use prompts of the policy's level.",
+                *(iteration + 1, self._report.trajectories, self._report.correct, self._report.incorrect),
+                self._report.dropped,
+            )
+        self.trainer.log(self._report.metrics())
+        self._epoch_started = time.perf_counter()
+        return rows
 
     def position(self, global_step: int) -> tuple[int, int]:
         """`(iteration, its first global step)` of a run that stopped after `global_step` optimizer steps."""
@@ -176,48 +234,23 @@ class ToolRolloutGenerator(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if state.global_step == 0 and self.eval_prompts is not None and self.start_evaluation is None:
+        if state.global_step > 0 or self.eval_prompts is None:
+            return
+        revision = policy_revision(unwrapped_policy(self.trainer))
+        known = self._on_main(lambda: load_start(self.run_folder))
+        if known is None or known["policy_revision"] != revision:
             evaluation = self._evaluate()
             if self.trainer.accelerator.is_main_process:
-                save_start(self.run_folder, evaluation)
+                save_start(self.run_folder, {"policy_revision": revision, "evaluation": evaluation})
             self.trainer.accelerator.wait_for_everyone()
             self.trainer.log(_prefixed(evaluation))
-
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        iteration, _ = self.position(state.global_step)
-        folder = iteration_folder(self.run_folder, iteration)
-        self._report = IterationReport.load(folder)
-        if self._report is not None and not self._belongs_to_this_run(self._report, state.global_step):
-            self._set_aside(folder)
-            self._report = None
-        if self._report is None:
-            rows, self._report = run_iteration(
-                iteration, self._prompts_of(iteration), self.trainer, self.engine, self.settings, self.run_folder
-            )
-            self._save_report()
-        else:
-            logger.info("Iteration %d goes on with the rows in %s.", iteration + 1, folder)
-            rows = load_from_disk(folder / "training_rows")
-            if self._report.first_step == state.global_step:  # the checkpoint is of the iteration before
-                restore_reference(self.trainer, self.settings.reference, self.run_folder)
-        if len(rows) == 0:
-            logger.warning(
-                "Iteration %d found no row to train on (%d trajectories: %d correct, %d incorrect; dropped: %s). A "
-                "prompt gives rows where some of its trajectories are correct and some are not: raise "
-                "`num_generations` or the temperature, or use prompts of the policy's level.",
-                *(iteration + 1, self._report.trajectories, self._report.correct, self._report.incorrect),
-                self._report.dropped,
-            )
-        self.trainer.train_dataset = rows
-        self.trainer.log(self._report.metrics())
-        self._epoch_started = time.perf_counter()
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         report = self._report
+        if state.global_step < self.trainer.iteration_last_step:
+            return  # stopped inside the iteration (`max_steps`): its other rows are still to be trained on
         report.train_seconds = time.perf_counter() - self._epoch_started
         if self.eval_prompts is not None:
             started = time.perf_counter()
@@ -227,8 +260,9 @@ class ToolRolloutGenerator(TrainerCallback):
         report.last_step = state.global_step
         # The policy after this iteration is the one with which the next would start; kept now, in case it is the best.
         keep_policy(self.trainer, report.iteration + 1, self.run_folder)
-        self._save_report()
+        self._save(report)
         self._forget_policies(report.iteration + 1)
+        control.should_save = args.save_strategy != SaveStrategy.NO  # so that a stopped run loses no iteration
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -236,7 +270,11 @@ class ToolRolloutGenerator(TrainerCallback):
         best = self.best_policy
         if best is not None and best != len(self.reports):
             load_policy_weights(unwrapped_policy(self.trainer), policy_file(self.run_folder, best))
-            refresh(self.engine, self.trainer, iteration_folder(self.run_folder, best))
+            refresh(self.engine, self.trainer, self.run_folder)
+        if self.reports:  # a finished run that is started again trains on nothing; what it did can still be seen
+            self.trainer.train_dataset = load_from_disk(
+                iteration_folder(self.run_folder, self.reports[-1].iteration) / "training_rows"
+            )
         if args.process_index == 0:
             print_iterations(self.reports, self.start_evaluation)
 
@@ -250,7 +288,8 @@ class ToolRolloutGenerator(TrainerCallback):
     @property
     def start_evaluation(self) -> dict[str, float] | None:
         """The evaluation of the policy before the first iteration."""
-        return load_start(self.run_folder)
+        start = load_start(self.run_folder)
+        return start and start["evaluation"]
 
     @property
     def best_policy(self) -> int | None:
@@ -259,7 +298,7 @@ class ToolRolloutGenerator(TrainerCallback):
         `None` without `eval_prompts`. Of equals the earlier one is best, being nearer to the initial policy.
         """
         evaluations = [self.start_evaluation, *(report.evaluation for report in self.reports)]
-        scores = {i: e["pass@1"] for i, e in enumerate(evaluations) if e is not None}
+        scores = {i: e["pass@1"] for i, e in enumerate(evaluations) if e and not math.isnan(e["pass@1"])}
         return max(scores, key=scores.get) if scores else None
 
     def _prompts_of(self, iteration: int) -> Dataset:
@@ -267,36 +306,97 @@ class ToolRolloutGenerator(TrainerCallback):
         first = iteration * self.prompts_per_iteration
         return self.prompts.select([(first + i) % len(self.prompts) for i in range(self.prompts_per_iteration)])
 
-    def _belongs_to_this_run(self, report: IterationReport, global_step: int) -> bool:
-        """Rows on disk are this run's if we stand inside their epoch, or if the present policy rolled them out."""
-        inside = report.first_step < global_step
-        return inside or report.policy_revision == policy_revision(unwrapped_policy(self.trainer))
+    def _prompts_fingerprint(self, iteration: int) -> str:
+        return fingerprint(self._prompts_of(iteration).to_list())
+
+    def _plan(
+        self, iteration: int, resumed_inside: bool, settings: dict[str, Any], revision: str, first_step: int
+    ) -> Literal["roll out", "load", "set aside"]:
+        """What to do with what is on disk of this iteration."""
+        folder = iteration_folder(self.run_folder, iteration)
+        report = IterationReport.load(folder)
+        if resumed_inside:
+            if report is None or not report.ready:
+                raise ValueError(
+                    f"The checkpoint lies inside iteration {iteration + 1}, but {folder} does not hold its rows. "
+                    "Restore the folder, or resume from a checkpoint at the end of an iteration."
+                )
+            return "load"
+        if report is None:
+            return "roll out"
+        changed = [name for name in settings if settings[name] != report.settings.get(name)]
+        if changed:
+            name = changed[0]
+            raise ValueError(
+                f"{folder} was begun with other settings (`{name}`: {_brief(report.settings.get(name))} before, "
+                f"{_brief(settings[name])} now{', and others' if changed[1:] else ''}), and rows of both must not be "
+                "mixed. Use the earlier settings, or another `output_dir`."
+            )
+        if report.policy_revision == revision and report.first_step == first_step:
+            return "load" if report.ready else "roll out"
+        if first_step == 0:
+            raise ValueError(
+                f"{folder} was begun from another policy than the present one (revision {report.policy_revision} "
+                f"before, {revision} now), so its rollouts cannot go on. Use the earlier model, resume from a "
+                "checkpoint, or use another `output_dir`."
+            )
+        return "set aside"
 
     def _evaluate(self) -> dict[str, float]:
-        result = evaluate_policy(
-            self.eval_prompts,
-            self.engine,
-            self.settings.tools,
-            self.settings.reward_funcs,
-            n=self.eval_generations,
-            config=self.settings.rollout,
-        )
-        return result.metrics()
+        """Evaluates the policy as it is now; with several processes each evaluates its share of the prompts."""
+        args = self.trainer.args
+        refresh(self.engine, self.trainer, self.run_folder)
+        share = range(args.process_index, len(self.eval_prompts), args.world_size)
+        trajectories = []
+        if share:
+            trajectories = evaluate_policy(
+                self.eval_prompts.select(share),
+                self.engine,
+                self.settings.tools,
+                self.settings.reward_funcs,
+                n=self.eval_generations,
+                config=self.settings.rollout,
+                reward_weights=self.settings.reward_weights,
+                environment_factory=self.settings.environment_factory,
+                prompt_indices=list(share),
+                progress=args.process_index == 0 and not args.disable_tqdm,
+            ).trajectories
+        parts = [(trajectories[: len(share)], trajectories[len(share) :])]
+        if args.world_size > 1:
+            parts = gather_object(parts)
+        greedy, samples = ([t for part in parts for t in part[i]] for i in range(2))
+        return summarize(greedy, samples).metrics()
 
-    def _save_report(self) -> None:
+    # Files
+
+    def _on_main(self, decide: Callable[[], Any]) -> Any:
+        """Decides on the main process, which is the one that writes, and tells the others; all raise its errors."""
+        outcome: list[Any] = [None, None]
         if self.trainer.accelerator.is_main_process:
-            self._report.save(iteration_folder(self.run_folder, self._report.iteration))
+            try:
+                outcome[0] = decide()
+            except ValueError as error:
+                outcome[1] = str(error)
+        broadcast_object_list(outcome)
+        if outcome[1] is not None:
+            raise ValueError(outcome[1])
+        return outcome[0]
+
+    def _save(self, report: IterationReport) -> None:
+        if self.trainer.accelerator.is_main_process:
+            report.save(iteration_folder(self.run_folder, report.iteration))
         self.trainer.accelerator.wait_for_everyone()
 
-    def _set_aside(self, folder: Path) -> None:
-        """Renames the folder of an iteration that another policy rolled out: its rows are off-policy, but not lost."""
-        number = 1
-        while (aside := folder.with_name(f"stale_{folder.name}_{number}")).exists():
-            number += 1
-        logger.warning("%s was rolled out by another policy than the present one. It is kept as %s.", folder, aside)
-        self.trainer.accelerator.wait_for_everyone()
+    def _set_aside(self, iteration: int) -> None:
+        """Renames this iteration's folder and those after it: another policy rolled them out. Nothing is lost."""
         if self.trainer.accelerator.is_main_process:
-            folder.rename(aside)
+            for folder in sorted(self.run_folder.glob("iteration_*")):
+                if int(folder.name.rpartition("_")[2]) >= iteration:
+                    number = 1
+                    while (aside := folder.with_name(f"stale_{folder.name}_{number}")).exists():
+                        number += 1
+                    logger.warning("%s is of another policy than the present one. It is kept as %s.", folder, aside)
+                    folder.rename(aside)
         self.trainer.accelerator.wait_for_everyone()
 
     def _forget_policies(self, current: int) -> None:
@@ -309,3 +409,8 @@ class ToolRolloutGenerator(TrainerCallback):
 
 def _prefixed(evaluation: dict[str, float]) -> dict[str, float]:
     return {f"eval_{name}": value for name, value in evaluation.items()}
+
+
+def _brief(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 100 else text[:100] + "…"

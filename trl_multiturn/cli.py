@@ -62,7 +62,8 @@ def _stats(options: argparse.Namespace) -> int:
     from .report import load_reports, load_start, print_iterations
 
     folder = _rollouts(options.run_folder)
-    print_iterations(load_reports(folder), load_start(folder))
+    start = load_start(folder)
+    print_iterations(load_reports(folder), start and start["evaluation"])
     return 0
 
 

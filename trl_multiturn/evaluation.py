@@ -175,7 +175,7 @@ def evaluate_policy(
             prompts,
             engine,
             tools,
-            replace(config, temperature=at),
+            replace(config, temperature=at, temperature_variants=[]),
             reward_funcs=reward_funcs,
             num_generations=count,
             **{"policy": policy, **kwargs},

@@ -7,6 +7,9 @@ next epoch is one pass over the rows it returns.
 
 from __future__ import annotations
 
+import json
+import logging
+import shutil
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -25,13 +28,19 @@ from .data.pairing import (
     build_unpaired_dataset,
     select,
 )
+from .data.truncation import NoRowsLeftError
 from .report import IterationReport
 from .rollout.config import RolloutConfig
 from .rollout.engine import Engine
 from .rollout.journal import Journal
 from .rollout.loop import generate_trajectories
+from .tools.base import tool_name, tool_version
 from .trainer.policy_weights import policy_revision, policy_weights, save_policy_weights
 from .trajectory import Trajectory
+from .verify.rewards import reward_name
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -47,11 +56,30 @@ class IterationSettings:
     reward_weights: list[float] | None = None
     environment_factory: Any = None
 
+    def describe(self) -> dict[str, Any]:
+        """What decides which rows an iteration finds, as JSON values."""
+        settings = {
+            "tools": {tool_name(tool): tool_version(tool) for tool in self.tools},
+            "reward_funcs": [reward_name(func) for func in self.reward_funcs],
+            "reward_weights": self.reward_weights,
+            "num_generations": self.rollout.num_generations,
+            "previous_policy_generations": self.rollout.previous_policy_generations,
+            **self.rollout.sampler_settings(),
+            "pairing": {"kind": type(self.pairing).__name__, **vars(self.pairing)},
+            "reference": self.reference,
+            "history": self.history,
+        }
+        return json.loads(json.dumps(settings, default=str))
+
 
 def run_iteration(
     iteration: int, prompts: Dataset, trainer: Any, engine: Engine, settings: IterationSettings, run_folder: Path
 ) -> tuple[Dataset, IterationReport]:
-    """Prompts in, the training rows of one iteration out.
+    """Prompts in, the training rows of one iteration out: lines 3 to 7 of Algorithm 1.
+
+    The outer `for t = 1…T` is the trainer's loop over epochs ([`IterativeTrainerMixin`]), which calls this at the
+    start of each ([`ToolRolloutGenerator.begin_iteration`]) and trains on what it returns. Several processes run it
+    together and wait for each other where something is written to disk.
 
     Args:
         iteration (`int`):
@@ -115,7 +143,7 @@ def roll_out(
     share = range(trainer.args.process_index, len(prompts), trainer.args.world_size)
 
     def sample(label: str, num_generations: int, sample_offset: int) -> None:
-        refresh(engine, trainer, folder)
+        refresh(engine, trainer, run_folder)
         generate_trajectories(
             prompts.select(share),
             engine,
@@ -140,7 +168,7 @@ def roll_out(
             if explore:
                 with policy_weights(policy, policy_file(run_folder, iteration - 1)):
                     sample("previous", explore, sample_offset=config.num_generations - explore)
-                refresh(engine, trainer, folder)
+                refresh(engine, trainer, run_folder)
         trainer.accelerator.wait_for_everyone()
         return list(journal.read())
 
@@ -156,12 +184,17 @@ def with_reference(
 ) -> Dataset:
     """Prepares rows for the trainer and adds the reference's log-probabilities, so that no second model is kept.
 
-    `"previous"`: the policy that has just rolled out (eq. 15), so every margin starts the iteration at exactly 0.
+    `"previous"`: the policy that has just rolled out (eq. 15), so every margin starts the iteration at 0 (to rounding,
+    where a batch is padded to another length).
     `"initial"`: the policy before the first iteration (eq. 14), whose weights are put into the model for the moment.
     """
     if len(rows) == 0:
         return rows
-    rows = trainer.prepare_rows(rows)
+    try:
+        rows = trainer.prepare_rows(rows)
+    except NoRowsLeftError as error:
+        logger.warning("%s", error)
+        return rows.select([])
     with reference_weights(trainer, reference, run_folder):
         return trainer.compute_reference_columns(rows, reference="policy")
 
@@ -229,14 +262,19 @@ def keep_policy(trainer: Any, iteration: int, run_folder: Path) -> str:
     return policy_revision(policy)
 
 
-def refresh(engine: Engine, trainer: Any, folder: Path) -> None:
+def refresh(engine: Engine, trainer: Any, run_folder: Path) -> None:
     """Tells the engine that the policy's weights changed; one with weights of its own gets a checkpoint to load."""
     if not getattr(engine, "loads_checkpoints", False):
         engine.refresh()
         return
-    checkpoint = folder / f"engine_checkpoint_{trainer.args.process_index}"  # each process has an engine of its own
+    # Each process has an engine of its own. The last checkpoint stays: an engine may load an adapter when it is used.
+    earlier = sorted(run_folder.glob(f"engine_{trainer.args.process_index}_*"))
+    number = 1 + int(earlier[-1].name.rpartition("_")[2]) if earlier else 0
+    checkpoint = run_folder / f"engine_{trainer.args.process_index}_{number:06d}"
     unwrapped_policy(trainer).save_pretrained(checkpoint)
     engine.refresh(str(checkpoint))
+    for folder in earlier:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def on_disk(rows: Dataset, folder: Path, trainer: Any) -> Dataset:

@@ -24,6 +24,8 @@ class IterationReport:
         first_step (`int`), last_step (`int`, *optional*): optimizer steps of the run before and after this iteration;
             `last_step` is `None` until its epoch is over.
         policy_revision (`str`): hash of the policy that rolled out.
+        settings (`dict`): what decides which rows are found; a run that goes on must have the same.
+        ready (`bool`): whether the rows are on disk; `False` while the iteration still rolls out.
         trajectories, correct, incorrect, undecided (`int`): rollouts by verdict.
         rows (`int`): pairs (preference) or trajectories (unpaired) found in this iteration.
         trained_rows (`int`): rows of the training set; more than `rows` with `history="all"`.
@@ -38,6 +40,8 @@ class IterationReport:
     first_step: int = 0
     last_step: int | None = None
     policy_revision: str = ""
+    settings: dict[str, Any] = field(default_factory=dict)
+    ready: bool = True
     trajectories: int = 0
     correct: int = 0
     incorrect: int = 0
@@ -83,24 +87,24 @@ class IterationReport:
 
 
 def load_reports(run_folder: str | os.PathLike) -> list[IterationReport]:
-    """The reports of a run, in order; `run_folder` holds the `iteration_*` folders."""
+    """The reports of the iterations whose rows were found; `run_folder` holds the `iteration_*` folders."""
     reports = (IterationReport.load(folder) for folder in sorted(Path(run_folder).glob("iteration_*")))
-    return [report for report in reports if report is not None]
+    return [report for report in reports if report is not None and report.ready]
 
 
-def load_start(run_folder: str | os.PathLike) -> dict[str, float] | None:
-    """The evaluation of the policy before the first iteration, where there was one."""
+def load_start(run_folder: str | os.PathLike) -> dict[str, Any] | None:
+    """`policy_revision` and `evaluation` of the policy before the first iteration, where it was evaluated."""
     path = Path(run_folder, START_FILE)
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
-def save_start(run_folder: str | os.PathLike, evaluation: dict[str, float]) -> None:
-    """Writes the evaluation before the first iteration."""
-    Path(run_folder).mkdir(parents=True, exist_ok=True)
-    _write_json(Path(run_folder, START_FILE), evaluation)
+def save_start(run_folder: str | os.PathLike, start: dict[str, Any]) -> None:
+    """Writes `policy_revision` and `evaluation` of the policy before the first iteration."""
+    _write_json(Path(run_folder, START_FILE), start)
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(value, indent=2), encoding="utf-8")
     os.replace(partial, path)

@@ -40,13 +40,13 @@ class Rounds(TrainerCallback):
                 return iteration, first
         return 0, 0
 
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        iteration = len(self.first_steps)
-        self.first_steps.append(state.global_step)
+    def begin_iteration(self, iteration, resumed_inside):
+        assert iteration == len(self.first_steps)
+        self.first_steps.append(self.trainer.state.global_step)
         rows = preference_rows(self.sizes[iteration])
         if len(rows):
             rows = self.trainer.compute_reference_columns(self.trainer.prepare_rows(rows))
-        self.trainer.train_dataset = rows
+        return rows
 
     def on_step_end(self, args, state, control, **kwargs):
         self.learning_rates.append(kwargs["lr_scheduler"].get_last_lr()[0])
@@ -144,12 +144,59 @@ def test_resumes_inside_an_iteration(tmp_path):
     source.position = lambda step: (1, 3)
     resumed = make_trainer(tmp_path / "resumed", source, cls=Recording, num_train_epochs=2)
     rows = stopped.train_dataset
-    source.on_epoch_begin = lambda *args, **kwargs: setattr(resumed, "train_dataset", rows)
+    source.begin_iteration = lambda iteration, resumed_inside: (
+        rows if (iteration, resumed_inside) == (1, True) else None
+    )
     resumed.train(resume_from_checkpoint=str(tmp_path / "stopped" / "checkpoint-5"))
     assert resumed.seen == full.seen[5:]
     assert resumed.state.global_step == 7
     for name, weight in full.model.named_parameters():
         torch.testing.assert_close(resumed.model.get_parameter(name), weight, rtol=0, atol=0)
+
+
+def test_max_steps_ends_the_run_but_adds_no_iteration(tmp_path):
+    source = Rounds([4, 0, 4])
+    trainer = make_trainer(tmp_path, source, num_train_epochs=2, max_steps=5)
+    trainer.train()
+    assert source.first_steps == [0, 2] and trainer.state.global_step == 2  # two iterations, the second one empty
+    source = Rounds([8, 8])
+    trainer = make_trainer(tmp_path, source, num_train_epochs=2, max_steps=5)
+    trainer.train()
+    assert source.first_steps == [0, 4] and trainer.state.global_step == 5
+    assert trainer.state.global_step < trainer.iteration_last_step == 8
+
+
+def test_margins_are_zero_to_rounding_where_rows_differ_in_length(tmp_path):
+    class Uneven(Rounds):
+        def begin_iteration(self, iteration, resumed_inside):
+            lengths = [1, 9, 3, 7, 2, 8]
+            rows = preference_rows(6).to_dict()
+            rows["chosen_ids"] = [[2 + i % 50 for i in range(n)] for n in lengths]
+            rows["chosen_action_mask"] = [[1] * n for n in lengths]
+            rows = self.trainer.prepare_rows(Dataset.from_dict(rows))
+            return self.trainer.compute_reference_columns(rows)
+
+    trainer = make_trainer(tmp_path, Uneven([6]), cls=Recording, num_train_epochs=1)
+    trainer.train()
+    assert abs(trainer.margins[0]) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(ref_model=object()), "`ref_model` has no part"),
+        (dict(eval_dataset=preference_rows(1)), "`eval_dataset` has"),
+    ],
+)
+def test_what_has_no_part_in_iterations_is_refused(tmp_path, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        MultiTurnDPOTrainer("unused", args=cpu_config(tmp_path), callbacks=[Rounds([1])], **arguments)
+
+
+def test_dropping_the_last_batch_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="dataloader_drop_last"):
+        args = cpu_config(tmp_path, dataloader_drop_last=True)
+        MultiTurnDPOTrainer("unused", args=args, callbacks=[Rounds([1])])
 
 
 def test_train_dataset_beside_a_row_source_is_refused(tmp_path):
@@ -170,8 +217,8 @@ def test_missing_args_are_refused():
 
 def test_kto_takes_a_row_source(tmp_path):
     class UnpairedRounds(Rounds):
-        def on_epoch_begin(self, args, state, control, **kwargs):
-            self.first_steps.append(state.global_step)
+        def begin_iteration(self, iteration, resumed_inside):
+            self.first_steps.append(self.trainer.state.global_step)
             rows = Dataset.from_dict(
                 {
                     "prompt_ids": [[1, 10]] * 4,
@@ -180,7 +227,7 @@ def test_kto_takes_a_row_source(tmp_path):
                     "label": [True, False] * 2,
                 }
             )
-            self.trainer.train_dataset = self.trainer.compute_reference_columns(self.trainer.prepare_rows(rows))
+            return self.trainer.compute_reference_columns(self.trainer.prepare_rows(rows))
 
     trainer = make_trainer(
         tmp_path, UnpairedRounds([4, 4]), cls=MultiTurnKTOTrainer, config=MultiTurnKTOConfig, num_train_epochs=2

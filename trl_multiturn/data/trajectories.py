@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..steps import StepDelimiter, step_ids
 from .collators import DataCollatorForMultiTurnUnpairedPreference
+from .truncation import NoRowsLeftError
 
 
 # Per-token columns of a completion that the collator lays out beside `input_ids`
@@ -108,7 +109,7 @@ def finish_rows(
             "data/rows_dropped_untrained": sum(untrained),
         }
         if len(dataset) and dropped == len(dataset):
-            raise ValueError(
+            raise NoRowsLeftError(
                 f"No row is left to train on: of {dropped} rows, {sum(too_long)} are longer than "
                 f"`max_length={max_length}` (the longest: {max(lengths)} tokens) and {sum(untrained)} no token "
                 "sampled by the policy. Raise `max_length`, or check the masks."

@@ -22,6 +22,10 @@ _STATUS, _LENGTH = "_fit_status", "_fit_length"
 _SEVERITY = ["whole", "cut_at_turn", "cut_inside_turn", "untrained"]
 
 
+class NoRowsLeftError(ValueError):
+    """No row of a dataset fits `max_length` and trains something."""
+
+
 def fit_rows(
     dataset: Dataset | IterableDataset,
     sides: tuple[tuple[str, str], ...],
@@ -74,7 +78,7 @@ def fit_rows(
         stats = _statistics(dataset, max_length)
         map_kwargs["desc"] = None
         if stats["data/rows_dropped"] == len(dataset):
-            raise ValueError(_nothing_left(stats, max_length))
+            raise NoRowsLeftError(_nothing_left(stats, max_length))
     if streamed or stats["data/rows_dropped"]:
         dataset = dataset.filter(_is_kept, input_columns=[_STATUS], **map_kwargs)
     return dataset.remove_columns([_STATUS, _LENGTH]), stats

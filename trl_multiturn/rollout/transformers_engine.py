@@ -177,7 +177,6 @@ class TransformersEngine:
             "architecture": type(self._policy).__name__,
             "dtype": str(self._policy.dtype).removeprefix("torch."),
             "device": self._batch.device.type,
-            "max_batch_size": self.max_batch_size,
         }
 
     @property

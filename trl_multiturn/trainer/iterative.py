@@ -21,15 +21,16 @@ from transformers import ProgressCallback, Trainer
 
 @runtime_checkable
 class TrainingRowSource(Protocol):
-    """A callback that supplies the training rows of each epoch, such as [`ToolRolloutGenerator`].
-
-    It sets `trainer.train_dataset` in `on_epoch_begin`.
-    """
+    """A callback that supplies the training rows of each epoch, such as [`ToolRolloutGenerator`]."""
 
     lr_schedule: Literal["run", "iteration"]
 
     def attach(self, trainer: Any) -> None:
         """Called once, when the trainer stands."""
+        ...
+
+    def begin_iteration(self, iteration: int, resumed_inside: bool) -> Dataset:
+        """The rows of an iteration, on every process; `resumed_inside` if some of them are trained on already."""
         ...
 
     def position(self, global_step: int) -> tuple[int, int]:
@@ -46,6 +47,9 @@ class IterativeTrainerMixin:
 
     _sides: tuple[tuple[str, str], ...]  # the trainer's (ids, mask) columns, see `TokenRowsMixin`
     _row_source: TrainingRowSource | None = None
+    _resumed_inside = False
+    iteration_first_step = 0  # global steps before the iteration under way, and after it
+    iteration_last_step = 0
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         call = inspect.signature(super().__init__).bind(*args, **kwargs)
@@ -76,6 +80,17 @@ class IterativeTrainerMixin:
                 f"This version of transformers has no `Trainer.{missing[0]}`, on which iterations rely. Install "
                 "`transformers>=5.17`."
             )
+        for name, remedy in (
+            ("ref_model", "Choose the generator's `reference`: its log-probabilities become columns of the rows"),
+            ("eval_dataset", "Give the generator `eval_prompts`: a fixed set would keep the first reference"),
+        ):
+            if arguments.get(name) is not None:
+                raise ValueError(f"`{name}` has no part in training with a `{type(sources[0]).__name__}`. {remedy}.")
+        if arguments["args"].dataloader_drop_last:
+            raise ValueError(
+                "`dataloader_drop_last=True` would leave rows out, but an iteration is one pass over all it found. "
+                "Leave it off."
+            )
         # The rows bring their reference log-probabilities: with this flag the parent keeps no second model.
         arguments["args"] = copy.copy(arguments["args"])
         arguments["args"].precompute_ref_log_probs = True
@@ -97,17 +112,28 @@ class IterativeTrainerMixin:
     def _run_epoch(self, **kwargs: Any) -> None:
         if self._row_source is None:
             super()._run_epoch(**kwargs)
-        elif len(self.train_dataset) == 0:  # nothing found: the iteration ends here, the run goes on
-            self.control = self.callback_handler.on_epoch_end(self.args, self.state, self.control)
-        else:
-            dataloader = self.get_train_dataloader()
-            updates = math.ceil(len(dataloader) / self.args.gradient_accumulation_steps)
-            self._plan_steps(kwargs["epoch"], updates)
+            return
+        iteration = kwargs["epoch"]
+        inside, self._resumed_inside = self._resumed_inside, False
+        self.iteration_first_step = (
+            self._row_source.position(self.state.global_step)[1] if inside else self.state.global_step
+        )
+        self.train_dataset = self._row_source.begin_iteration(iteration, inside)
+        dataloader = self.get_train_dataloader() if len(self.train_dataset) else ()
+        updates = math.ceil(len(dataloader) / self.args.gradient_accumulation_steps)
+        self.iteration_last_step = self.iteration_first_step + updates
+        if updates:
+            self._plan_steps(iteration, updates)
             kwargs.update(
                 train_dataloader=dataloader, steps_in_epoch=len(dataloader), num_update_steps_per_epoch=updates
             )
             self.callback_handler.train_dataloader = dataloader
             super()._run_epoch(**kwargs)
+        else:  # nothing found: the iteration ends here, the run goes on
+            self.control = self.callback_handler.on_epoch_end(self.args, self.state, self.control)
+        # With `max_steps` the parent counts epochs of its placeholder; the number of iterations is ours to keep
+        if iteration + 1 >= math.ceil(self.args.num_train_epochs):
+            self.control.should_training_stop = True
 
     def _plan_steps(self, iteration: int, updates: int) -> None:
         """Re-plans the run now that this iteration's number of optimizer steps is known.
@@ -115,7 +141,7 @@ class IterativeTrainerMixin:
         The later iterations are taken to be as long as this one. The schedule is rebuilt for the new total and set to
         the present step, so that warm-up counts real steps and the decay ends with the last iteration.
         """
-        _, first_step = self._row_source.position(self.state.global_step)
+        first_step = self.iteration_first_step
         total = first_step + updates * (math.ceil(self.args.num_train_epochs) - iteration)
         self.state.max_steps = min(total, self.args.max_steps) if self.args.max_steps > 0 else total
         for callback in self.callback_handler.callbacks:
@@ -138,10 +164,12 @@ class IterativeTrainerMixin:
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         iteration, batches_done = super()._init_training_state(*args, **kwargs)
+        self._resumed_inside = False
         if self._row_source is None or self.state.global_step == 0:
             return iteration, batches_done
         # The parent divides by a constant number of steps per epoch; ours differs from iteration to iteration.
         iteration, first_step = self._row_source.position(self.state.global_step)
+        self._resumed_inside = self.state.global_step > first_step
         if self.args.ignore_data_skip:
             return iteration, 0
         return iteration, (self.state.global_step - first_step) * self.args.gradient_accumulation_steps
