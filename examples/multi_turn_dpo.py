@@ -25,7 +25,7 @@ accelerate launch examples/multi_turn_dpo.py \
     --max_length 2048 --use_peft --lora_r 32 --lora_alpha 16 --output_dir Qwen2.5-1.5B-M-DPO-LoRA
 ```
 
-# CPU, two processes (the flag starts them, `--use_cpu` keeps them off GPUs), the policy of `iterative_multi_turn_dpo.py`
+# CPU, two processes (the flag starts them, `--use_cpu` picks the device), the policy of `iterative_multi_turn_dpo.py`
 ```bash
 accelerate launch --multi_gpu --num_processes 2 examples/multi_turn_dpo.py \
     --model_name_or_path outputs/iterative_multi_turn_dpo \
