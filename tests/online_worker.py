@@ -1,0 +1,64 @@
+"""Two iterations of the online loop in one of several processes; writes what its rank ended with."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from tests.support import byte_tokenizer, tiny_model
+from tests.test_callbacks import problems, solve
+from trl_multiturn import (
+    MultiTurnDPOConfig,
+    MultiTurnDPOTrainer,
+    PythonTool,
+    RolloutConfig,
+    ScriptedEngine,
+    ToolRolloutGenerator,
+    math_reward,
+)
+from trl_multiturn.trainer.policy_weights import policy_revision
+
+
+def main(folder: Path) -> None:
+    tokenizer = byte_tokenizer("qwen2_5")
+    args = MultiTurnDPOConfig(
+        output_dir=str(folder),
+        num_train_epochs=2,
+        per_device_train_batch_size=1,
+        learning_rate=1e-2,
+        report_to="none",
+        bf16=False,
+        use_cpu=True,
+        disable_tqdm=True,
+        gradient_checkpointing=False,
+    )
+    engine = ScriptedEngine(solve, tokenizer)
+    with PythonTool() as tool:
+        generator = ToolRolloutGenerator(
+            problems(5),
+            tools=[tool],
+            reward_funcs=math_reward,
+            config=RolloutConfig(
+                num_generations=4, previous_policy_generations=2, max_turn_tokens=100, dialect="fenced"
+            ),
+            eval_prompts=problems(3, first=50),
+            engine=engine,
+        )
+        model = tiny_model(tokenizer)
+        trainer = MultiTurnDPOTrainer(model, args=args, processing_class=tokenizer, callbacks=[generator])
+        trainer.train()
+    outcome = {
+        "revision": policy_revision(model),
+        "rows": [report.rows for report in generator.reports],
+        "trajectories": [report.trajectories for report in generator.reports],
+        "steps": trainer.state.global_step,
+        "evaluated": sorted({c.session for c in engine.calls if "evaluation" in c.session}),
+        "rolled_out": sorted({c.session for c in engine.calls if "evaluation" not in c.session}),
+        "pass@1": generator.reports[-1].evaluation["pass@1"],
+    }
+    (folder / f"rank{args.process_index}.json").write_text(json.dumps(outcome))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
