@@ -443,6 +443,7 @@ def test_a_ddp_policy_is_sampled_without_its_wrapper(tmp_path):
 
 
 def test_accelerates_mixed_precision_and_compilation_are_seen_through():
+    AcceleratorState._reset_state(reset_partial_state=True)  # another test's trainer may have set it otherwise
     model = tiny_model(TOKENIZER)
     wrapped = torch.compile(Accelerator(cpu=True, mixed_precision="bf16").prepare_model(model))
     dtypes = set()
