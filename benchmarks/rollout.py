@@ -10,7 +10,7 @@ The rollout loop and TRL's GRPO tool loop, side by side in one run: waiting, cos
    time in which no turn is being sampled; "x longest" is the wall time over that of the longest trajectory alone.
 2. *Turns.* Both sample the same number of tokens from one model; observations are appended in between. TRL's loop
    reads the whole conversation again at each turn, `TransformersEngine` what was appended.
-3. *Memory.* Peak resident memory of a process that rolls out with a journal and keeps nothing else.
+3. *Memory.* Peak resident memory (Linux) of a process that rolls out, with a journal or with every trajectory kept.
 
 TRL's side is `GRPOTrainer._generate` itself; in 1 its `_generate_single_turn` asks the scripted engine.
 """
@@ -23,7 +23,6 @@ import datetime
 import os
 import platform
 import re
-import resource
 import subprocess
 import sys
 import tempfile
@@ -295,14 +294,20 @@ def one_memory(count: int, collect: bool) -> None:
     config = RolloutConfig(num_generations=1, max_turn_tokens=512, max_trajectory_tokens=8192, dialect="native")
     prompts, tool = make_prompts(count), make_tool(0.0)
     generate_trajectories(prompts.select(range(20)), engine, [tool], config, progress=False)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = _peak_kib()
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         journal = None if collect else folder
         kept = generate_trajectories(prompts, engine, [tool], config, journal=journal, collect=collect, progress=False)
     seconds = time.perf_counter() - started
     assert len(kept) == (count if collect else 0)
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024, seconds)
+    print((_peak_kib() - before) / 1024, seconds)
+
+
+def _peak_kib() -> int:
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1])
 
 
 class _Forgetful(list):
@@ -337,7 +342,7 @@ def main() -> None:
     parser.add_argument("--trajectories", type=int, default=64)
     parser.add_argument("--latencies", type=float, nargs="*", default=[0.0, 0.2, 1.0])
     parser.add_argument("--turns", type=int, nargs="*", default=[1, 2, 4, 8, 16])
-    parser.add_argument("--memory", type=int, nargs="*", default=[500, 2000, 8000])
+    parser.add_argument("--memory", type=int, nargs="*", default=[500, 2000, 4000])
     parser.add_argument("--output", type=Path, help="Markdown file for the tables.")
     parser.add_argument("--note", help="A sentence about the machine, for the file.")
     parser.add_argument("--one-memory", nargs=2, type=int, help=argparse.SUPPRESS)

@@ -45,6 +45,15 @@ def test_an_episode_ends_after_its_steps_and_is_lost(game):
     assert not environment.done
 
 
+@pytest.mark.parametrize("command", ["go \x00 north", "\x00", "\x1b[A\x07", "look\n\nlook", "", "é日本", "a" * 5000])
+def test_no_text_of_a_policy_crashes_the_engine(game, command):
+    """A NUL in a command used to end the training process."""
+    environment = TextWorldEnvironment()
+    environment.reset(**game)
+    assert environment.act(command) and not environment.done
+    assert "Admissible commands: " in environment.act("look")
+
+
 def test_a_game_is_made_once_and_depends_on_its_seed_alone(game, tmp_path):
     folder = game["game"].rpartition("/")[0]
     size = dict(num_rooms=2, num_objects=4, quest_length=2)

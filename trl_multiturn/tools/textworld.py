@@ -93,6 +93,8 @@ class TextWorldEnvironment:
         """
         if self.done:
             return "The game is over."
+        # The engine is a C library, in which a NUL ends the line before its line break: it would read on, and crash
+        command = "".join(character if character.isprintable() else " " for character in command)
         state, _, over = self._game.step(command)
         self._steps += 1
         self.won = bool(state.get("won"))
