@@ -1,4 +1,5 @@
 # ruff: noqa: E501 (a cell reads best on one line)
+# fmt: off
 """Hostile cells, by family. A cell that gets away with it prints ESCAPED (or a secret); `host` holds what it may aim at.
 
 Every cell is bounded (so many processes, so many megabytes), so that a wall which fails cannot hurt the machine that

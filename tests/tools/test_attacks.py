@@ -3,7 +3,6 @@
 import json
 import os
 import select
-import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from .attacks import ATTACKS, REFUSED
+from .portable import PortablePython
 
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the fork server confines on Linux only")
@@ -23,24 +23,22 @@ _SOME_ENDLESS = ("loop", "loop_in_c", "signals_ignored", "sleep", "endless_str")
 _NEVER_RAN = ("SyntaxError", "NameError", "AttributeError", "TypeError", "ImportError", "ModuleNotFoundError")
 
 
-def _others_can_read(path: str) -> bool:
-    """Whether an unprivileged user reaches the path at all."""
-    resolved = Path(path).resolve()
-    return all(folder.stat().st_mode & stat.S_IXOTH for folder in [*resolved.parents])
-
-
 class Arena:
     """The process in which the cells are let loose."""
 
-    def __init__(self, user: int) -> None:
+    def __init__(self, user: int, copy: PortablePython | None = None) -> None:
+        python, folder = (copy.python, copy.checkout / "tests" / "tools") if copy else (sys.executable, _HERE)
+        found = copy.environment if copy else {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
         self.process = subprocess.Popen(
-            [sys.executable, str(_HERE / "arena.py"), str(user)],
+            [str(python), str(folder / "arena.py"), str(user)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+            env={**os.environ, **found},
+            cwd=folder,
             start_new_session=True,
         )
+        self.user = user
         try:
             self.hello = self._answer()
         except BaseException:
@@ -69,21 +67,30 @@ class Arena:
         self.process.stdout.close()
 
 
+@pytest.fixture(scope="session")
+def portable_python():
+    try:
+        copy = PortablePython(("ipython", "numpy", "sympy"))
+    except OSError as error:
+        pytest.skip(f"no Python for an unprivileged user: {error}")
+    yield copy
+    copy.remove()
+
+
 @pytest.fixture(scope="module", params=["as_this_user", pytest.param("as_nobody", marks=pytest.mark.slow)])
 def arena(request):
-    user = os.geteuid()
-    if request.param == "as_nobody":
-        if user != 0:
-            pytest.skip("this user is unprivileged already")
-        if not all(_others_can_read(path) for path in (sys.executable, sys.base_prefix, __file__)):
-            pytest.skip("an unprivileged user cannot reach this Python or this checkout")
-        user = _NOBODY
-    arena = Arena(user)
+    if request.param == "as_this_user":
+        arena = Arena(os.geteuid())
+    elif os.geteuid() != 0:
+        pytest.skip("only root can become another user, and this user is unprivileged already")
+    else:
+        arena = Arena(_NOBODY, request.getfixturevalue("portable_python"))
     yield arena
     arena.close()
 
 
 def test_the_arena_has_every_wall(arena):
+    assert arena.hello["user"] == arena.user
     assert arena.hello["layers"]["landlock"] != "off" and arena.hello["layers"]["seccomp"] != "off"
 
 
