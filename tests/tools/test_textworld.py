@@ -54,6 +54,17 @@ def test_no_text_of_a_policy_crashes_the_engine(game, command):
     assert "Admissible commands: " in environment.act("look")
 
 
+@pytest.mark.parametrize("command", ["save", "Script", "look. save", "look, then transcript", "restart", "quit"])
+def test_commands_to_the_engine_write_no_file_and_leave_no_game(game, command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    environment = TextWorldEnvironment(max_steps=2)
+    environment.reset(**game)
+    assert environment.act(command) == "That is not part of the game." and not environment.done
+    assert not list(tmp_path.iterdir())
+    environment.act(command)
+    assert environment.done and environment.get_reward() == 0.0
+
+
 def test_a_game_is_made_once_and_depends_on_its_seed_alone(game, tmp_path):
     folder = game["game"].rpartition("/")[0]
     size = dict(num_rooms=2, num_objects=4, quest_length=2)

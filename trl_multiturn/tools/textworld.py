@@ -31,6 +31,12 @@ You play a text game. Answer every observation with one line that begins with `A
 
 """
 
+# Commands to the engine rather than to the game, at the start of one or after another: they write files (`save`,
+# `script`), or leave the game that is judged
+_OF_THE_ENGINE = re.compile(
+    r"(?:^|[.,]|\bthen\b)\s*(?:save|restore|script|unscript|transcript|record\w*|replay|restart|quit|q|undo)\b", re.I
+)
+
 
 class TextWorldEnvironment:
     """One game, by TRL's `environment_factory` protocol: each turn is a command, the reward is 1 for a won game.
@@ -93,10 +99,13 @@ class TextWorldEnvironment:
         """
         if self.done:
             return "The game is over."
+        self._steps += 1
         # The engine is a C library, in which a NUL ends the line before its line break: it would read on, and crash
         command = "".join(character if character.isprintable() else " " for character in command)
+        if _OF_THE_ENGINE.search(command):
+            self.done = self._steps >= self._max_steps
+            return "That is not part of the game."
         state, _, over = self._game.step(command)
-        self._steps += 1
         self.won = bool(state.get("won"))
         self.done = bool(over) or self._steps >= self._max_steps
         return self._observation(state["feedback"], state)
