@@ -326,10 +326,12 @@ def _cpu_times(idents: list[int]) -> dict[int, float]:
 
 def seed_generators(seed: int | None) -> None:
     """Seeds `random` and `numpy.random`, from the system's entropy unless a seed is given: forks share their state."""
-    random.seed(seed)
+    if seed is not None:  # `random` seeds itself anew in every fork
+        random.seed(seed)
     numpy = sys.modules.get("numpy")
     if numpy is not None:
-        numpy.random.seed(None if seed is None else seed % 2**32)
+        # numpy's own way to gather entropy copies dozens of pages that the session shares with its parent
+        numpy.random.seed(int.from_bytes(os.urandom(4), "little") if seed is None else seed % 2**32)
 
 
 def _read_request(descriptor: int) -> tuple[bytes, float, str]:
