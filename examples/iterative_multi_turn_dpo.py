@@ -56,7 +56,7 @@ EMBEDDED = {
     "beta": 0.5,  # a small policy degenerates at the paper's 0.1, which suits 7B
     "lr_scheduler_type": "constant_with_warmup",
     "warmup_steps": 5,
-    "per_device_train_batch_size": 16,
+    "per_device_train_batch_size": 8,
     "max_length": 256,
     "logging_steps": 5,
     "save_strategy": "epoch",
@@ -110,6 +110,7 @@ class IterativeScriptArguments(ScriptArguments):
 
 
 def main(script_args, training_args, model_args):
+    import torch
     from transformers import AutoTokenizer
     from transformers.trainer_utils import get_last_checkpoint
     from trl import get_peft_config, get_quantization_config
@@ -127,6 +128,7 @@ def main(script_args, training_args, model_args):
     )
 
     if model_args.model_name_or_path is None:
+        torch.set_num_threads(1)  # so small a model gains nothing from more, and they would wait on the interpreter
         model_args.model_name_or_path = warm_started_policy(script_args, training_args)
     training_args.model_init_kwargs = dict(
         revision=model_args.model_revision,
