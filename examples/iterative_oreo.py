@@ -159,7 +159,7 @@ def main(script_args, training_args, model_args):
 
     # Load both as any user would, and let the value model choose among steps
     if eval_prompts is not None and script_args.beam and trainer.accelerator.is_main_process:
-        engine = load_engine(training_args.output_dir, model_args.model_name_or_path)
+        engine = load_engine(training_args.output_dir, trainer.accelerator.device)
         compare_decoding(
             script_args.beam, eval_prompts, engine, f"{training_args.output_dir}/value_model", rollout_config
         )

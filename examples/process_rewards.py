@@ -69,7 +69,7 @@ def main(script_args, training_args):
     from trl_multiturn.rollout.search import value_guided_search
 
     policy, prompts, eval_prompts = prepare(script_args, training_args)
-    engine, tools = load_engine(policy, policy), [PythonTool()]
+    engine, tools = load_engine(policy), [PythonTool()]
     config = RolloutConfig(
         dialect="fenced",
         num_generations=script_args.num_generations,
