@@ -13,6 +13,8 @@ policy and value model; at the end the policy plays greedily, and with the best 
 pip install "trl-multiturn[textworld]"
 python examples/textworld_oreo.py
 ```
+The small player imitates wandering episodes of 16 games, and knows these by heart: it shows that every part runs, on
+both sides of the outcome, and generalises to no other game (0 of 8 held-out ones, before and after).
 
 # Full training
 ```bash
@@ -217,7 +219,7 @@ def warm_started_player(script_args, training_args, games, environment):
 
 
 def wander(game, environment, rng):
-    """One episode of a player who takes the next step of the solution four times of five, and else anything."""
+    """One episode of a player who takes the next step of the solution two times of five, and else anything."""
     from trl_multiturn.tools.environments import append_observation
 
     observation = environment.reset(**game)
@@ -225,7 +227,7 @@ def wander(game, environment, rng):
     solution = list(game["walkthrough"])
     while not environment.done:
         commands = observation.rpartition("Admissible commands: ")[2].split(", ")
-        command = solution[0] if solution and solution[0] in commands and rng.random() < 0.8 else rng.choice(commands)
+        command = solution[0] if solution and solution[0] in commands and rng.random() < 0.4 else rng.choice(commands)
         if solution and command == solution[0]:
             solution.pop(0)
         messages.append({"role": "assistant", "content": f"Action: {command}"})
