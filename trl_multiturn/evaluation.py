@@ -12,7 +12,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .rollout.config import RolloutConfig
@@ -94,7 +94,7 @@ class EvaluationResult:
     majority: Estimate | None
     n: int
     counts: Counter[str]
-    trajectories: list[Trajectory]
+    trajectories: list[Trajectory] = field(repr=False)
 
     @property
     def pass_at_1(self) -> float:
