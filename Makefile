@@ -13,7 +13,10 @@ demo: $(VENV)/ready
 	$(VENV)/bin/python examples/iterative_multi_turn_dpo.py
 
 test: $(VENV)/ready
-	$(VENV)/bin/pytest -n 2
+	$(VENV)/bin/pytest -n 2 -m "not slow"
+
+slow: $(VENV)/ready
+	$(VENV)/bin/pytest -n 2 -m slow
 
 quality: $(VENV)/ready
 	$(VENV)/bin/ruff check .
