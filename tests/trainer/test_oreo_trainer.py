@@ -470,15 +470,16 @@ class Rounds(TrainerCallback):
     def position(self, global_step):
         return max((pair for pair in enumerate(self.first_steps) if pair[1] <= global_step), default=(0, 0))
 
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        rows = self.trainer.prepare_rows(self.rounds[len(self.first_steps)])
-        self.first_steps.append(state.global_step)
+    def begin_iteration(self, iteration, resumed_inside):
+        rows = self.trainer.prepare_rows(self.rounds[iteration])
+        self.first_steps.append(self.trainer.state.global_step)
         self.trainer.train_dataset = self.trainer.compute_reference_columns(rows, reference="policy")
         with torch.no_grad():
             self.trainer.model.eval()
             self.trainer.compute_loss(self.trainer.model, whole_batch(self.trainer))
         self.starts.append(metrics_of(self.trainer))
         self.trainer.model.train()
+        return self.trainer.train_dataset
 
 
 @pytest.mark.parametrize("lora", [False, True])
