@@ -214,7 +214,7 @@ def test_one_residual_per_response_is_biased_by_uncertain_tools(name):
     optimum = mdp.solve(BETA)
     model = Tabular(mdp)
     model.train(lambda: sum(LOSSES[name](model, paths)), steps=800)
-    assert model.policy_error(optimum, paths) > 0.05
+    assert model.policy_error(optimum, paths) > 0.15  # measured: 0.173, the error of M-DPO without the margin
 
 
 def test_mdpo_reaches_the_optimum_with_certain_tools():

@@ -57,6 +57,9 @@ def oreo_policy_loss(
     before its first token), or the whole response (eq. 10). At the token level this is the same number as
     [`oreo_value_loss`]; only the gradients differ.
 
+    With observations that are not certain the token and step levels are still right on average; the response level is
+    biased, since its one residual holds $\sum_h V(s_{h+1}) - \mathbb{E}_o V(s_{h+1})$, the luck of all observations.
+
     Args:
         values (`Tensor`): `(B, T)`, detached.
         log_ratios (`Tensor`): `(B, T)`, $\log\pi - \log\pi_{ref}$ in nats.

@@ -26,7 +26,9 @@ class DQOConfig(ValueBasedConfig):
         importance_log_cap (`float`, *optional*, defaults to `1.0`):
             Largest logarithm of a weight, in nats.
         horizon (`str`, *optional*, defaults to `"token"`):
-            What one action is: a `"token"`, a `"turn"`, or the whole `"response"`, which is DRO.
+            What one action is: a `"token"`, a `"turn"`, or the whole `"response"`, which is DRO. With tools, users or
+            environments whose answers are not certain, choose `"token"` or `"turn"`: one residual per response takes
+            their luck for the policy's merit and converges to another policy (see [`DQOTrainer`]).
     """
 
     # Parameters whose default values are overridden
@@ -50,7 +52,8 @@ class DQOConfig(ValueBasedConfig):
     horizon: str = field(
         default="token",
         metadata={
-            "help": "What one action is: a token, a turn, or the whole response (DRO).",
+            "help": "What one action is: a token, a turn, or the whole response (DRO). With tools whose answers are "
+            "not certain, 'response' is biased; choose 'token' or 'turn' there.",
             "choices": ["token", "turn", "response"],
         },
     )

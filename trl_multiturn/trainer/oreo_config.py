@@ -22,6 +22,9 @@ class OREOConfig(ValueBasedConfig):
 
         level (`str`, *optional*, defaults to `"token"`):
             What one action of the policy loss is: a token (eq. 9), a reasoning step, or the whole response (eq. 10).
+            With tools, users or environments whose answers are not certain, choose `"token"` or `"step"`: one
+            residual per response takes their luck for the policy's merit and converges to another policy (see
+            [`OREOTrainer`]).
         step_delimiter (`str`, *optional*, defaults to `"turn"`):
             Where a step ends, for `level="step"`: at the end of each assistant turn, also at each `"line"` break, or
             also at each period (`"sentence"`).
@@ -43,7 +46,8 @@ class OREOConfig(ValueBasedConfig):
     level: str = field(
         default="token",
         metadata={
-            "help": "What one action of the policy loss is.",
+            "help": "What one action of the policy loss is. With tools whose answers are not certain, 'response' is "
+            "biased; choose 'token' or 'step' there.",
             "choices": ["token", "step", "response"],
         },
     )

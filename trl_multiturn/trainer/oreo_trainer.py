@@ -18,6 +18,12 @@ class OREOTrainer(ValueBasedTrainer):
     Bellman equation on trajectories with an outcome, at the level of tokens (eq. 9), steps or responses (eq. 10), with
     an exact KL to the reference. Only tokens that the policy sampled count; time jumps over tool results.
 
+    Tools whose answers are not certain (a search index that changes, another model, a user, a game of chance) are
+    harmless at the token and step levels: the residual of each action is right on average over what comes back. At
+    `level="response"` they are not. Its one residual holds the luck of every observation, as M-DPO's does without a
+    `margin`, and training converges to the same wrong policy as M-DPO: 0.17 in total variation at the worst state of
+    the exactly solved agent of `tests/test_tabular_optimum.py`, where the other levels reach the optimum.
+
     Arguments, their order and the rows are those of [`~trl.KTOTrainer`]; `args` is an [`OREOConfig`]. A row has a
     `reward` or a `label` (1 and 0), and instead of text it may carry `prompt_ids`, `completion_ids`, `action_mask`.
     A column `ref_logps` (aligned with `completion_ids`) replaces the reference's log-probabilities.
