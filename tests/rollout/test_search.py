@@ -303,6 +303,27 @@ def test_a_real_policy_and_a_real_value_model(monkeypatch):
     assert found.info["search"]["score"] == pytest.approx(value_model.score([state])[0], abs=1e-4)
 
 
+def test_candidates_share_what_was_read_of_their_prefix(monkeypatch):
+    class WithoutFork(TransformersEngine):
+        fork = None
+
+    monkeypatch.setitem(search_module.STEP_STOPS, "line", tuple("abcdefghijklmnopqrstuvwxyz"))
+    config = replace(CONFIG, max_turn_tokens=30)
+    found, read = {}, {}
+    for kind in (TransformersEngine, WithoutFork):
+        engine = kind(tiny_model(TOKENIZER), TOKENIZER)
+        (found[kind],), _ = search(
+            None, lambda states: [-sum(s) for s in states], engine=engine, beam=2, candidates=3, step="line",
+            config=config,
+        )  # fmt: skip
+        read[kind] = engine.stats["prefilled_tokens"]
+        assert engine.stats["retained_caches"] == 0
+    assert found[TransformersEngine].completion_ids == found[WithoutFork].completion_ids
+    # one pass over the prompt (two where the first candidate was taken before the others came), then what was sampled
+    # last of each kept state; without forks every step reads the whole state again
+    assert read[TransformersEngine] < 0.5 * read[WithoutFork]
+
+
 # Environments
 
 

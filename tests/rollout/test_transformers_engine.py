@@ -230,6 +230,24 @@ def test_a_session_may_turn_back(model, engine):
     assert generation.token_ids == score(model, edited, generation.token_ids)[1]
 
 
+def test_a_fork_goes_on_from_what_was_read_and_costs_no_memory(model, engine):
+    ids = prompt(30)
+    (first,) = run(engine, (ids, SamplingParams(6, seed=1)), session="a")
+    held, before = engine.stats["retained_bytes"], engine.stats["prefilled_tokens"]
+    for name in ("b", "c"):
+        engine.fork("a", name)
+    engine.fork("nothing is held under this name", "d")
+    assert (engine.stats["retained_caches"], engine.stats["retained_bytes"]) == (3, held)
+    for read, name in enumerate(("b", "a", "c"), start=1):
+        longer = ids + first.token_ids + prompt(5, seed=read)
+        (generation,) = run(engine, (longer, SamplingParams(4, temperature=0)), session=name)
+        assert engine.stats["prefilled_tokens"] - before == 5 * read  # the last sampled token and all but the last new
+        assert generation.token_ids == score(model, longer, generation.token_ids)[1]
+    for name in ("a", "b", "c"):
+        engine.release(name)
+    assert (engine.stats["retained_caches"], engine.stats["retained_bytes"]) == (0, 0)
+
+
 def test_equal_prompts_are_read_once(model):
     engine = TransformersEngine(model, TOKENIZER)
     ids = prompt(25)

@@ -77,6 +77,10 @@ class Engine(Protocol):
     """What the rollout loop needs of an inference engine.
 
     `generate` is awaited once per turn, by many trajectories at the same time; batching them is the engine's business.
+
+    An engine may also have `fork(session, new_session)`, called where one trajectory goes on as several (a search):
+    what is kept under `session` is then kept under `new_session`, too, so that the shared prefix is not read again.
+    Without it, or where the cache was dropped meanwhile, it is read.
     """
 
     processing_class: PreTrainedTokenizerBase

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from dataclasses import dataclass
 
 import torch
@@ -57,6 +57,7 @@ class RetainedCaches:
         self.nbytes = 0
         self.evictions = 0
         self._rows: OrderedDict[str, RetainedRow] = OrderedDict()
+        self._holders: Counter[int] = Counter()  # sessions of each row, by its id: forks share one
         self._lock = threading.RLock()
 
     def __len__(self) -> int:
@@ -69,22 +70,33 @@ class RetainedCaches:
         with self._lock:
             self.pop(session)
             self._rows[session] = row
-            self.nbytes += row.nbytes
+            self._holders[id(row)] += 1
+            if self._holders[id(row)] == 1:
+                self.nbytes += row.nbytes
             while self.nbytes > self.limit_bytes:
-                _, evicted = self._rows.popitem(last=False)
-                self.nbytes -= evicted.nbytes
+                self.pop(next(iter(self._rows)))
                 self.evictions += 1
 
     def pop(self, session: str) -> RetainedRow | None:
         with self._lock:
             row = self._rows.pop(session, None)
             if row is not None:
-                self.nbytes -= row.nbytes
+                self._holders[id(row)] -= 1
+                if not self._holders[id(row)]:
+                    del self._holders[id(row)]
+                    self.nbytes -= row.nbytes
             return row
+
+    def fork(self, session: str, new_session: str) -> None:
+        """Lets another session go on from what `session` holds, which is not copied; nothing if it holds nothing."""
+        with self._lock:
+            if session in self._rows:
+                self.put(new_session, self._rows[session])
 
     def clear(self) -> None:
         with self._lock:
             self._rows.clear()
+            self._holders.clear()
             self.nbytes = 0
 
 

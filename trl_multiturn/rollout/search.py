@@ -320,7 +320,10 @@ class _Search:
     async def _expand(self, parents: list[_Node]) -> list[_Node]:
         """The next steps of all partial trajectories, each distinct one once."""
         places = [(rank, k) for rank in range(len(parents)) for k in range(self.settings.candidates)]
-        drawn = await _all(self._draw(parents[rank], rank, k) for rank, k in places)
+        # Forked before anything is drawn: the first candidate goes on in its parent's session and takes its cache
+        sessions = [self._fork_session(parents[rank].session) if k else parents[rank].session for rank, k in places]
+        draws = zip(places, sessions, strict=True)
+        drawn = await _all(self._draw(parents[rank], rank, k, session) for (rank, k), session in draws)
         self.counts["drawn"] += len(drawn)
         children: dict[tuple[int, ...], _Node] = {}
         for (rank, _), child in zip(places, drawn, strict=True):
@@ -332,10 +335,10 @@ class _Search:
                 child.toolbox = parents[rank].toolbox
         return list(children.values())
 
-    async def _draw(self, parent: _Node, rank: int, k: int) -> _Node:
+    async def _draw(self, parent: _Node, rank: int, k: int, session: str) -> _Node:
         """Samples one step after `parent`; blank lines belong to the step before them and are no step."""
         transcript, begun = parent.transcript.fork(), parent.begun
-        child = _Node(transcript, parent.session if k == 0 else self._new_session())
+        child = _Node(transcript, session)
         ended = False
         while not ended:
             place = () if rank == k == 0 and not begun.token_ids else (rank, k, len(begun.token_ids))
@@ -407,6 +410,13 @@ class _Search:
         self.named += 1
         self.sessions.add(session)
         return session
+
+    def _fork_session(self, session: str) -> str:
+        new_session = self._new_session()
+        fork = getattr(self.engine, "fork", None)
+        if fork is not None:
+            fork(session, new_session)
+        return new_session
 
     def _new_toolbox(self) -> Toolbox:
         toolbox = self.open_toolbox()

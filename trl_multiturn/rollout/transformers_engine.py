@@ -140,6 +140,10 @@ class TransformersEngine:
                 self._in_flight.pop(request, None)
             raise
 
+    def fork(self, session: str, new_session: str) -> None:
+        """Lets `new_session` start from the cache that `session` now has; see [`Engine`]."""
+        self._retained.fork(session, new_session)
+
     def release(self, session: str) -> None:
         """Drops the cache of a trajectory; with the last one, the live batch's buffers too, if it is idle."""
         with self._lock:
