@@ -85,7 +85,6 @@ class IterativeOREOScriptArguments(IterativeScriptArguments):
 
 def main(script_args, training_args, model_args):
     from transformers import AutoTokenizer
-    from transformers.trainer_utils import get_last_checkpoint
     from trl import get_peft_config, get_quantization_config
 
     from trl_multiturn import (
@@ -146,8 +145,7 @@ def main(script_args, training_args, model_args):
     )
 
     # Train; after a stop the last checkpoint and the finished rollouts are taken up again
-    resume = training_args.resume_from_checkpoint or get_last_checkpoint(training_args.output_dir)
-    trainer.train(resume_from_checkpoint=resume)
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint or True)
 
     # What was trained on: green tokens are the policy's own, the rest is context
     if trainer.accelerator.is_main_process:

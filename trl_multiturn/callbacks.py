@@ -390,7 +390,8 @@ class ToolRolloutGenerator(TrainerCallback):
     def _set_aside(self, iteration: int) -> None:
         """Renames this iteration's folder and those after it: another policy rolled them out. Nothing is lost."""
         if self.trainer.accelerator.is_main_process:
-            for folder in sorted(self.run_folder.glob("iteration_*")):
+            # The last one first: what a killed process leaves is a run that ends earlier, never one with a gap
+            for folder in sorted(self.run_folder.glob("iteration_*"), reverse=True):
                 if int(folder.name.rpartition("_")[2]) >= iteration:
                     number = 1
                     while (aside := folder.with_name(f"stale_{folder.name}_{number}")).exists():

@@ -96,6 +96,11 @@ class Trajectory:
         """Number of tokens that the policy sampled."""
         return sum(self.action_mask)
 
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """`info` without wall-clock times: what is the same whenever the same command makes this trajectory."""
+        return {name: value for name, value in self.info.items() if name != "timing"}
+
     def turn_spans(self) -> Iterator[tuple[int, int]]:
         """Half-open `(start, stop)` spans of `completion_ids` that the policy sampled, one per assistant turn."""
         start = None

@@ -74,7 +74,7 @@ def _preference_row(pair: Pair, include_messages: bool) -> dict[str, Any]:
             f"{side}_ids": trajectory.completion_ids[cut:],
             f"{side}_action_mask": trajectory.action_mask[cut:],
             f"{side}_reward": terminal_reward(trajectory),
-            f"{side}_info": json.dumps(trajectory.info),
+            f"{side}_info": json.dumps(trajectory.provenance),
         }
     if include_messages:
         opening = _opening_messages(pair.chosen, pair.shared_turns)
@@ -149,7 +149,7 @@ def _unpaired_row(trajectory: Trajectory) -> dict[str, Any]:
         "label": trajectory.verdict is Verdict.CORRECT,
         "reward": terminal_reward(trajectory),
         "prompt_index": _prompt_index(trajectory),
-        "info": json.dumps(trajectory.info),
+        "info": json.dumps(trajectory.provenance),
         "behavior_logps": trajectory.logps,
         "turn_rewards": trajectory.info.get("turn_rewards"),
         "process_rewards": _aligned(trajectory.info.get("process_rewards", []), len(trajectory.completion_ids)),

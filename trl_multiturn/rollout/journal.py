@@ -324,8 +324,7 @@ def _schema(pa: Any) -> Any:
 
 def _to_row(trajectory: Trajectory) -> dict[str, Any]:
     row = trajectory.to_dict()
-    info = {name: value for name, value in row["info"].items() if name != "timing"}
-    texts = {"prompt": row["prompt"], "completion": row["completion"], "info": info}
+    texts = {"prompt": row["prompt"], "completion": row["completion"], "info": trajectory.provenance}
     return {**row, **{name: json.dumps(value, sort_keys=True) for name, value in texts.items()}}
 
 

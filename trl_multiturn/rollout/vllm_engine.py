@@ -73,7 +73,6 @@ class VLLMEngine:
         self._in_flight = 0  # callers that wait; guarded by the lock
         self._running: set[asyncio.Task] = set()  # requests, cancelled ones included; of vLLM's event loop
         self._adapter: Any = None
-        self._revision: str | None = None
         self._loop = asyncio.new_event_loop()
         thread = threading.Thread(target=self._loop.run_forever, name="VLLMEngine", daemon=True)
         thread.start()
@@ -148,7 +147,6 @@ class VLLMEngine:
             self._wait(self._swap_adapter(str(model_path)))
         else:
             self._wait(self._reload_weights(str(model_path)))
-        self._revision = str(model_path)
 
     def sleep(self, level: int = 1) -> None:
         """Frees the device's memory while the trainer works (`enable_sleep_mode=True`): level 1 keeps the weights in
@@ -166,14 +164,13 @@ class VLLMEngine:
         self._finalizer()
 
     def describe(self) -> dict[str, Any]:
-        """Name, version and settings."""
+        """Name, version and settings; not the weights, so that a run taken up again finds the engine it had."""
         self._check_open()
         config = self._llm.model_config
         return {
             "engine": "vllm",
             "vllm_version": self._vllm.__version__,
             "model": self._settings["model"],
-            "weights": self._revision,
             "architecture": config.architecture,
             "dtype": str(config.dtype).removeprefix("torch."),
             "max_model_len": config.max_model_len,

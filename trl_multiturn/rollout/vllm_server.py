@@ -75,7 +75,6 @@ class VLLMServerEngine:
         self._gates: dict[asyncio.AbstractEventLoop, asyncio.Semaphore] = {}
         self._adapters = itertools.count(1)
         self._adapter: str | None = None
-        self._revision: str | None = None
         self._version = self._command("/version", None)["version"]
         card = self._command("/v1/models", None)["data"][0]
         self._model, self._max_model_len = card["id"], card["max_model_len"]
@@ -133,7 +132,6 @@ class VLLMServerEngine:
             self._command("/reset_prefix_cache", {})
         if previous is not None:
             self._command("/v1/unload_lora_adapter", {"lora_name": previous})
-        self._revision = folder
 
     def sleep(self, level: int = 1) -> None:
         """Frees the server's device while the trainer works; see [`VLLMEngine.sleep`]."""
@@ -144,12 +142,11 @@ class VLLMServerEngine:
         self._command("/wake_up", {})
 
     def describe(self) -> dict[str, Any]:
-        """Name, version and settings."""
+        """Name, version and settings; not the weights, so that a run taken up again finds the engine it had."""
         return {
             "engine": "vllm_server",
             "vllm_version": self._version,
             "model": self._model,
-            "weights": self._revision,
             "max_model_len": self._max_model_len,
         }
 

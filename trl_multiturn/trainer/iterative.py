@@ -12,11 +12,14 @@ import copy
 import inspect
 import math
 import warnings
+from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from datasets import Dataset
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import ProgressCallback, Trainer
+from transformers import ProgressCallback, Trainer, set_seed
+
+from .checkpoints import being_written, checkpoint_to_resume
 
 
 @runtime_checkable
@@ -109,6 +112,14 @@ class IterativeTrainerMixin:
             columns |= {ids: [[token]], mask: [[1]]}
         return Dataset.from_dict(columns)
 
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As the parent's. With a [`TrainingRowSource`], `resume_from_checkpoint=True` goes on from the last complete
+        checkpoint, and starts from the beginning where there is none yet: the same command starts a run and takes it
+        up again."""
+        if self._row_source is not None and resume_from_checkpoint:
+            resume_from_checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
     def _run_epoch(self, **kwargs: Any) -> None:
         if self._row_source is None:
             super()._run_epoch(**kwargs)
@@ -119,6 +130,9 @@ class IterativeTrainerMixin:
             self._row_source.position(self.state.global_step)[1] if inside else self.state.global_step
         )
         self.train_dataset = self._row_source.begin_iteration(iteration, inside)
+        # The order of the rows and dropout depend on the iteration, not on what was drawn while rolling out (or not
+        # drawn, where the rows were on disk): a run that was stopped trains as an undisturbed one does.
+        set_seed(self.args.seed)
         dataloader = self.get_train_dataloader() if len(self.train_dataset) else ()
         updates = math.ceil(len(dataloader) / self.args.gradient_accumulation_steps)
         self.iteration_last_step = self.iteration_first_step + updates
@@ -128,6 +142,9 @@ class IterativeTrainerMixin:
                 train_dataloader=dataloader, steps_in_epoch=len(dataloader), num_update_steps_per_epoch=updates
             )
             self.callback_handler.train_dataloader = dataloader
+            if not inside:
+                set_seed(self.args.seed + iteration)
+                kwargs["resume_from_checkpoint"] = None  # of which the parent would take the random state
             super()._run_epoch(**kwargs)
         else:  # nothing found: the iteration ends here, the run goes on
             self.control = self.callback_handler.on_epoch_end(self.args, self.state, self.control)
@@ -173,3 +190,11 @@ class IterativeTrainerMixin:
         if self.args.ignore_data_skip:
             return iteration, 0
         return iteration, (self.state.global_step - first_step) * self.args.gradient_accumulation_steps
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        if self._row_source is None:
+            super()._save_checkpoint(model, trial)
+            return
+        folder = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
+        with being_written(self, folder):
+            super()._save_checkpoint(model, trial)

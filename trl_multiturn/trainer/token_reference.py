@@ -200,10 +200,11 @@ class TokenReferenceMixin:
     # Checkpoints: a reference that was refreshed is part of the training state (PEFT saves the adapter `ref` itself)
 
     def _save_checkpoint(self, model, trial) -> None:
-        super()._save_checkpoint(model, trial)
+        # Before the rest: a checkpoint counts as complete once its state, the parent's last file, is there
         if self._reference_moved and self.ref_model is not None and self.args.should_save:
             folder = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}", REFERENCE_MODEL_FOLDER)
             self.accelerator.unwrap_model(self.ref_model).save_pretrained(folder)
+        super()._save_checkpoint(model, trial)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)

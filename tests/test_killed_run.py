@@ -1,0 +1,149 @@
+"""A whole training run, killed with SIGKILL at any moment and started again by the same call, ends as if undisturbed.
+
+`TRL_MULTITURN_KILLS=60 pytest tests/test_killed_run.py -s` kills more often and prints what was being done each time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import load_from_disk
+
+from tests.killed_run import ITERATIONS
+from trl_multiturn.report import load_reports
+from trl_multiturn.rollout import Journal
+
+
+ROOT = Path(__file__).parents[1]
+KILLS = int(os.environ.get("TRL_MULTITURN_KILLS", "8"))
+
+pytestmark = pytest.mark.slow
+
+
+class Runner:
+    """Starts runs in processes forked from one that has imported everything, and kills them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.log = open(folder / "log.txt", "w+")
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        self.server = subprocess.Popen(
+            [sys.executable, "-m", "tests.killed_run"],
+            **dict(cwd=ROOT, env=environment, text=True, bufsize=1),
+            **dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log),
+        )
+
+    def close(self) -> None:
+        self.server.stdin.close()
+        self.server.wait(60)
+        self.log.close()
+
+    def run(self, folder: Path, kill: tuple[int, float] | None = None, **arguments: Any) -> tuple[list, bool]:
+        """Runs to the end, or kills the run so many seconds after its event of this number.
+
+        Returns:
+            The events (when, in seconds, a file was touched, and which), and whether the run was killed.
+        """
+        pipe = self.folder / "events"
+        pipe.unlink(missing_ok=True)
+        os.mkfifo(pipe)
+        self.server.stdin.write(json.dumps({"folder": str(folder), "pipe": str(pipe), **arguments}) + "\n")
+        process = int(self.server.stdout.readline())
+        events: list[tuple[float, str]] = []
+
+        def follow() -> None:
+            with open(pipe) as lines:
+                for line in lines:
+                    when, _, path = line.rstrip("\n").partition(" ")
+                    events.append((float(when), path))
+                    if kill is not None and len(events) == kill[0]:
+                        time.sleep(kill[1])
+                        os.kill(process, signal.SIGKILL)
+
+        threading.Thread(target=follow, daemon=True).start()
+        code = int(self.server.stdout.readline())
+        if code not in (0, -signal.SIGKILL):
+            self.log.seek(0)
+            pytest.fail(self.log.read()[-6000:])
+        return events, code != 0
+
+
+@pytest.fixture(scope="module")
+def runner(tmp_path_factory):
+    runner = Runner(tmp_path_factory.mktemp("runner"))
+    yield runner
+    runner.close()
+
+
+def sha(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def reproducible(record: dict[str, Any]) -> dict[str, Any]:
+    """A report or log entry without what the clock says, and without TRL's count that begins anew in each process."""
+    return {key: value for key, value in record.items() if not key.endswith("_seconds") and key != "num_tokens"}
+
+
+def outcome(folder: Path) -> dict[str, Any]:
+    """All that a run leaves behind that another run has to leave behind as well."""
+    found: dict[str, Any] = {}
+    for number in range(ITERATIONS):
+        iteration = folder / "rollouts" / f"iteration_{number:03d}"
+        found[f"{number} trajectories"] = sha(Journal(iteration / "journal").write_dataset(folder / "dataset.parquet"))
+        for rows in ("rows", "training_rows"):  # with the reference's log-probabilities
+            found[f"{number} {rows}"] = load_from_disk(iteration / rows).to_list()
+    found["reports"] = [reproducible(vars(report)) for report in load_reports(folder / "rollouts")]
+    state = json.loads((folder / "trainer_state.json").read_text())
+    found["training"] = [reproducible(entry) for entry in state["log_history"] if "loss" in entry]
+    found["steps"] = state["global_step"]
+    found["trained"] = sha(folder / "rollouts" / f"iteration_{ITERATIONS:03d}" / "policy.safetensors")
+    found["saved"] = {path.name: sha(path) for path in (folder / "final").glob("*.safetensors")}
+    return found
+
+
+def compare(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    for name in expected:
+        assert found[name] == expected[name], name
+
+
+def check_kills(runner: Runner, folder: Path, runs: int, seed: int, **arguments: Any) -> None:
+    """Kills `runs` runs twice each, at points spread over the whole of it, and compares their ends."""
+    generator = random.Random(seed)
+    events, _ = runner.run(folder / "undisturbed", **arguments)
+    expected = outcome(folder / "undisturbed")
+    assert len(expected["reports"]) == ITERATIONS and all(r["rows"] > 2 for r in expected["reports"])
+    assert len({r["policy_revision"] for r in expected["reports"]}) == ITERATIONS
+    gaps = [after - before for (before, _), (after, _) in zip(events, events[1:], strict=False)] + [0.1]
+    kills = 0
+    for number in range(runs):
+        killed = folder / f"killed_{number}"
+        first = generator.randrange(number * len(events) // runs, (number + 1) * len(events) // runs) + 1
+        for at in (first, generator.randrange(1, len(events) - first + 2)):
+            delay = generator.uniform(0, gaps[at - 1])
+            seen, was_killed = runner.run(killed, kill=(at, delay), **arguments)
+            kills += was_killed
+            if was_killed:
+                print(f"run {number}: killed {delay:.3f} s after event {at}, {seen[at - 1][1]}; last: {seen[-1][1]}")
+        runner.run(killed, **arguments)
+        compare(outcome(killed), expected)
+    assert kills >= runs, "the runs were over before they were killed"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"history": "all"}, {"lora": True, "save_total_limit": 2}],
+    ids=["all weights, history of all", "adapter, dropout"],
+)
+def test_a_killed_run_ends_as_an_undisturbed_one(runner, tmp_path, arguments):
+    check_kills(runner, tmp_path, runs=max(1, KILLS // 4), seed=KILLS, **arguments)

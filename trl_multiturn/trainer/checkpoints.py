@@ -1,0 +1,93 @@
+"""Checkpoints that are whole or not there: what a run that was killed while it wrote one goes on from."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from transformers.trainer_utils import rotate_checkpoints
+
+
+logger = logging.getLogger(__name__)
+
+_STATE_FILE = "trainer_state.json"
+
+
+def last_checkpoint(output_dir: str | os.PathLike) -> str | None:
+    """The last complete `checkpoint-*` folder in `output_dir`, or `None`.
+
+    `transformers.trainer_utils.get_last_checkpoint` also returns one that was being written when its process was
+    killed, from which nothing can resume.
+    """
+    folders = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    for folder in sorted(folders, key=_step, reverse=True):
+        if is_complete(folder):
+            return str(folder)
+        logger.warning("%s is passed over: the run was stopped while it was being written.", folder)
+    return None
+
+
+def is_complete(checkpoint: str | os.PathLike) -> bool:
+    """Whether a checkpoint was written to its end."""
+    return Path(checkpoint, _STATE_FILE).is_file() and not _marker(Path(checkpoint)).exists()
+
+
+@contextmanager
+def being_written(trainer: Any, checkpoint: Path) -> Iterator[None]:
+    """Marks a checkpoint as incomplete while the body writes it, on all processes of `trainer` together.
+
+    Older checkpoints are deleted (`save_total_limit`) only when this one stands.
+    """
+    writes, limit = trainer.args.should_save, trainer.args.save_total_limit
+    if writes:
+        checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        _marker(checkpoint).touch()
+    trainer.accelerator.wait_for_everyone()
+    trainer.args.save_total_limit = None
+    try:
+        yield
+    finally:
+        trainer.args.save_total_limit = limit
+    trainer.accelerator.wait_for_everyone()
+    if writes:
+        _marker(checkpoint).unlink()
+        best = trainer.state.best_model_checkpoint
+        rotate_checkpoints(checkpoint.parent, save_total_limit=limit, best_model_checkpoint=best, use_mtime=True)
+
+
+def checkpoint_to_resume(resume: str | bool, output_dir: str) -> str | None:
+    """What `train(resume_from_checkpoint=resume)` goes on from in a run that keeps its rollouts on disk.
+
+    Args:
+        resume (`str` or `bool`):
+            A checkpoint's folder; or `True` for the last complete one, if there is any.
+        output_dir (`str`):
+            The trainer's.
+
+    Raises:
+        `ValueError`: if `resume` is a checkpoint that was never written to its end.
+    """
+    if resume is not True:
+        if not is_complete(resume):
+            raise ValueError(
+                f"`resume_from_checkpoint={str(resume)!r}` is not a complete checkpoint: the run was stopped while it "
+                "was being written, or it is another folder. Pass `True` to go on from the last complete one."
+            )
+        return str(resume)
+    found = last_checkpoint(output_dir)
+    if found is None:
+        logger.info("%s holds no complete checkpoint: training starts from the beginning.", output_dir)
+    return found
+
+
+def _marker(checkpoint: Path) -> Path:
+    return checkpoint.with_name(f"{checkpoint.name}.incomplete")
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.rpartition("-")[2])
