@@ -1,7 +1,7 @@
 """
 One training step of TRL's trainers and of the packed path, side by side in one process, on the same rows.
 
-    python benchmarks/train_step.py                          # every table, about an hour on two cores
+    python benchmarks/train_step.py                          # every table, about two hours
     python benchmarks/train_step.py dpo groups --batches 4   # some tables
     python benchmarks/train_step.py groups --scale 0.25      # a quick look, on shorter rows
     python benchmarks/train_step.py --output benchmarks/results/train_step.md
@@ -39,9 +39,9 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import LoraConfig, TaskType
-from tokenizers import Tokenizer, models
-from train_step_rows import VOCAB, RealRows, Setting, SyntheticRows, batch_of, trajectories_of
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from train_step_rows import VOCAB, RealRows, Setting, SyntheticRows, any_tokenizer, batch_of, trajectories_of
+from train_step_run import whole_runs
+from transformers import Qwen2Config, Qwen2ForCausalLM
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 
 from trl_multiturn.packing import PackedTrainerMixin, pack_rows
@@ -74,8 +74,8 @@ TABLES: dict[str, list[Setting]] = {
     ],
     "groups": [
         Setting("4 pairs from 2 x 2 trajectories of one prompt", pairs=4, from_trajectories=2),
-        Setting("9 pairs from 3 x 3 trajectories of one prompt", pairs=9, from_trajectories=3),
     ],
+    "large": [Setting("9 pairs from 3 x 3 trajectories of one prompt", pairs=9, from_trajectories=3)],
     "kto": [
         Setting("KTO, 4 trajectories", kind="kto", pairs=2),
         Setting("KTO, 4 trajectories of one prompt", kind="kto", pairs=2, turns_shared=0.5, from_trajectories=2),
@@ -128,7 +128,7 @@ def make_trainer(setting: Setting, packed: bool, precomputed: bool) -> DPOTraine
         ref_model=reference,
         args=args,
         train_dataset=Dataset.from_list(rows),
-        processing_class=_any_tokenizer(),
+        processing_class=any_tokenizer(),
         peft_config=LoraConfig(task_type=TaskType.CAUSAL_LM, r=16, target_modules="all-linear")
         if setting.lora
         else None,
@@ -150,12 +150,6 @@ def make_models(setting: Setting, precomputed: bool) -> tuple[Qwen2ForCausalLM, 
         reference = Qwen2ForCausalLM(config)
         reference.load_state_dict(policy.state_dict())
     return policy, reference
-
-
-def _any_tokenizer() -> PreTrainedTokenizerFast:
-    vocabulary = {"<pad>": 0, "<eos>": 1, "a": 2, "b": 3, "c": 4}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
 
 
 def _move(model: torch.nn.Module) -> None:
@@ -323,26 +317,6 @@ def measure_memory(table: str, index: int, arguments: argparse.Namespace) -> dic
     return memory
 
 
-# --- whole runs ------------------------------------------------------------------------------------------------------
-
-
-def loss_curves(steps: int) -> tuple[float, float]:
-    """Largest loss difference, and the ratio of CPU times, over a real `trainer.train()` of `steps` steps."""
-    losses, seconds = [], []
-    for packed in (False, True):
-        trainer = make_trainer(Setting("run", body=dict(num_hidden_layers=4, hidden_size=256, vocab_size=8000)),
-                               packed, precomputed=False)  # fmt: skip
-        rows = SyntheticRows(5, Setting("run", scale=0.4, body=dict(vocab_size=8000)))
-        optimizer = torch.optim.AdamW(trainer.model.parameters(), lr=1e-5)
-        losses.append([])
-        start = time.process_time()
-        for _ in range(steps):
-            losses[-1].append(run_step(trainer, batch_of("dpo", rows.pairs())).loss)
-            optimizer.step()
-        seconds.append(time.process_time() - start)
-    return max(abs(a - b) for a, b in zip(*losses, strict=True)), seconds[0] / seconds[1]
-
-
 # --- report ----------------------------------------------------------------------------------------------------------
 
 
@@ -405,9 +379,9 @@ def main() -> None:
     print(lines[0], flush=True)
     for table in arguments.tables or [*TABLES, "run"]:
         if table == "run":
-            difference, ratio = loss_curves(50)
-            lines.append(f"\n50 optimizer steps: losses within {difference:.1e} at every step, {ratio:.1f} x.")
-            print(lines[-1], flush=True)
+            for line in whole_runs(arguments.scale):
+                print(line, flush=True)
+                lines.append(line)
             continue
         results = []
         for index, setting in enumerate(TABLES[table]):
