@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from jinja2 import TemplateError
@@ -161,10 +162,23 @@ class TurnTemplate:
             observations (`list[dict]`):
                 The tool or user messages that answer it.
         """
-        messages, observations = list(messages), list(observations)
-        text = self._render(messages + observations, generation_prompt=True)
-        end = self._turn_end(text, messages)
-        return self._encode_pieces([text[:end], text[end:]])[1]
+        return self.after_turn(messages)(observations)
+
+    def after_turn(self, messages: Sequence[Message]) -> Callable[[Sequence[Message]], list[int]]:
+        """[`observation_ids`] for many observations after the same turn, which is rendered by itself only once."""
+        messages = list(messages)
+        alone = self._render(messages)
+        encode_head = lru_cache(maxsize=2)(self._encode)
+
+        def observation_ids(observations: Sequence[Message]) -> list[int]:
+            text = self._render(messages + list(observations), generation_prompt=True)
+            end = self._turn_end(text, messages, alone)
+            head, whole = encode_head(text[:end]), self._encode(text)
+            if whole[: len(head)] == head:  # what `_encode_pieces` finds in this case, with less work
+                return whole[len(head) :]
+            return self._encode_pieces([text[:end], text[end:]])[1]
+
+        return observation_ids
 
     @property
     def end_of_turn_ids(self) -> tuple[int, ...]:
@@ -261,7 +275,8 @@ class TurnTemplate:
                     "`reasoning_content`, choose the template's mode that matches the data (e.g. "
                     "`enable_thinking=False` in `chat_template_kwargs`), or change the template. " + _REMEDY
                 )
-            end = self._turn_end(text, messages[: index + 1], turn=turn)
+            turns = messages[: index + 1]
+            end = self._turn_end(text, turns, self._render(turns), turn)
             if end < len(header):
                 raise ValueError(f"Assistant turn {turn} (message {index}) renders to nothing. " + _REMEDY)
             self._refuse_dropped_words(text[len(header) : end], messages[: index + 1], turn)
@@ -281,10 +296,9 @@ class TurnTemplate:
                 "silently vanish from training. Use a template that prints both, or rows that carry token ids."
             )
 
-    def _turn_end(self, text: str, messages: list[Message], turn: int | None = None) -> int:
-        """End of the last turn of `messages` in `text`, a rendering that begins with `messages`."""
+    def _turn_end(self, text: str, messages: list[Message], alone: str, turn: int | None = None) -> int:
+        """End of the last of `messages`, which render as `alone`, in `text`, a rendering that begins with them."""
         where = "The assistant turn" if turn is None else f"Assistant turn {turn}"
-        alone = self._render(messages)
         ending = next((e for e in self._endings if alone.endswith(e.text + e.trail)), None)
         if ending is None:
             raise ValueError(

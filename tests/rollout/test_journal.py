@@ -9,10 +9,12 @@ import multiprocessing
 import random
 import resource
 import signal
+import threading
 from pathlib import Path
 
 import pytest
 
+import trl_multiturn.rollout.journal as journal_module
 from tests.support import assistant, byte_tokenizer, user
 from trl_multiturn import StopReason, Trajectory, Verdict
 from trl_multiturn.rollout import (
@@ -362,3 +364,26 @@ def test_a_run_killed_at_20_random_points_writes_the_same_bytes(tmp_path):
     generator = random.Random(0)
     for number in range(5):
         check_kills(tmp_path / str(number), kills=[generator.randrange(1, 30) for _ in range(4)])
+
+
+def test_a_slow_disk_holds_up_no_rollout_and_its_error_is_told(tmp_path, monkeypatch):
+    released, synced = threading.Event(), []
+
+    def slow(descriptor):
+        assert released.wait(20)
+        synced.append(descriptor)
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        journal = Journal(tmp_path, sync_seconds=1e-9)
+        journal.append(SCOPE, trajectory(0))
+        journal._await_sync()
+        patch.setattr(journal_module.os, "fsync", slow)
+        journal.append(SCOPE, trajectory(1))
+        journal.append(SCOPE, trajectory(2))  # while the disk is busy with the line before
+        assert not synced
+        released.set()
+        with pytest.raises(JournalError, match="Input/output error"):
+            journal.sync()
+    journal.close()
+    assert [each.info["prompt_index"] for each in Journal(tmp_path).read()] == [0, 1, 2]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import lru_cache
 from typing import Any
 
 from ..templates import TurnTemplate
@@ -45,11 +47,18 @@ class Conversation:
         eos = self._tokenizer.eos_token_id
         self.stop_token_ids = tuple(dict.fromkeys([*self.template.end_of_turn_ids, *([] if eos is None else [eos])]))
         self.stop_strings = tuple(dict.fromkeys([*self.dialect.stop_strings, *config.stop_strings]))
+        # The samples of a prompt begin one after another, and most turns look alike to the template
+        self._prompt_ids = lru_cache(maxsize=64)(self._render_prompt)
+        self._after_turn = lru_cache(maxsize=64)(self._render_turn)
         # A template that cannot answer a turn is the user's mistake, to be told before the first trajectory
         self.observation_ids(*self._probe())
 
+    def prompt_ids(self, messages: list[Message]) -> list[int]:
+        """Ids of a prompt, the generation prompt included."""
+        return list(self._prompt_ids(json.dumps(messages)))
+
     def read(self, generation: Generation, prefix_ids: list[int]) -> Turn:
-        """Reads a sampled turn."""
+        """Reads a turn that was sampled after `prefix_ids`, which reach back to the generation prompt at least."""
         ids = generation.token_ids
         return self.dialect.read(self.text(ids), ids, prefix_ids)
 
@@ -86,7 +95,13 @@ class Conversation:
         skeleton: Message = {"role": "assistant", "content": "turn"}
         if calls:
             skeleton = {**skeleton, "content": "", "tool_calls": calls}
-        return self.template.observation_ids([{"role": "user", "content": "prompt"}, skeleton], observations)
+        return self._after_turn(json.dumps(skeleton))(observations)
+
+    def _render_prompt(self, messages: str) -> list[int]:
+        return self.template.prompt_ids(json.loads(messages))
+
+    def _render_turn(self, skeleton: str) -> Callable[[list[Message]], list[int]]:
+        return self.template.after_turn([{"role": "user", "content": "prompt"}, json.loads(skeleton)])
 
     def _probe(self) -> tuple[Turn, list[Message]]:
         if self.dialect.template_tools:
@@ -129,6 +144,15 @@ class Transcript:
     def ids(self) -> list[int]:
         """All that the policy reads before the next token."""
         return self.prompt_ids + self.completion_ids
+
+    @property
+    def last_read(self) -> list[int]:
+        """What the policy has read since it last sampled: the last observation and the generation prompt, at first
+        the whole prompt."""
+        start = len(self.action_mask)
+        while start and not self.action_mask[start - 1]:
+            start -= 1
+        return self.completion_ids[start:] if start else self.ids
 
     def fork(self) -> Transcript:
         """A copy that grows on its own."""
@@ -222,7 +246,7 @@ async def play_episode(
         observation = await toolbox.reset()
         if opening is None:
             transcript.prompt = append_observation(prompt, observation)
-            transcript.prompt_ids = conversation.template.prompt_ids(transcript.prompt)
+            transcript.prompt_ids = conversation.prompt_ids(transcript.prompt)
             refuse_long_prompt(len(transcript), context.prompt_index, config)
         else:
             transcript.replays_differ = await replay(transcript, toolbox, conversation)
@@ -232,7 +256,7 @@ async def play_episode(
     except ToolFailure as error:
         stop_reason, failure = StopReason.TOOL_FAILED, str(error)
         if not transcript.prompt_ids:  # the environment never started
-            transcript.prompt_ids = conversation.template.prompt_ids(transcript.prompt)
+            transcript.prompt_ids = conversation.prompt_ids(transcript.prompt)
     finally:
         engine.release(context.trajectory_id)
         await toolbox.close()
@@ -324,7 +348,7 @@ def end_turn(
     generation: Generation, transcript: Transcript, conversation: Conversation, config: RolloutConfig
 ) -> tuple[Turn, StopReason | None]:
     """Reads a sampled turn and appends it; why the trajectory stops there, `None` where its calls are to be run."""
-    turn = conversation.read(generation, transcript.ids)
+    turn = conversation.read(generation, transcript.last_read)
     transcript.add_sampled(generation)
     transcript.completion.append(turn.message)
     transcript.malformed += turn.problem is not None

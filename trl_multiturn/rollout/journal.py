@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import re
+import threading
 import time
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -55,7 +56,8 @@ class Journal:
             Where the journal is. Several processes may write to one folder, each to shards of its own.
         sync_seconds (`float`, *optional*, defaults to `1.0`):
             Every line is handed to the operating system at once, so that a killed process loses nothing. To survive a
-            power failure too, the file is synced to disk at most this long after; 0 syncs each line.
+            power failure too, the file is synced to disk, in a thread, about this long after; 0 syncs each line
+            before going on.
     """
 
     def __init__(self, folder: str | os.PathLike, sync_seconds: float = 1.0):
@@ -64,6 +66,8 @@ class Journal:
         self._descriptor: int | None = None
         self._size = 0
         self._synced = 0.0
+        self._syncing: threading.Thread | None = None
+        self._sync_error: OSError | None = None
         self._shard: Path | None = None
 
     # Writing
@@ -108,6 +112,7 @@ class Journal:
         """Waits until everything written so far is on the disk."""
         if self._descriptor is not None:
             with _explained(self.folder):
+                self._await_sync()
                 os.fsync(self._descriptor)
             self._synced = time.monotonic()
 
@@ -169,8 +174,34 @@ class Journal:
                 raise
             self._size += len(line)
             if time.monotonic() - self._synced >= self.sync_seconds:
+                self._start_sync(descriptor)
+
+    def _start_sync(self, descriptor: int) -> None:
+        """Syncs in a thread, as a busy disk may take its time and the rollouts must not wait for it."""
+        if self._syncing is not None and self._syncing.is_alive():
+            return  # a later line asks again
+
+        def sync() -> None:
+            try:
                 os.fsync(descriptor)
-                self._synced = time.monotonic()
+            except OSError as error:
+                self._sync_error = error
+
+        self._await_sync()
+        self._synced = time.monotonic()
+        self._syncing = threading.Thread(target=sync, name="trl-multiturn-journal")
+        self._syncing.start()
+        if self.sync_seconds == 0:
+            self._await_sync()
+
+    def _await_sync(self) -> None:
+        """Waits for the thread and raises its error, if it had one."""
+        if self._syncing is not None:
+            self._syncing.join()
+            self._syncing = None
+        error, self._sync_error = self._sync_error, None
+        if error is not None:
+            raise error
 
     def _open_shard(self) -> int:
         """A new shard: one that was written by another run may end in a torn line."""

@@ -364,9 +364,9 @@ class _Rollouts:
         return messages
 
     def _refuse_long_prompts(self) -> None:
-        template = self.conversations[None].template
+        conversation = self.conversations[None]
         for index, row in enumerate(self.rows):
-            refuse_long_prompt(len(template.prompt_ids(self._prompt(row))), index, self.config)
+            refuse_long_prompt(len(conversation.prompt_ids(self._prompt(row))), index, self.config)
 
     def _scope(self) -> str:
         return f"{self.provenance['iteration']}/{self.provenance['policy']}"

@@ -274,7 +274,7 @@ class _Search:
                 root.toolbox = self._new_toolbox()
                 transcript.prompt = append_observation(transcript.prompt, await root.toolbox.reset())
         finally:
-            transcript.prompt_ids = self.conversation.template.prompt_ids(transcript.prompt)
+            transcript.prompt_ids = self.conversation.prompt_ids(transcript.prompt)
         refuse_long_prompt(len(transcript), self.context.prompt_index, self.config)
 
     async def _search(self, root: _Node) -> _Node:
