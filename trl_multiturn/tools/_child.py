@@ -7,6 +7,7 @@ and the text of a reply is cut before it leaves. Needs IPython and the standard 
 
 from __future__ import annotations
 
+import _signal
 import _thread
 import builtins
 import contextlib
@@ -29,7 +30,10 @@ class CellTimeout(BaseException):
 
 
 _read, _write, _exit = os.read, os.write, os._exit
-_setitimer, _set_handler, _sleep, _cpu_clock = signal.setitimer, signal.signal, time.sleep, time.pthread_getcpuclockid
+# without the conversions to enumerations that `signal` makes, which cost more than the system calls
+_setitimer, _set_handler, _unblock = _signal.setitimer, _signal.signal, _signal.pthread_sigmask
+_MASK = (int(signal.SIG_UNBLOCK), {int(signal.SIGALRM)})
+_sleep, _cpu_clock = time.sleep, time.pthread_getcpuclockid
 _clock = time.clock_gettime
 _thread_count, _native_id, _frames, _main = (
     _thread._count,
@@ -37,7 +41,6 @@ _thread_count, _native_id, _frames, _main = (
     sys._current_frames,
     _thread.get_ident(),
 )
-_unblock, _MASK = signal.pthread_sigmask, (signal.SIG_UNBLOCK, {signal.SIGALRM})
 _task_ids = os.listdir
 _pristine = dict(vars(builtins))
 _builtins = vars(builtins)
@@ -45,6 +48,8 @@ _HEADER, _unpack = protocol.REQUEST.size, protocol.REQUEST.unpack_from
 _COMPILE_ERRORS = (SyntaxError, ValueError, OverflowError, MemoryError, RecursionError, CellTimeout)
 _REPEAT_SECONDS = 0.05
 _STATIONARY = 0.25  # share of a core above which a thread left behind counts as spinning
+_PLAIN = frozenset((bool, bytes, complex, dict, float, frozenset, int, list, set, str, tuple))
+_NOTHING = contextlib.nullcontext()
 _RECURSION = sys.getrecursionlimit()
 _set_switch_interval, _SWITCH_SECONDS = sys.setswitchinterval, 0.0005  # do not wait long for spinning threads
 
@@ -126,6 +131,18 @@ class _Bytes(io.RawIOBase):
 class Display(DisplayHook):
     """Shows the value of the last expression on standard output, as a notebook does, without a prompt."""
 
+    def quiet(self) -> bool:
+        cells = self.shell.history_manager.input_hist_parsed
+        return bool(cells) and ";" in cells[-1] and super().quiet()  # which reads the cell token by token
+
+    def compute_format_data(self, result):
+        formatter = self.shell.display_formatter
+        special = formatter.ipython_display_formatter.type_printers or formatter.mimebundle_formatter.type_printers
+        if type(result) not in _PLAIN or special:
+            return formatter.format(result)
+        text = formatter.formatters["text/plain"](result)  # of the dozen formats, the one that anybody reads
+        return {} if text is None else {"text/plain": text}, {}
+
     def write_output_prompt(self) -> None:
         pass
 
@@ -156,6 +173,14 @@ class Shell(InteractiveShell):
     def showsyntaxerror(self, *args, **kwargs) -> None:
         self.failure = sys.exc_info()[1]
 
+    def should_run_async(self, raw_cell, *, transformed_cell=None, **kwargs) -> bool:
+        if transformed_cell is not None and "await" not in transformed_cell and "async" not in transformed_cell:
+            return False  # without compiling the cell once more
+        return super().should_run_async(raw_cell, transformed_cell=transformed_cell, **kwargs)
+
+    def _tee(self, channel):
+        return _NOTHING  # IPython would keep a copy of everything that is printed
+
     async def run_code(self, *args, **kwargs):
         self.started = True
         return await super().run_code(*args, **kwargs)
@@ -184,6 +209,7 @@ def make_shell(folder: str) -> Shell:
         cell.run(code, 5.0)
     shell.reset()
     shell.execution_count = 1
+    _pristine.update(_builtins)  # the shell has added names of its own
     return shell
 
 

@@ -20,6 +20,8 @@ class LoopThread:
 
     def __init__(self, name: str) -> None:
         self._pid = os.getpid()
+        self._guard = threading.RLock()  # a finalizer may come in between
+        self._ending = False
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._main, name=name, daemon=True)
         self._thread.start()
@@ -34,19 +36,34 @@ class LoopThread:
         """Whether this is the process that started the thread, and the thread still runs."""
         return os.getpid() == self._pid and self._thread.is_alive()
 
-    def submit(self, coroutine: Coroutine[Any, Any, Any]) -> concurrent.futures.Future:
-        """Schedules a coroutine; cancelling the future cancels it."""
+    @property
+    def is_current(self) -> bool:
+        """Whether the caller runs on the thread."""
+        return threading.get_ident() == self._thread.ident
+
+    def check(self) -> None:
+        """Raises `RuntimeError` in a process that has inherited the object by a fork."""
         if os.getpid() != self._pid:
-            coroutine.close()
             raise RuntimeError(
                 "This sandbox belongs to another process: it was created before a fork, and its connections do not "
                 "survive one. Create the `Sandbox` (or `PythonTool`) in the process that uses it."
             )
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+    def submit(self, coroutine: Coroutine[Any, Any, Any]) -> concurrent.futures.Future:
+        """Schedules a coroutine; cancelling the future cancels it."""
+        try:
+            self.check()
+            with self._guard:
+                if self._ending:  # what came later would never be run, and its caller wait forever
+                    raise RuntimeError("The sandbox has been closed meanwhile.")
+                return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        except RuntimeError:
+            coroutine.close()
+            raise
 
     def run(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
         """Runs a coroutine from a synchronous caller and waits for it."""
-        if threading.current_thread() is self._thread:
+        if self.is_current:
             coroutine.close()
             raise RuntimeError("A synchronous sandbox call on the sandbox's own thread would wait for itself.")
         future = self.submit(coroutine)
@@ -67,7 +84,9 @@ class LoopThread:
     def stop(self) -> None:
         """Cancels what is left and ends the thread."""
         if self.usable:
-            self.run(_cancel_all())
+            with self._guard:
+                self._ending = True
+            asyncio.run_coroutine_threadsafe(_cancel_all(), self._loop).result()
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
 

@@ -5,27 +5,24 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextlib
-import logging
 import os
 import sys
 import threading
-import time
 import weakref
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from ._loop import LoopThread
-from .observation import clean, truncate
-from .result import ToolResult
+from ._turns import Gate
+from .session import Backend, Interpreter, Reply, Session
 
 
-logger = logging.getLogger(__name__)
+__all__ = ["Backend", "Interpreter", "Reply", "Sandbox", "SandboxConfig", "Session", "make_backend"]
 
 _sandboxes: weakref.WeakSet[Sandbox] = weakref.WeakSet()
 
 BACKENDS = ("forkserver", "jupyter")
 ISOLATION = ("strict", "best_effort", "none")
-_CLOSED = "This session is closed. Open another one from the sandbox."
 _LEAST = {
     "timeout_seconds": 0.01,
     "grace_seconds": 0,
@@ -140,171 +137,6 @@ class SandboxConfig:
         return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-@dataclass(frozen=True)
-class Reply:
-    """What an interpreter process says about one cell.
-
-    `alive`: whether it can run another. `ran`: `False` if the cell never ran, or was interrupted by somebody else, so
-    that it can be run again elsewhere. `dropped`: characters already cut out of the middle of `output`.
-    """
-
-    output: str
-    status: str
-    alive: bool = True
-    dropped: int = 0
-    ran: bool = True
-
-
-class Interpreter(Protocol):
-    """One live interpreter process: the thing that a session replaces when it dies."""
-
-    async def execute(self, code: str, timeout: float) -> Reply: ...
-
-    async def close(self) -> None: ...
-
-
-class Backend(Protocol):
-    """Where interpreter processes come from. An executor of your own (a container, a remote service) fits here."""
-
-    async def start(self) -> None: ...
-
-    async def spawn(self) -> Interpreter: ...
-
-    async def stop(self) -> None: ...
-
-
-class Session:
-    """One stateful interpreter, as the cells of one notebook; made by [`Sandbox.open`].
-
-    The process behind it may die (a crash, a kill after a timeout): the next cell then runs in a fresh one, in which
-    the earlier successful cells have been run again.
-    """
-
-    def __init__(self, sandbox: Sandbox) -> None:
-        self._sandbox = sandbox
-        self._config = sandbox.config
-        self._interpreter: Interpreter | None = None
-        self._history: list[str] = []
-        self._cells = 0
-        self._turn = asyncio.Lock()
-        self._closed = False
-
-    def run(self, code: str) -> ToolResult:
-        """Runs one cell. Never raises for what the code does; [`ToolFailure`] if the machine fails."""
-        return self._sandbox._loop_thread().run(self._run(code))
-
-    async def arun(self, code: str) -> ToolResult:
-        """[`Session.run`] for event loops. A cancelled call kills the cell; the session can go on."""
-        return await self._sandbox._loop_thread().wait(self._run(code))
-
-    def close(self) -> None:
-        """Ends the process and removes its files. Safe to call twice, and while a cell runs."""
-        if not self._closed and self._sandbox._thread is not None:
-            self._sandbox._loop_thread().run(self._close())
-
-    async def aclose(self) -> None:
-        """[`Session.close`] for event loops."""
-        if not self._closed and self._sandbox._thread is not None:
-            await self._sandbox._loop_thread().wait(self._close())
-
-    def __enter__(self) -> Session:
-        return self
-
-    def __exit__(self, *exc_info: Any) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        # forgotten rather than closed: its process must not wait for the sandbox's end
-        interpreter, thread = getattr(self, "_interpreter", None), self._sandbox._thread
-        if interpreter is not None and thread is not None and thread.usable:
-            with contextlib.suppress(RuntimeError):
-                thread.submit(interpreter.close())
-
-    async def __aenter__(self) -> Session:
-        return self
-
-    async def __aexit__(self, *exc_info: Any) -> None:
-        await self.aclose()
-
-    async def _start(self) -> None:
-        if self._closed:
-            raise RuntimeError(_CLOSED)
-        self._interpreter = await self._sandbox._spawn()
-
-    async def _close(self) -> None:
-        self._closed = True
-        self._sandbox._sessions.discard(self)
-        await self._discard()
-
-    async def _discard(self) -> None:
-        interpreter, self._interpreter = self._interpreter, None
-        if interpreter is not None:
-            await interpreter.close()
-
-    async def _run(self, code: str) -> ToolResult:
-        async with self._turn:
-            if self._closed:
-                raise RuntimeError(_CLOSED)
-            refusal = self._refusal(code)
-            if refusal is not None:
-                return ToolResult(refusal, "error")
-            async with self._sandbox._admission:
-                start = time.monotonic()
-                try:
-                    reply = await self._execute(code)
-                except BaseException:
-                    # cancelled in the middle: nobody knows what the process is doing now
-                    await asyncio.shield(self._discard())
-                    raise
-                seconds = time.monotonic() - start
-            self._cells += 1
-            if reply.status == "ok":
-                self._history.append(code)
-            if not reply.alive:
-                await self._discard()
-            output = truncate(clean(reply.output), self._config.output_limit_chars, reply.dropped)
-            return ToolResult(output, reply.status, seconds)
-
-    def _refusal(self, code: str) -> str | None:
-        config = self._config
-        if not isinstance(code, str):  # a policy fills in the arguments of native tool calls
-            return f"TypeError: `code` must be a string, not {type(code).__name__}"
-        if len(code) > config.code_limit_chars:
-            return f"ValueError: the cell has {len(code)} characters, more than the limit of {config.code_limit_chars}"
-        if config.max_cells is not None and self._cells >= config.max_cells:
-            return f"RuntimeError: the limit of {config.max_cells} cells is reached"
-        return None
-
-    async def _execute(self, code: str) -> Reply:
-        for attempt in range(3):
-            if self._interpreter is None:
-                await self._replace()
-            reply = await self._interpreter.execute(code, self._config.timeout_seconds)
-            if reply.ran:
-                break
-            # An earlier cell broke the interpreter under this one. Once more in a fresh process; if the replay of
-            # the earlier cells breaks that one too, without them.
-            await self._discard()
-            if attempt:
-                self._history.clear()
-        return reply
-
-    async def _replace(self) -> None:
-        """A fresh process with the earlier successful cells run again, within the time of one cell."""
-        await self._start()
-        deadline = time.monotonic() + self._config.timeout_seconds
-        for cell in self._history:
-            reply = await self._interpreter.execute(cell, max(0.1, deadline - time.monotonic()))
-            if reply.status != "ok" or not reply.alive:
-                # Cells that broke their own interpreter, or whose second run behaves differently: starting empty
-                # keeps the session usable, and the policy reads its missing names in the next error.
-                logger.debug("A replayed cell ended with %s; the session starts empty.", reply.status)
-                self._history.clear()
-                await self._discard()
-                await self._start()
-                return
-
-
 class Sandbox:
     """Opens isolated Python sessions. Nothing starts before the first [`Sandbox.open`].
 
@@ -372,7 +204,7 @@ class Sandbox:
             if self._thread is None:
                 self._thread = LoopThread("trl-multiturn-sandbox")
                 self._starting = asyncio.Lock()
-                self._admission = asyncio.Semaphore(self.config.running_cells)
+                self._admission = Gate(self.config.running_cells)
             return self._thread
 
     async def _open(self) -> Session:
