@@ -11,8 +11,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from .compatibility import attention_windows, refuse_different_logits, refuse_uncertain_window
 from .engine import Generation, SamplingParams
-from .kv_cache import RetainedCaches, SlotCache, attention_windows, round_up
+from .kv_cache import RetainedCaches, SlotCache, round_up
 from .sampler import TokenSampler
 from .stop_strings import StopStringMatcher
 
@@ -112,30 +113,38 @@ class DecodingBatch:
         self.rows: list[DecodingRequest] = []
         self.prefilled_tokens = 0
         self.steps = 0
-        self._model = model
+        self.model = model
         self._matcher = matcher
         self._retained = retained
         self._max_prefill_tokens = max(max_prefill_tokens, ROW_MULTIPLE)
-        self._policy = policy
+        self.policy = policy
         self._max_rows = max(max_batch_size, ROW_MULTIPLE)
-        self._windows = attention_windows(policy.config)
+        self._windows, self._uncertain_window = attention_windows(policy)
         self._layer_types = getattr(policy.config.get_text_config(decoder=True), "layer_types", None)
         # Without it, all logits of a prompt are computed and thrown away.
         keeps_logits = "logits_to_keep" in inspect.signature(type(policy).forward).parameters
         self._options = {"use_cache": True} | ({"logits_to_keep": 1} if keeps_logits else {})
         self.drop_buffers()
         self._sampler: TokenSampler | None = None
+        self._proven = False
 
     @property
     def device(self) -> torch.device:
-        return self._policy.get_input_embeddings().weight.device
+        return self.policy.get_input_embeddings().weight.device
 
     def drop_buffers(self) -> None:
         """Frees the shared cache. Only while no row is live."""
         self._cache = SlotCache(len(self._windows), self._max_rows)
 
     def join(self, requests: Sequence[DecodingRequest]) -> None:
-        """Admits requests: fills their rows from retained caches and reads the rest of their prompts."""
+        """Admits requests: fills their rows from retained caches and reads the rest of their prompts.
+
+        Raises:
+            ValueError: the first time, if the model cannot be sampled from a shared cache.
+        """
+        if not self._proven:
+            refuse_different_logits(self, precise=_computes_in_float32(self.model, self.policy))
+            self._proven = True
         sources: dict[tuple[int, ...], DecodingRequest] = {}
         copies: list[tuple[DecodingRequest, DecodingRequest]] = []
         fresh: list[tuple[int, DecodingRequest]] = []
@@ -175,6 +184,8 @@ class DecodingBatch:
         token_ids = torch.tensor([r.next_token for r in self.rows] + padding, device=device).unsqueeze(1)
         positions = torch.tensor([r.position for r in self.rows] + padding, device=device).unsqueeze(1)
         length = max(r.position for r in self.rows) + 1
+        if self._uncertain_window is not None:
+            refuse_uncertain_window(self.policy, self._uncertain_window, length)
         self._cache.reserve(len(token_ids), length)
         logits = self._forward(0, token_ids, positions, positions, length)[:count, 0]
         if self._sampler is None:
@@ -191,6 +202,20 @@ class DecodingBatch:
             if self.rows[row].accept(token, logp, self._matcher):
                 finished.append(row)
         return self._remove(finished, retain=True)
+
+    def decode_known(self, token_ids: torch.Tensor, count: int) -> torch.Tensor:
+        """Logits `(count, V)` after the last `count` of `token_ids`, `(1, T)`, each read by a step of its own. Only
+        while no row is live."""
+        read, length = token_ids.shape[1] - count, token_ids.shape[1]
+        self._cache.reserve(ROW_MULTIPLE, length)
+        columns = torch.arange(length, device=self.device).unsqueeze(0)
+        self._forward(0, token_ids[:, :read], columns[:, :read], columns[:, :read], read)
+        logits = []
+        for column in range(read, length):
+            step_ids, positions = torch.zeros(2, ROW_MULTIPLE, 1, dtype=torch.long, device=self.device)
+            step_ids[0], positions[0] = token_ids[0, column], column
+            logits.append(self._forward(0, step_ids, positions, positions, column + 1)[0, 0])
+        return torch.stack(logits)
 
     def clear(self) -> list[DecodingRequest]:
         """Forgets every live row, e.g. after an error, and returns their requests."""
@@ -260,7 +285,7 @@ class DecodingBatch:
         # The buffer's length is a multiple of this one too.
         visible = round_up(length, COLUMN_MULTIPLE)
         self._cache.focus(first, first + count, columns, visible)
-        output = self._model(
+        output = self.model(
             input_ids=token_ids,
             attention_mask=self._masks(columns, visible),
             position_ids=positions,
@@ -283,9 +308,15 @@ class DecodingBatch:
         return {kind: by_window[window] for kind, window in zip(self._layer_types, self._windows, strict=True)}
 
     def _in_model_format(self, allowed: torch.Tensor) -> torch.Tensor:
-        if self._policy.config._attn_implementation != "eager":
+        if self.policy.config._attn_implementation != "eager":
             return allowed
-        dtype = self._policy.dtype
+        dtype = self.policy.dtype
         return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(
             ~allowed, torch.finfo(dtype).min
         )
+
+
+def _computes_in_float32(model: nn.Module, policy: PreTrainedModel) -> bool:
+    mixed = any(hasattr(module, "_original_forward") for module in (model, policy))  # Accelerate's mixed precision
+    coarse = mixed or getattr(policy, "is_quantized", False) or torch.backends.cuda.matmul.allow_tf32
+    return policy.dtype == torch.float32 and not coarse

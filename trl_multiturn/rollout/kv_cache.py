@@ -7,8 +7,7 @@ from collections import Counter, OrderedDict
 from dataclasses import dataclass
 
 import torch
-from transformers import DynamicCache, PreTrainedConfig
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, CacheLayerMixin
 
 
 LENGTH_MULTIPLE = 64
@@ -227,29 +226,3 @@ class SlotCache(Cache):
                 layer.lazy_initialization(keys.transpose(0, 1).unsqueeze(0), values.transpose(0, 1).unsqueeze(0))
         for buffer, states in zip(self.tensors(), retained.states, strict=True):
             buffer[row, :length] = states[:length]
-
-
-def attention_windows(config: PreTrainedConfig) -> list[int | None]:
-    """Window of each layer's attention, in tokens; `None` for full attention.
-
-    Raises:
-        ValueError: if a layer keeps something else than keys and values per token (state-space, convolution, linear
-            attention, chunked attention, a cache shared between layers).
-    """
-    text_config = config.get_text_config(decoder=True)
-    windows: list[int | None] = []
-    chunked = "chunked_attention" in (getattr(text_config, "layer_types", None) or [])
-    chunked = chunked or getattr(text_config, "attention_chunk_size", None) is not None
-    for index, layer in enumerate(DynamicCache(config=config).layers):
-        if type(layer) is DynamicLayer:
-            windows.append(None)
-        elif type(layer) is DynamicSlidingWindowLayer and not chunked:
-            windows.append(layer.sliding_window)
-        else:
-            raise ValueError(
-                f"Layer {index} of {config.model_type!r} keeps a {type(layer).__name__}"
-                f"{' for chunked attention' if chunked else ''}, whose state cannot be gathered row by row from "
-                "requests of different lengths, so `TransformersEngine` cannot batch this model. Use an engine with "
-                "kernels for it, e.g. `VLLMEngine`."
-            )
-    return windows
