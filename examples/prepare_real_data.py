@@ -4,20 +4,22 @@
 """
 Turn recorded solutions of real language models into multi-turn training rows.
 
-Two sources, both about GSM8K's test problems:
+Three sources, two of them about GSM8K's test problems:
 
 - `gsm8k`: solutions of four models by Cobbe et al. (2021). Every `<<16-3=13>>` in them is a call of a calculator in
   the middle of a sentence: what comes before the call is one assistant turn, with a native tool call; the value is the
   tool's answer; the sentence goes on in the next turn.
 - `tora`: trajectories of ToRA (Gou et al., 2024), two models on the same problems: reasoning and a fenced Python
   block, the interpreter's output as a user turn, and the boxed answer.
+- `gsm8k_train`: the gold solutions of GSM8K's training problems in the form of `gsm8k`, and up to two copies of each
+  with one mistake (`one_mistake.py`), whose calculators really gave what they say.
 
 ```bash
 python examples/prepare_real_data.py --data_dir ../shared/data --output data
 ```
 
-writes `{gsm8k,tora}_preference.jsonl` (`prompt`, `chosen`, `rejected`) for `examples/multi_turn_dpo.py` and
-`{gsm8k,tora}_trajectory.jsonl` (`prompt`, `completion`, `label`, `reward`) for M-KTO, OREO and DQO:
+writes `<source>_preference.jsonl` (`prompt`, `chosen`, `rejected`) for `examples/multi_turn_dpo.py` and
+`<source>_trajectory.jsonl` (`prompt`, `completion`, `label`, `reward`) for M-KTO, OREO and DQO:
 
 ```bash
 accelerate launch examples/multi_turn_dpo.py --dataset_name data/gsm8k_preference.jsonl ...
@@ -29,6 +31,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import re
 from collections import defaultdict
 from collections.abc import Iterator
@@ -36,6 +39,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+from one_mistake import one_mistake
 
 from trl_multiturn.verify import MathVerifier
 
@@ -43,8 +47,9 @@ from trl_multiturn.verify import MathVerifier
 Message = dict[str, Any]
 Row = dict[str, Any]
 
-SOURCES = ("gsm8k", "tora")
+SOURCES = ("gsm8k", "tora", "gsm8k_train")
 GSM8K_FILE = "gsm8k_model_solutions.jsonl"
+GSM8K_TRAIN_FILE = "gsm8k_train.jsonl"
 GSM8K_MODELS = ("6b_finetuning", "6b_verification", "175b_finetuning", "175b_verification")
 TORA_FILES = {
     "tora-code-34b": "tora_code_34b_gsm8k_trajectories.jsonl",
@@ -114,17 +119,17 @@ def program_of(message: Message) -> str:
 def read_trajectories(data_dir: str | Path, source: str) -> list[Row]:
     """Every recorded solution as a row: `prompt`, `completion`, `label`, `reward`, `question_id`, `model`.
 
-    The rows of `gsm8k` also have `tools`.
+    The rows of `gsm8k` and `gsm8k_train` also have `tools`.
 
     Args:
         data_dir (`str` or `Path`):
             Folder with the recorded solutions.
         source (`str`):
-            `"gsm8k"` or `"tora"`.
+            `"gsm8k"`, `"tora"` or `"gsm8k_train"`. A `question_id` counts the problems of its source's file.
     """
     if source not in SOURCES:
         raise ValueError(f"`source={source!r}` is unknown. Use one of {', '.join(SOURCES)}.")
-    rows = _gsm8k_rows(Path(data_dir)) if source == "gsm8k" else _tora_rows(Path(data_dir))
+    rows = {"gsm8k": _gsm8k_rows, "tora": _tora_rows, "gsm8k_train": _gsm8k_train_rows}[source](Path(data_dir))
     return sorted(rows, key=lambda row: row["question_id"])
 
 
@@ -150,6 +155,19 @@ def _gsm8k_rows(data_dir: Path) -> Iterator[Row]:
             turns = calculator_turns(sample["solution"])
             extra = {"question_id": question_id, "model": model, "tools": [CALCULATOR]}
             yield _row(record["question"], turns, sample["is_correct"], **extra)
+
+
+def _gsm8k_train_rows(data_dir: Path, copies: int = 2, seed: int = 0) -> Iterator[Row]:
+    rng = random.Random(seed)
+    for question_id, record in enumerate(_lines(data_dir / GSM8K_TRAIN_FILE)):
+        solution, _, gold = record["answer"].rpartition("\n#### ")
+        gold = gold.replace(",", "").strip()
+        mistaken = [one_mistake(record["question"], solution, rng) for _ in range(copies)]
+        wrong = {text: answer for text, answer in filter(None, mistaken) if answer != gold}
+        for text, answer in {solution: gold, **wrong}.items():
+            extra = {"question_id": question_id, "model": "one_mistake" if text in wrong else "gold"}
+            turns = calculator_turns(f"{text}\nA: {answer}")
+            yield _row(record["question"], turns, text not in wrong, **extra, tools=[CALCULATOR])
 
 
 def _tora_rows(data_dir: Path) -> Iterator[Row]:

@@ -94,7 +94,7 @@ def test_pairs_share_the_prompt_and_use_no_trajectory_twice():
 def test_absent_data_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="--data_dir"):
         real.read_trajectories(tmp_path, "gsm8k")
-    with pytest.raises(ValueError, match="gsm8k, tora"):
+    with pytest.raises(ValueError, match="gsm8k, tora, gsm8k_train"):
         real.read_trajectories(tmp_path, "math")
 
 
@@ -113,6 +113,19 @@ def test_every_recorded_solution_becomes_a_row(gsm8k, tora):
             for tool_call in message.get("tool_calls", ()):
                 rebuilt += f"<<{tool_call['function']['arguments']['expression']}"
         assert "".join(rebuilt.split()) == "".join(solution.split())
+
+
+@needs_data
+def test_gold_solutions_get_company_that_is_wrong_in_one_place(gsm8k):
+    rows = real.read_trajectories(DATA, "gsm8k_train")
+    gold = {row["question_id"]: row for row in rows if row["label"]}
+    assert len(gold) == 7473 and len(rows) - len(gold) > 10_000
+    questions = {row["prompt"][0]["content"] for row in gsm8k}
+    for row in rows:
+        right = gold[row["question_id"]]
+        assert row["prompt"] == right["prompt"] and row["prompt"][0]["content"] not in questions
+        answers = [r["completion"][-1]["content"].rpartition("A: ")[2] for r in (row, right)]
+        assert row["label"] == (answers[0] == answers[1])
 
 
 @needs_data
