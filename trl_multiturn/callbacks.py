@@ -22,6 +22,7 @@ from .iteration import (
     iteration_folder,
     keep_policy,
     policy_file,
+    ready_to_sample,
     refresh,
     restore_reference,
     run_iteration,
@@ -32,6 +33,7 @@ from .rollout.config import RolloutConfig
 from .rollout.engine import Engine
 from .rollout.provenance import fingerprint
 from .trainer.policy_weights import load_policy_weights, policy_revision
+from .trainer.sharding import weights_of
 from .trainer.value_based import ValueBasedTrainer
 
 
@@ -153,11 +155,6 @@ class ToolRolloutGenerator(TrainerCallback):
 
     def attach(self, trainer: Any) -> None:
         """Binds the trainer; its constructor calls this."""
-        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-            raise ValueError(
-                "Under FSDP or DeepSpeed a process does not hold the policy's weights by itself, so it cannot keep "
-                "snapshots of the policy. Train with DDP, with LoRA where full fine-tuning needs too much memory."
-            )
         longest = self.settings.rollout.max_trajectory_tokens
         if trainer.args.max_length is not None and trainer.args.max_length < longest:
             logger.warning(
@@ -191,7 +188,7 @@ class ToolRolloutGenerator(TrainerCallback):
         """
         folder = iteration_folder(self.run_folder, iteration)
         settings = {"prompts": self._prompts_fingerprint(iteration), **self.settings.describe()}
-        revision = policy_revision(unwrapped_policy(self.trainer))
+        revision = policy_revision(weights_of(self.trainer))
         first_step = self.trainer.state.global_step
         plan = self._on_main(lambda: self._plan(iteration, resumed_inside, settings, revision, first_step))
         if plan == "set aside":
@@ -236,7 +233,7 @@ class ToolRolloutGenerator(TrainerCallback):
     ) -> None:
         if state.global_step > 0 or self.eval_prompts is None:
             return
-        revision = policy_revision(unwrapped_policy(self.trainer))
+        revision = policy_revision(weights_of(self.trainer))
         known = self._on_main(lambda: load_start(self.run_folder))
         if known is None or known["policy_revision"] != revision:
             evaluation = self._evaluate()
@@ -269,7 +266,7 @@ class ToolRolloutGenerator(TrainerCallback):
     ) -> None:
         best = self.best_policy
         if best is not None and best != len(self.reports):
-            load_policy_weights(unwrapped_policy(self.trainer), policy_file(self.run_folder, best))
+            load_policy_weights(weights_of(self.trainer), policy_file(self.run_folder, best))
             refresh(self.engine, self.trainer, self.run_folder)
         if self.reports:  # a finished run that is started again trains on nothing; what it did can still be seen
             self.trainer.train_dataset = load_from_disk(
@@ -345,22 +342,22 @@ class ToolRolloutGenerator(TrainerCallback):
     def _evaluate(self) -> dict[str, float]:
         """Evaluates the policy as it is now; with several processes each evaluates its share of the prompts."""
         args = self.trainer.args
-        refresh(self.engine, self.trainer, self.run_folder)
         share = range(args.process_index, len(self.eval_prompts), args.world_size)
         trajectories = []
-        if share:
-            trajectories = evaluate_policy(
-                self.eval_prompts.select(share),
-                self.engine,
-                self.settings.tools,
-                self.settings.reward_funcs,
-                n=self.eval_generations,
-                config=self.settings.rollout,
-                reward_weights=self.settings.reward_weights,
-                environment_factory=self.settings.environment_factory,
-                prompt_indices=list(share),
-                progress=args.process_index == 0 and not args.disable_tqdm,
-            ).trajectories
+        with ready_to_sample(self.engine, self.trainer, self.run_folder):
+            if share:
+                trajectories = evaluate_policy(
+                    self.eval_prompts.select(share),
+                    self.engine,
+                    self.settings.tools,
+                    self.settings.reward_funcs,
+                    n=self.eval_generations,
+                    config=self.settings.rollout,
+                    reward_weights=self.settings.reward_weights,
+                    environment_factory=self.settings.environment_factory,
+                    prompt_indices=list(share),
+                    progress=args.process_index == 0 and not args.disable_tqdm,
+                ).trajectories
         parts = [(trajectories[: len(share)], trajectories[len(share) :])]
         if args.world_size > 1:
             parts = gather_object(parts)

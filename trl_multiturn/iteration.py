@@ -12,8 +12,8 @@ import logging
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -36,6 +36,7 @@ from .rollout.journal import Journal
 from .rollout.loop import generate_trajectories
 from .tools.base import tool_name, tool_version
 from .trainer.policy_weights import policy_revision, policy_weights, save_policy_weights
+from .trainer.sharding import gathered_for_sampling, weights_of, whole_state_dict
 from .trajectory import Trajectory
 from .verify.rewards import reward_name
 
@@ -137,38 +138,40 @@ def roll_out(
     Every finished trajectory is in the iteration's journal the moment it finishes. With several processes each rolls
     out its share of the prompts, and all read the trajectories of all from the journal.
     """
-    config, policy = settings.rollout, unwrapped_policy(trainer)
+    config, policy = settings.rollout, weights_of(trainer)
     folder = iteration_folder(run_folder, iteration)
     explore = min(config.previous_policy_generations, config.num_generations) if iteration else 0
     share = range(trainer.args.process_index, len(prompts), trainer.args.world_size)
 
     def sample(label: str, num_generations: int, sample_offset: int) -> None:
-        refresh(engine, trainer, run_folder)
-        generate_trajectories(
-            prompts.select(share),
-            engine,
-            settings.tools,
-            config,
-            reward_funcs=settings.reward_funcs,
-            reward_weights=settings.reward_weights,
-            environment_factory=settings.environment_factory,
-            num_generations=num_generations,
-            sample_offset=sample_offset,
-            prompt_indices=list(share),
-            policy=label,
-            policy_revision=policy_revision(policy),
-            iteration=iteration,
-            journal=journal,
-            progress=trainer.args.process_index == 0 and not trainer.args.disable_tqdm,
-        )
+        revision = policy_revision(policy)  # like the next line on every process, also on one without a prompt
+        with ready_to_sample(engine, trainer, run_folder):
+            if not share:
+                return
+            generate_trajectories(
+                prompts.select(share),
+                engine,
+                settings.tools,
+                config,
+                reward_funcs=settings.reward_funcs,
+                reward_weights=settings.reward_weights,
+                environment_factory=settings.environment_factory,
+                num_generations=num_generations,
+                sample_offset=sample_offset,
+                prompt_indices=list(share),
+                policy=label,
+                policy_revision=revision,
+                iteration=iteration,
+                journal=journal,
+                progress=trainer.args.process_index == 0 and not trainer.args.disable_tqdm,
+            )
 
     with Journal(folder / "journal") as journal:
-        if share:
-            sample("current", config.num_generations - explore, sample_offset=0)
-            if explore:
-                with policy_weights(policy, policy_file(run_folder, iteration - 1)):
-                    sample("previous", explore, sample_offset=config.num_generations - explore)
-                refresh(engine, trainer, run_folder)
+        sample("current", config.num_generations - explore, sample_offset=0)
+        if explore:
+            with policy_weights(policy, policy_file(run_folder, iteration - 1)):
+                sample("previous", explore, sample_offset=config.num_generations - explore)
+            refresh(engine, trainer, run_folder)
         trainer.accelerator.wait_for_everyone()
         return list(journal.read())
 
@@ -216,7 +219,7 @@ def reference_weights(
     """Runs the body with the reference's weights in the policy: its present ones, or the initial ones."""
     if reference == "previous":
         return nullcontext()
-    return policy_weights(unwrapped_policy(trainer), policy_file(run_folder, 0))
+    return policy_weights(weights_of(trainer), policy_file(run_folder, 0))
 
 
 def count(trajectories: list[Trajectory], selection: Selection) -> IterationReport:
@@ -255,11 +258,21 @@ def unwrapped_policy(trainer: Any) -> Any:
 
 def keep_policy(trainer: Any, iteration: int, run_folder: Path) -> str:
     """Writes the snapshot of π_t and returns its revision."""
-    policy = unwrapped_policy(trainer)
-    if trainer.accelerator.is_main_process:
-        save_policy_weights(policy, policy_file(run_folder, iteration))
+    policy = weights_of(trainer)
+    save_policy_weights(policy, policy_file(run_folder, iteration), writes=trainer.accelerator.is_main_process)
     trainer.accelerator.wait_for_everyone()
     return policy_revision(policy)
+
+
+@contextmanager
+def ready_to_sample(engine: Engine, trainer: Any, run_folder: Path) -> Iterator[None]:
+    """The engine samples from the policy as it is now; sharded weights are gathered in place for as long as needed."""
+    refresh(engine, trainer, run_folder)
+    if getattr(engine, "loads_checkpoints", False):
+        yield
+        return
+    with gathered_for_sampling(trainer):
+        yield
 
 
 def refresh(engine: Engine, trainer: Any, run_folder: Path) -> None:
@@ -271,7 +284,7 @@ def refresh(engine: Engine, trainer: Any, run_folder: Path) -> None:
     earlier = sorted(run_folder.glob(f"engine_{trainer.args.process_index}_*"))
     number = 1 + int(earlier[-1].name.rpartition("_")[2]) if earlier else 0
     checkpoint = run_folder / f"engine_{trainer.args.process_index}_{number:06d}"
-    unwrapped_policy(trainer).save_pretrained(checkpoint)
+    unwrapped_policy(trainer).save_pretrained(checkpoint, state_dict=whole_state_dict(trainer))
     engine.refresh(str(checkpoint))
     for folder in earlier:
         shutil.rmtree(folder, ignore_errors=True)

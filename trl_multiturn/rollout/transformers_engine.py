@@ -44,7 +44,8 @@ class TransformersEngine:
     The model may be the one in training, wrapped (DDP, Accelerate, PEFT) or not. While requests are in flight it is in
     evaluation mode, and without gradients; afterwards every module is in the mode that it was in. Weights must not
     change meanwhile; call [`refresh`] when they have. Nothing here is collective: under several processes each has its
-    own engine and rolls out its own share. Sharded weights (ZeRO-3, FSDP) have to be gathered around the rollout.
+    own engine and rolls out its own share. Sharded weights (ZeRO-3, FSDP) have to be gathered around the rollout;
+    [`ToolRolloutGenerator`] does that.
 
     A request with a `seed` depends on nothing else that runs: its draws are its own, and rows do not see each other.
     On a CPU in float32 with one thread per process (`OMP_NUM_THREADS=1`; small models with several, too) its tokens
@@ -90,6 +91,7 @@ class TransformersEngine:
         shell, self._policy = unwrap_policy(model)
         if device is not None:
             model.to(device)
+        self._architecture = type(self._policy).__name__  # now, as sharding (FSDP2) changes the class
         self._vocab_size = self._policy.get_input_embeddings().num_embeddings
         self._retained = RetainedCaches(cache_memory_limit_mb * 2**20)
         self._batch = DecodingBatch(
@@ -178,7 +180,7 @@ class TransformersEngine:
             "transformers_version": transformers.__version__,
             "torch_version": torch.__version__,
             "model": config.name_or_path,
-            "architecture": type(self._policy).__name__,
+            "architecture": self._architecture,
             "dtype": str(self._policy.dtype).removeprefix("torch."),
             "device": self._batch.device.type,
         }
@@ -331,13 +333,15 @@ def sampling_mode(model: nn.Module, policy: PreTrainedModel) -> Iterator[None]:
     Raises:
         RuntimeError: if the weights are sharded over processes (ZeRO-3, FSDP) and not gathered.
     """
-    for name, parameter in policy.named_parameters():
-        if _is_sharded(parameter):
-            raise RuntimeError(
-                f"The parameter {name!r} is sharded over processes, so this process cannot sample alone. Gather the "
-                "weights around the rollout (`trl.models.unwrap_model_for_generation` for DeepSpeed ZeRO-3), or use "
-                "an engine with weights of its own, e.g. `VLLMEngine`."
-            )
+    # Not the rest of the module: a value model may hang on the policy, and stay sharded
+    for part in (policy.base_model, policy.get_output_embeddings()):
+        for name, parameter in part.named_parameters():
+            if _is_sharded(parameter):
+                raise RuntimeError(
+                    f"The parameter {name!r} is sharded over processes, so this process cannot sample alone. Sample "
+                    "inside `trl_multiturn.trainer.sharding.gathered_for_sampling(trainer)`, as "
+                    "`ToolRolloutGenerator` does, or use an engine with weights of its own, e.g. `VLLMEngine`."
+                )
     training = [module for module in model.modules() if module.training]
     attention = policy.config._attn_implementation
     with ExitStack() as stack:

@@ -17,69 +17,70 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from .sharding import kept_parameters, trainable_names, whole_parameters, write_parameters
 
-def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if not parameters:
+
+def _trainable(model: nn.Module) -> set[str]:
+    names = trainable_names(model)
+    if not names:
         raise ValueError(
             "The policy has no trainable parameter, so a snapshot of it would be empty. Unfreeze the model, or load "
             "the adapter with `is_trainable=True`."
         )
-    return parameters
+    return names
 
 
-def save_policy_weights(model: nn.Module, path: str | os.PathLike) -> None:
-    """Writes the trainable parameters of `model` to a safetensors file, atomically."""
+def save_policy_weights(model: nn.Module, path: str | os.PathLike, writes: bool = True) -> None:
+    """Writes the trainable parameters of `model` to a safetensors file, atomically.
+
+    Where they are sharded over processes all call this, and those with `writes=False` only send what they hold.
+    """
+    _trainable(model)
+    weights = {}
+    for name, whole in whole_parameters(model):
+        if writes:
+            weights[name] = whole.cpu().contiguous()
+    if not writes:
+        return
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    save_file({name: p.detach().cpu().contiguous() for name, p in _trainable(model).items()}, partial)
+    save_file(weights, partial)
     os.replace(partial, path)
 
 
-@torch.no_grad()
 def load_policy_weights(model: nn.Module, path: str | os.PathLike) -> None:
-    """Copies a snapshot into `model` in place.
+    """Copies a snapshot into `model` in place; with sharded weights every process its part.
 
     Raises:
         `ValueError`: the snapshot's parameters are not the model's trainable ones.
     """
-    parameters = _trainable(model)
+    names = _trainable(model)
     with safe_open(path, framework="pt") as snapshot:
-        names = set(snapshot.keys())
-        if differing := names ^ set(parameters):
+        if differing := set(snapshot.keys()) ^ names:
             raise ValueError(
                 f"{path} is a snapshot of another model: {len(differing)} parameters differ, for example "
                 f"`{sorted(differing)[0]}`. Start from the model and the PEFT configuration that wrote it."
             )
-        for name in names:
-            parameters[name].copy_(snapshot.get_tensor(name))
+        write_parameters(model, names, snapshot.get_tensor)
 
 
 @contextmanager
 def policy_weights(model: nn.Module, path: str | os.PathLike) -> Iterator[None]:
     """Runs the body with the snapshot's weights in `model`, then puts the present ones back, bit for bit."""
-    present = {name: p.detach().cpu().clone() for name, p in _trainable(model).items()}
-    load_policy_weights(model, path)
-    try:
+    with kept_parameters(model):
+        load_policy_weights(model, path)
         yield
-    finally:
-        with torch.no_grad():
-            for name, p in _trainable(model).items():
-                p.copy_(present[name])
 
 
 def policy_revision(model: nn.Module) -> str:
-    """A hash of the trainable parameters: the same weights have the same revision, on any device.
+    """A hash of the trainable parameters: the same weights have the same revision, on any device, sharded or not.
 
     A value model beside the policy does not count: it has no say in what is sampled.
     """
-    value_model = getattr(model, "value_model", None)
-    others = set() if value_model is None else {id(p) for p in value_model.parameters()}
+    names = {name for name in _trainable(model) if not name.startswith("value_model.")}
     digest = hashlib.blake2b(digest_size=8)
-    for name, p in sorted(_trainable(model).items()):
-        if id(p) in others:
-            continue
+    for name, whole in whole_parameters(model, names):
         digest.update(name.encode())
-        digest.update(p.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+        digest.update(whole.cpu().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
