@@ -29,6 +29,7 @@ from .data.pairing import (
     select,
 )
 from .data.truncation import NoRowsLeftError
+from .pace import at_own_pace
 from .report import IterationReport
 from .rollout.config import RolloutConfig
 from .rollout.engine import Engine
@@ -268,10 +269,9 @@ def keep_policy(trainer: Any, iteration: int, run_folder: Path) -> str:
 def ready_to_sample(engine: Engine, trainer: Any, run_folder: Path) -> Iterator[None]:
     """The engine samples from the policy as it is now; sharded weights are gathered in place for as long as needed."""
     refresh(engine, trainer, run_folder)
-    if getattr(engine, "loads_checkpoints", False):
-        yield
-        return
-    with gathered_for_sampling(trainer):
+    loads_checkpoints = getattr(engine, "loads_checkpoints", False)
+    in_place = nullcontext() if loads_checkpoints else gathered_for_sampling(trainer)
+    with in_place, at_own_pace(trainer.args.ddp_timeout):  # rollouts take one process longer than another
         yield
 
 

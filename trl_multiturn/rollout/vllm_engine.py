@@ -73,6 +73,7 @@ class VLLMEngine:
         self._in_flight = 0  # callers that wait; guarded by the lock
         self._running: set[asyncio.Task] = set()  # requests, cancelled ones included; of vLLM's event loop
         self._adapter: Any = None
+        self._prompt_tokens, self._cached_tokens = 0, 0  # of finished requests
         self._loop = asyncio.new_event_loop()
         thread = threading.Thread(target=self._loop.run_forever, name="VLLMEngine", daemon=True)
         thread.start()
@@ -177,6 +178,11 @@ class VLLMEngine:
         }
 
     @property
+    def stats(self) -> dict[str, int]:
+        """Counts since the start: prompt tokens of all turns, and those of them that the prefix cache held."""
+        return {"prompt_tokens": self._prompt_tokens, "cached_tokens": self._cached_tokens}
+
+    @property
     def _llm(self) -> Any:
         return self._box[0]
 
@@ -203,6 +209,8 @@ class VLLMEngine:
                 output = result.outputs[0]
         finally:
             self._running.discard(task)
+        self._prompt_tokens += len(prompt_ids)
+        self._cached_tokens += result.num_cached_tokens or 0
         token_ids = list(output.token_ids)
         logps = [step[token].logprob for token, step in zip(token_ids, output.logprobs, strict=True)]
         return Generation(token_ids, logps, _finish_reason(output))

@@ -1,0 +1,214 @@
+"""The whole loop on the real vLLM: turns and tools, prefix caching, weights that follow the policy (`-m vllm`)."""
+
+from __future__ import annotations
+
+import importlib.util
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+
+from tests.support import byte_tokenizer, save_tiny, tiny_model, user
+from trl_multiturn import (
+    MultiTurnDPOConfig,
+    MultiTurnDPOTrainer,
+    PairingConfig,
+    PythonTool,
+    RolloutConfig,
+    ToolRolloutGenerator,
+    generate_trajectories,
+)
+from trl_multiturn.rollout import Journal
+from trl_multiturn.rollout.vllm_engine import VLLMEngine
+from trl_multiturn.tools import current_rollout
+from trl_multiturn.trainer.policy_weights import load_policy_weights, policy_revision
+from trl_multiturn.trajectory import StopReason
+
+
+HAS_VLLM = importlib.util.find_spec("vllm") is not None
+pytestmark = [pytest.mark.vllm, pytest.mark.skipif(not HAS_VLLM, reason="vLLM is not installed in this environment")]
+
+TOKENIZER = byte_tokenizer("qwen2_5")
+SIZES = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2}  # heads of 32: the smallest vLLM takes
+BLOCK = 32
+PROMPTS = [{"prompt": [user(f"{i}? " + "Think about it. " * 4)]} for i in range(4)]
+LORA = LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "v_proj"])
+
+
+def config(**overrides):
+    # A random policy hardly ever ends a turn, so that many letters do; every turn is the text of a call.
+    stops = [chr(code) for code in range(33, 127) if code % 3 == 0]
+    settings = dict(
+        num_generations=4, previous_policy_generations=2, dialect="action", action_prefix="", stop_strings=stops,
+        max_turn_tokens=120, max_tool_calling_iterations=3, max_trajectory_tokens=1500, seed=1,
+    )  # fmt: skip
+    return RolloutConfig(**{**settings, **overrides})
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("policy"), TOKENIZER, seed=0, **SIZES)
+
+
+@pytest.fixture(scope="module")
+def loaded_engine(start):
+    engine = VLLMEngine(
+        start,
+        dtype="float32",
+        max_model_len=1536,
+        block_size=BLOCK,
+        enforce_eager=True,
+        kv_cache_memory_bytes=128 * 2**20,
+        enable_lora=True,
+        max_lora_rank=8,
+    )
+    yield engine
+    engine.close()
+
+
+@pytest.fixture
+def engine(loaded_engine, start):
+    """With the weights of the first policy, whatever the test before has loaded."""
+    loaded_engine.refresh(start)
+    return loaded_engine
+
+
+@torch.no_grad()
+def disagreement(model, trajectories):
+    """Largest difference between the log-probabilities that came with sampled tokens and those of `model`."""
+    differences = [0.0]
+    for each in trajectories:
+        logits = model.eval()(torch.tensor([each.prompt_ids + each.completion_ids])).logits[0]
+        scored = logits[len(each.prompt_ids) - 1 : -1].log_softmax(-1)
+        logps = scored.gather(-1, torch.tensor(each.completion_ids).unsqueeze(-1)).squeeze(-1)
+        sampled = torch.tensor(each.action_mask).bool()
+        differences.append((logps - torch.tensor(each.logps))[sampled].abs().max().item())
+    return max(differences)
+
+
+def test_trajectories_with_the_real_interpreter(engine):
+    before = engine.stats
+    with PythonTool() as tool:
+        trajectories = generate_trajectories(PROMPTS, engine, [tool], config(), progress=False)
+    assert len(trajectories) == 16
+    assert {each.info["turns"] for each in trajectories} >= {4} and {each.stop_reason for each in trajectories} <= {
+        StopReason.MAX_TURNS,
+        StopReason.MAX_TOKENS,
+    }
+    outputs = [m["content"] for each in trajectories for m in each.completion if m["role"] == "user"]
+    assert len(outputs) > 30 and any("SyntaxError" in output for output in outputs)
+    assert disagreement(tiny_model(TOKENIZER, seed=0, **SIZES), trajectories) < 1e-3
+    # What a turn reads beyond the turn before it is new; the rest was cached in whole blocks.
+    read = engine.stats["prompt_tokens"] - before["prompt_tokens"]
+    known = sum(
+        (len(each.prompt_ids) + start) // BLOCK * BLOCK
+        for each in trajectories
+        for start, _ in list(each.turn_spans())[:-1]
+    )
+    assert 0.9 * known < engine.stats["cached_tokens"] - before["cached_tokens"] < read
+
+
+def test_nobody_waits_for_anothers_tool(engine):
+    everyone, others_are_done = threading.Barrier(16), threading.Event()
+    calls, finished = {}, []
+
+    def wait(text: str) -> str:
+        """
+        Waits.
+
+        Args:
+            text: Anything.
+        """
+        name = current_rollout().trajectory_id
+        calls[name] = calls.get(name, 0) + 1
+        if calls[name] == 1:
+            everyone.wait(120)  # all 16 first calls are under way at the same time
+        elif name == "0/current/0/0":
+            assert others_are_done.wait(120)  # the others sample, call and finish meanwhile
+        return f"call {calls[name]}"
+
+    def note(trajectory):
+        finished.append(trajectory.info["trajectory_id"])
+        if len(finished) == 15:
+            others_are_done.set()
+
+    settings = config(tool_timeout_seconds=None, max_turn_tokens=200)
+    trajectories = generate_trajectories(PROMPTS, engine, [wait], settings, progress=False, on_trajectory=note)
+    assert finished[-1] == "0/current/0/0" and set(calls.values()) == {3}
+    assert [m["content"] for m in trajectories[0].completion if m["role"] == "user"] == ["call 1", "call 2", "call 3"]
+
+
+def make_trainer(folder, engine, tool, reward, iterations, peft_config):
+    args = MultiTurnDPOConfig(
+        str(folder), num_train_epochs=iterations, per_device_train_batch_size=2, learning_rate=5e-2, logging_steps=1,
+        save_strategy="epoch", report_to="none", bf16=False, use_cpu=True, disable_tqdm=True,
+        gradient_checkpointing=False,
+    )  # fmt: skip
+    generator = ToolRolloutGenerator(
+        Dataset.from_list(PROMPTS),
+        tools=[tool],
+        reward_funcs=[reward],
+        config=config(max_tool_calling_iterations=1),
+        pairing=PairingConfig(filters=[], max_pairs_per_prompt=2),
+        engine=engine,
+    )
+    model = tiny_model(TOKENIZER, seed=0, **SIZES)
+    return MultiTurnDPOTrainer(
+        model, args=args, processing_class=TOKENIZER, callbacks=[generator], peft_config=peft_config
+    ), generator
+
+
+class Reward:
+    """Odd lengths win. Raises after so many calls, if it is told to."""
+
+    def __init__(self):
+        self.calls_left = None
+
+    def __call__(self, completions, **columns):
+        if self.calls_left is not None:
+            self.calls_left -= 1
+            if self.calls_left < 0:
+                raise InterruptedError
+        return [float(sum(len(message["content"]) for message in completion) % 2) for completion in completions]
+
+
+@pytest.mark.parametrize("peft_config", [None, LORA], ids=["all weights", "adapter"])
+def test_the_engine_follows_the_policy_through_the_iterations(engine, tmp_path, peft_config):
+    reward = Reward()
+    with PythonTool() as tool:
+        first, _ = make_trainer(tmp_path, engine, tool, reward, 1, peft_config)
+        first.train(resume_from_checkpoint=True)
+        # Interrupted in the second iteration and taken up again: what was sampled is kept
+        reward.calls_left = 2
+        stopped, generator = make_trainer(tmp_path, engine, tool, reward, 2, peft_config)
+        with pytest.raises(InterruptedError):
+            stopped.train(resume_from_checkpoint=True)
+        journal = Journal(generator.run_folder / "iteration_001" / "journal")
+        kept = {(t.info["policy"], t.info["trajectory_id"]): t.completion_ids for t in journal.read()}
+        reward.calls_left = None
+        trainer, generator = make_trainer(tmp_path, engine, tool, reward, 2, peft_config)
+        trainer.train(resume_from_checkpoint=True)
+    assert [report.trajectories for report in generator.reports] == [16, 16]
+    assert all(report.rows > 1 for report in generator.reports)
+    assert (
+        kept.items() <= {(t.info["policy"], t.info["trajectory_id"]): t.completion_ids for t in journal.read()}.items()
+    )
+
+    fresh, _ = make_trainer(tmp_path / "fresh", engine, None, reward, 1, peft_config)
+    policies = []
+    for number in range(2):
+        load_policy_weights(fresh.model, Path(generator.run_folder, f"iteration_{number:03d}", "policy.safetensors"))
+        assert policy_revision(fresh.model) == generator.reports[number].policy_revision
+        by_scope = {
+            scope: disagreement(fresh.model, Journal(generator.run_folder / f"iteration_{scope[0]:03d}/journal").read(
+                f"{scope[0]}/{scope[1]}"
+            ))
+            for scope in [(0, "current"), (1, "previous"), (1, "current")]
+        }  # fmt: skip
+        policies.append(by_scope)
+    old, new = policies
+    assert max(old[0, "current"], old[1, "previous"], new[1, "current"]) < 2e-3
+    assert min(new[0, "current"], new[1, "previous"], old[1, "current"]) > 2e-2
