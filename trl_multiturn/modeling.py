@@ -250,6 +250,19 @@ class ValueModel(nn.Module):
             saved = AutoModel.from_pretrained(folder / _BACKBONE_FOLDER, dtype=self.backbone.dtype)
             self.backbone.load_state_dict(saved.state_dict())
 
+    @staticmethod
+    def saved_weights(folder: str | Path) -> dict[str, Tensor]:
+        """
+        The weights of a saved head or full value model, named as in its state dict, where `load_weights` cannot copy
+        them because the model is sharded over processes.
+        """
+        folder = Path(folder)
+        weights = {"head.weight": load_file(folder / _HEAD_FILE)["weight"]}
+        if json.loads((folder / _CONFIG_FILE).read_text(encoding="utf-8"))["kind"] == "full":
+            backbone = AutoModel.from_pretrained(folder / _BACKBONE_FOLDER)
+            weights |= {f"backbone.{name}": tensor for name, tensor in backbone.state_dict().items()}
+        return weights
+
     def _load_head(self, folder: Path) -> None:
         with torch.no_grad():
             self.head.weight.copy_(load_file(folder / _HEAD_FILE)["weight"])

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import PreTrainedModel
 
 from .. import _upstream
 
@@ -28,7 +27,7 @@ _WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
 
 def weights_of(trainer: Any) -> nn.Module:
-    """The module to hand to the functions below: the policy, below the wrappers that do not hold weights themselves."""
+    """The module to hand to the functions below: the policy, below wrappers that hold no weights themselves."""
     if isinstance(trainer.model, FullyShardedDataParallel):  # owns what its children do not
         return trainer.model
     return trainer.accelerator.unwrap_model(trainer.model)
@@ -51,6 +50,13 @@ def whole_parameters(model: nn.Module, names: set[str] | None = None) -> Iterato
                 elif _is_zero_3(parameter) or isinstance(model, FullyShardedDataParallel):
                     whole = whole.to("cpu", copy=True)  # its memory goes with the context
             yield name, whole
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name without what wrappers put into it."""
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
 
 
 def trainable_names(model: nn.Module) -> set[str]:
@@ -177,7 +183,7 @@ def _unsharded(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _without_wrappers(model: FullyShardedDataParallel) -> Iterator[None]:
-    """Takes the wrappers out of the module tree: they gather and free in every forward pass, all processes together."""
+    """Takes the wrappers out of the module tree: in every forward pass they gather and free, together with others."""
     replaced = []
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
@@ -225,9 +231,7 @@ def _in_place(model: nn.Module, write: bool = False) -> Iterator[None]:
 
 def _named(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     for name, parameter in model.named_parameters():
-        for wrapper in _WRAPPERS:
-            name = name.replace(wrapper, "")
-        yield name, parameter
+        yield plain_name(name), parameter
 
 
 def _local(parameter: nn.Parameter) -> Tensor:

@@ -23,6 +23,7 @@ from ..data.trajectories import ALIGNED_COLUMNS, DataCollatorForTrajectories, fi
 from ..modeling import ValueModel
 from .joint_forward import attach_value_model
 from .multi_turn_kto_trainer import MultiTurnKTOTrainer
+from .sharding import plain_name, weights_of, whole_parameters, write_parameters
 from .token_reference import TokenReferenceMixin
 from .value_config import ValueBasedConfig
 from .value_metrics import ValueMetrics
@@ -138,6 +139,12 @@ class ValueBasedTrainer(TokenReferenceMixin, MultiTurnKTOTrainer):
     def _build_value_model(self) -> None:
         args = self.args
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
+            raise ValueError(
+                "FSDP in its first version flattens the parameters of policy and value model together, so neither "
+                "their gradients can be clipped apart nor the value model saved. Use FSDP2: "
+                "`fsdp_config={'version': 2}`, or `fsdp_version: 2` in accelerate's configuration."
+            )
         if args.value_model == "adapter" and sharded:
             raise ValueError(
                 "`value_model='adapter'` shares weights between two module trees, which FSDP and DeepSpeed would "
@@ -288,23 +295,47 @@ class ValueBasedTrainer(TokenReferenceMixin, MultiTurnKTOTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         output_dir = self.args.output_dir if output_dir is None else output_dir
         prefix = "value_model."
-        values = None
+        values = self._gathered_value_model()
         if state_dict is not None:
-            values = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)} or None
+            if values is None:
+                values = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)} or None
             state_dict = {k: v for k, v in state_dict.items() if not k.startswith(prefix)}
         super()._save(output_dir, state_dict=state_dict)
         if self.args.should_save:
             self.value_model.save_pretrained(Path(output_dir, VALUE_MODEL_FOLDER), values)
 
+    def _save_checkpoint(self, model, trial) -> None:
+        if self.is_fsdp_enabled and "SHARDED" in str(self.accelerator.state.fsdp_plugin.state_dict_type):
+            values = self._gathered_value_model()  # the parent writes shards of the policy, and calls no `_save`
+            if self.args.should_save:
+                folder = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}", VALUE_MODEL_FOLDER)
+                self.value_model.save_pretrained(folder, values)
+        super()._save_checkpoint(model, trial)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if not self.is_fsdp_enabled:  # whose checkpoint holds the whole module
-            self.value_model.load_weights(Path(resume_from_checkpoint, VALUE_MODEL_FOLDER))
+        self._load_value_model(Path(resume_from_checkpoint, VALUE_MODEL_FOLDER))
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
-        if not self.is_fsdp_enabled and not self.is_deepspeed_enabled:
-            self.value_model.load_weights(Path(self.state.best_model_checkpoint, VALUE_MODEL_FOLDER))
+        if not self.is_deepspeed_enabled:  # whose optimizer holds the weights of the whole module
+            self._load_value_model(Path(self.state.best_model_checkpoint, VALUE_MODEL_FOLDER))
+
+    def _load_value_model(self, folder: Path) -> None:
+        if not self.is_fsdp_enabled:
+            self.value_model.load_weights(folder)
+            return
+        weights = {f"value_model.{name}": tensor for name, tensor in ValueModel.saved_weights(folder).items()}
+        write_parameters(weights_of(self), set(weights), weights.__getitem__)
+
+    def _gathered_value_model(self) -> dict[str, Tensor] | None:
+        """The value model's whole weights in host memory, which all processes gather together; `None` where they are
+        whole anyway."""
+        if not self.is_fsdp_enabled:
+            return None
+        names = {f"value_model.{plain_name(name)}" for name, _ in self.value_model.named_parameters()}
+        whole = whole_parameters(weights_of(self), names)
+        return {name.removeprefix("value_model."): tensor.cpu() for name, tensor in whole}
 
 
 class _ValueWarmup(TrainerCallback):
