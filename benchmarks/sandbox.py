@@ -4,7 +4,10 @@ The sandbox and its peers, side by side in one run: start, cells, memory, recove
     python benchmarks/sandbox.py                                    # the table, a few minutes on two cores
     python benchmarks/sandbox.py --only forkserver --sessions 200   # some rows, more repetitions
     python benchmarks/sandbox.py --output benchmarks/results/sandbox.md
+    python benchmarks/sandbox.py --attacks                          # the tests' hostile cells: how many are contained
     python benchmarks/sandbox.py --soak 100000                      # that many cells, 5 % hostile, looking for leaks
+
+Each run ends with the project's targets, what was measured, and whether they are met.
 
 Peers: a fresh Jupyter kernel per trajectory; one Jupyter kernel cleared by `%reset -f` between trajectories (no
 isolation); a process per call that runs the whole history again, as the M-DPO and ToRA executors do (quadratic in the
@@ -22,6 +25,7 @@ import concurrent.futures
 import contextlib
 import datetime
 import json
+import math
 import os
 import platform
 import statistics
@@ -32,7 +36,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from trl_multiturn.tools.observation import last_paragraph
+from sandbox_peers import SYSTEMS
+
 from trl_multiturn.tools.sandbox import Sandbox, SandboxConfig
 
 
@@ -46,129 +51,8 @@ TRAJECTORIES = [
     ["def f(k):\n    return 1 if k < 2 else k * f(k - 1)", "f(20)", "f('a')"],
     ["from fractions import Fraction\nh = Fraction(1, 3)", "h + Fraction(1, 6)", "float(h)"],
 ]
+HANG = "0 in __import__('itertools').repeat(1)"  # in C: no signal reaches it
 SYMPY_CELL = "import sympy\nz = sympy.symbols('z')\nsympy.solve(z**2 - 3*z + 2, z)"
-
-
-class Ours:
-    """Sessions of this package's sandbox, whatever the backend."""
-
-    def __init__(self, **config: Any) -> None:
-        self.sandbox = Sandbox(SandboxConfig(timeout_seconds=20.0, output_limit_chars=4096, **config))
-        self.sandbox.open().close()  # the warm interpreter is started once per training run
-
-    def open(self) -> Any:
-        return self.sandbox.open()
-
-    def pid(self, session: Any) -> int:
-        interpreter = session._interpreter
-        return interpreter.pid if hasattr(interpreter, "pid") else interpreter._manager.provisioner.pid
-
-    def close(self) -> None:
-        self.sandbox.close()
-
-
-class Reset:
-    """One Jupyter kernel for everybody, cleared in between. State leaks (threads, patches): for speed only."""
-
-    class Session:
-        def __init__(self, session: Any) -> None:
-            self.session = session
-            session.run("%reset -f")
-
-        def run(self, code: str) -> Any:
-            return self.session.run(code)
-
-        def close(self) -> None:
-            pass
-
-    def __init__(self) -> None:
-        self.jupyter = Ours(backend="jupyter", isolation="none")
-        self.only = self.jupyter.open()
-
-    def open(self) -> Any:
-        return self.Session(self.only)
-
-    def close(self) -> None:
-        self.jupyter.close()
-
-
-class Rerun:
-    """A process per call, in which the whole history is run again."""
-
-    PROGRAM = """
-import io, json, sys, contextlib
-from IPython.core.interactiveshell import InteractiveShell
-from traitlets.config import Config
-config = Config(); config.HistoryManager.enabled = False; config.InteractiveShell.colors = "NoColor"
-shell = InteractiveShell.instance(config=config)
-for code in json.load(sys.stdin):
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out):
-        result = shell.run_cell(code, store_history=True)
-error = result.error_before_exec or result.error_in_exec
-print(f"{type(error).__name__}: {error}" if error else out.getvalue())
-"""
-
-    class Result:
-        def __init__(self, output: str) -> None:
-            self.output = output
-
-    class Session:
-        def __init__(self) -> None:
-            self.history: list[str] = []
-
-        def run(self, code: str) -> Any:
-            self.history.append(code)
-            command = [sys.executable, "-c", Rerun.PROGRAM]
-            done = subprocess.run(command, input=json.dumps(self.history), capture_output=True, text=True, timeout=60)
-            return Rerun.Result(last_paragraph(done.stdout.strip()))
-
-        def close(self) -> None:
-            pass
-
-    def open(self) -> Any:
-        return self.Session()
-
-    def close(self) -> None:
-        pass
-
-
-class Smolagents:
-    """smolagents' interpreter of the syntax tree, in this process."""
-
-    class Session:
-        def __init__(self, executor: Any) -> None:
-            self.executor = executor
-
-        def run(self, code: str) -> Any:
-            try:
-                answer = self.executor(code)
-            except Exception as error:
-                return Rerun.Result(last_paragraph(str(error)))
-            value = "" if answer.output is None else repr(answer.output)
-            return Rerun.Result((answer.logs + value).strip())
-
-        def close(self) -> None:
-            pass
-
-    def open(self) -> Any:
-        from smolagents.local_python_executor import LocalPythonExecutor
-
-        executor = LocalPythonExecutor(additional_authorized_imports=["*"])
-        executor.send_tools({})
-        return self.Session(executor)
-
-    def close(self) -> None:
-        pass
-
-
-SYSTEMS: dict[str, tuple[str, Callable[[], Any]]] = {
-    "forkserver": ("**fork server (default)**", Ours),
-    "jupyter": ("a Jupyter kernel per trajectory", lambda: Ours(backend="jupyter", isolation="none")),
-    "reset": ("one Jupyter kernel, `%reset -f`", Reset),
-    "rerun": ("a process per call, history run again", Rerun),
-    "smolagents": ("smolagents `LocalPythonExecutor`", Smolagents),
-}
 
 
 def milliseconds(function: Callable[[], Any]) -> float:
@@ -177,9 +61,10 @@ def milliseconds(function: Callable[[], Any]) -> float:
     return 1000 * (time.perf_counter() - start)
 
 
-def quantiles(values: list[float]) -> str:
+def quantiles(values: list[float]) -> tuple[float, float]:
+    """The 50th and the 99th percentile."""
     ordered = sorted(values)
-    return f"{statistics.median(ordered):.3g} ({ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))]:.3g})"
+    return statistics.median(ordered), ordered[math.ceil(0.99 * len(ordered)) - 1]
 
 
 def pss_mb(pid: int) -> float:
@@ -200,9 +85,10 @@ def measure(name: str, system: Any, sessions: int, reference: list[list[str]] | 
         opened[0].close()
     row |= {"start": quantiles(starts), "first": quantiles(firsts), "cell": quantiles(warms)}
     row["recovery"] = recovery(name, system, sessions)
+    row["unhung"] = recovery_from_hang(name, max(3, sessions // 8))
     row["memory"] = memory(name, system, min(sessions, 32))
     outputs, seconds, count = workload(name, system, sessions)
-    row["cells"] = f"{count / seconds:.3g}"
+    row["cells"] = count / seconds
     row["starts"] = concurrent_starts(name, system, sessions)
     pairs = [pair for two in zip(outputs, reference or outputs, strict=True) for pair in zip(*two, strict=True)]
     agree = [ours == jupyters for ours, jupyters in pairs]
@@ -210,10 +96,10 @@ def measure(name: str, system: Any, sessions: int, reference: list[list[str]] | 
     return row, outputs
 
 
-def recovery(name: str, system: Any, sessions: int) -> str:
+def recovery(name: str, system: Any, sessions: int) -> tuple[float, float] | None:
     """From a crash to the answer of the next cell, two earlier cells replayed."""
     if name not in ("forkserver", "jupyter"):
-        return "–"
+        return None
     times = []
     for _ in range(max(3, sessions // 2)):
         session = system.open()
@@ -225,9 +111,25 @@ def recovery(name: str, system: Any, sessions: int) -> str:
     return quantiles(times)
 
 
-def memory(name: str, system: Any, sessions: int) -> str:
+def recovery_from_hang(name: str, sessions: int) -> tuple[float, float] | None:
+    """The same after a cell that no signal interrupts: it is killed when its time and the grace are over."""
+    if name != "forkserver":
+        return None
+    times = []
+    with Sandbox(SandboxConfig(timeout_seconds=0.2, grace_seconds=0.1)) as sandbox:
+        sandbox.open().close()
+        for _ in range(sessions):
+            with sandbox.open() as session:
+                session.run("x = 1")
+                session.run("y = 2")
+                session.run(HANG)
+                times.append(milliseconds(lambda session=session: session.run("x + y")))
+    return quantiles(times)
+
+
+def memory(name: str, system: Any, sessions: int) -> tuple[float, float] | None:
     if name not in ("forkserver", "jupyter"):
-        return "–"
+        return None
     opened = [system.open() for _ in range(sessions)]
     idle = statistics.mean(pss_mb(system.pid(session)) for session in opened)
     for session in opened:
@@ -235,7 +137,7 @@ def memory(name: str, system: Any, sessions: int) -> str:
     after = statistics.mean(pss_mb(system.pid(session)) for session in opened)
     for session in opened:
         session.close()
-    return f"{idle:.1f} / {after:.1f}"
+    return idle, after
 
 
 def workload(name: str, system: Any, sessions: int) -> tuple[list[list[str]], float, int]:
@@ -256,9 +158,9 @@ def workload(name: str, system: Any, sessions: int) -> tuple[list[list[str]], fl
     return outputs[: len(TRAJECTORIES)], time.perf_counter() - start, 3 * len(trajectories)
 
 
-def concurrent_starts(name: str, system: Any, sessions: int) -> str:
+def concurrent_starts(name: str, system: Any, sessions: int) -> float | None:
     if name not in ("forkserver", "jupyter"):
-        return "–"
+        return None
 
     async def main() -> float:
         start = time.perf_counter()
@@ -267,7 +169,7 @@ def concurrent_starts(name: str, system: Any, sessions: int) -> str:
         await asyncio.gather(*(session.aclose() for session in opened))
         return seconds
 
-    return f"{sessions / asyncio.run(main()):.3g}"
+    return sessions / asyncio.run(main())
 
 
 COLUMNS = {
@@ -275,18 +177,63 @@ COLUMNS = {
     "first": "first cell, ms",
     "cell": "trivial cell, ms",
     "recovery": "recovery after a crash, ms",
-    "memory": "memory per session idle / after sympy, MB",
+    "unhung": "after a hang, ms",
+    "memory": "memory per session idle (after sympy), MB",
     "starts": "sessions started per second, all at once",
     "cells": "workload cells per second",
     "agree": "outputs agree",
 }
 
 
+def shown(value: Any) -> str:
+    if isinstance(value, tuple):
+        return f"{shown(value[0])} ({shown(value[1])})"
+    return (
+        "–"
+        if value is None
+        else value
+        if isinstance(value, str)
+        else f"{value:.0f}"
+        if value >= 100
+        else f"{value:.3g}"
+    )
+
+
 def table(rows: dict[str, dict]) -> Iterator[str]:
     yield "| system | " + " | ".join(COLUMNS.values()) + " |"
     yield "| --- " * (len(COLUMNS) + 1) + "|"
     for name, row in rows.items():
-        yield f"| {SYSTEMS[name][0]} | " + " | ".join(str(row[column]) for column in COLUMNS) + " |"
+        yield f"| {SYSTEMS[name][0]} | " + " | ".join(shown(row[column]) for column in COLUMNS) + " |"
+
+
+def targets(rows: dict[str, dict]) -> Iterator[str]:
+    """The fork server's targets, each beside what this run has measured."""
+    row = rows["forkserver"]
+    cores = len(os.sched_getaffinity(0))
+    measured = [
+        ("session start, p50", row["start"][0], "≤", 10, "ms"),
+        ("session start, p99", row["start"][1], "≤", 25, "ms"),
+        ("trivial cell, p50", row["cell"][0], "≤", 0.6, "ms"),
+        ("workload cells per second and core", row["cells"] / cores, "≥", 60, ""),
+        ("memory per session, idle", row["memory"][0], "≤", 5, "MB"),
+        ("memory per session, after sympy", row["memory"][1], "≤", 15, "MB"),
+        ("recovery after a crash, p50", row["recovery"][0], "≤", 20, "ms"),
+        ("recovery after a crash, p99", row["recovery"][1], "≤", 50, "ms"),
+        ("recovery after a hang, p50", row["unhung"][0], "≤", 20, "ms"),
+        ("recovery after a hang, p99", row["unhung"][1], "≤", 50, "ms"),
+    ]
+    if "jupyter" in rows:
+        ratio = rows["jupyter"]["start"][0] / row["start"][0]
+        measured.insert(2, ("session start, times faster than a Jupyter kernel, p50", ratio, "≥", 30, ""))
+    yield from verdicts(measured)
+
+
+def verdicts(measured: list[tuple[str, float, str, float, str]]) -> Iterator[str]:
+    yield "| target | asked for | measured | |"
+    yield "| --- | --- | --- | --- |"
+    for what, value, relation, limit, unit in measured:
+        met = value <= limit if relation == "≤" else value >= limit
+        yield f"| {what} | {relation} {limit:g} {unit} | {shown(value)} {unit} | {'met' if met else '**missed**'} |"
 
 
 def hardware() -> str:
@@ -359,11 +306,56 @@ def soak(cells: int) -> Iterator[str]:
         asyncio.run(main(sandbox, range(cells // 20)))
         seconds = time.perf_counter() - start
         after, survived = held(sandbox), sandbox._backend.pid == zygote
+    grown = [b - a for a, b in zip(before, after, strict=True)]
     names = ("client MB", "warm interpreter MB", "client descriptors", "warm interpreter descriptors", "folders")
     yield f"{cells} cells in {cells // 20} sessions, 5 % hostile, {seconds:.0f} s; wrong answers: {len(wrong)}"
     yield f"the warm interpreter {'is still the same process' if survived else 'was replaced'}"
     yield "; ".join(f"{name} {a} → {b}" for name, a, b in zip(names, before, after, strict=True))
+    yield ""
+    yield from verdicts(
+        [
+            ("wrong answers or errors in the client", len(wrong), "≤", 0, ""),
+            ("restarts of the warm interpreter", int(not survived), "≤", 0, ""),
+            ("memory grown in the client", grown[0], "≤", 16, "MB"),
+            ("memory grown in the warm interpreter", grown[1], "≤", 16, "MB"),
+            ("descriptors and folders left", sum(max(0, grow) for grow in grown[2:]), "≤", 0, ""),
+        ]
+    )
     yield from wrong[:20]
+
+
+# ------------------------------------------------------------------------------------------------------------- attacks
+
+
+def attacks() -> Iterator[str]:
+    """Lets the hostile cells of the tests loose, in the process that the tests keep for it."""
+    folder = Path(__file__).resolve().parents[1] / "tests" / "tools"
+    sys.path.insert(0, str(folder))
+    from attacks import ATTACKS
+
+    process = subprocess.Popen(
+        [sys.executable, str(folder / "arena.py"), str(os.geteuid())],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+        cwd=folder,
+        start_new_session=True,
+    )
+    with process:
+        hello = json.loads(process.stdout.readline())
+        wrong = []
+        for attack in ATTACKS:
+            process.stdin.write(json.dumps({"name": attack.name}) + "\n")
+            process.stdin.flush()
+            report = json.loads(process.stdout.readline())
+            if report["problems"] or report["status"] not in attack.statuses or report["next"] != ["ok", "42"]:
+                wrong.append(f"{attack.name}: {report}")
+        process.stdin.close()
+    yield f"{len(ATTACKS)} hostile cells as user {hello['user']}, behind {hello['layers']}"
+    yield ""
+    yield from verdicts([("attacks not contained", len(wrong), "≤", 0, "")])
+    yield from wrong
 
 
 def main() -> None:
@@ -371,12 +363,15 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=SYSTEMS, default=list(SYSTEMS), help="rows to measure")
     parser.add_argument("--sessions", type=int, default=200, help="sessions of the fork server")
     parser.add_argument("--slow_sessions", type=int, default=16, help="sessions of every other system")
+    parser.add_argument("--attacks", action="store_true", help="instead of the table: the hostile cells of the tests")
     parser.add_argument("--soak", type=int, default=0, help="instead of the table: cells to run, looking for leaks")
     parser.add_argument("--output", type=Path, help="Markdown file to append to")
     arguments = parser.parse_args()
     lines = [f"`python benchmarks/sandbox.py {' '.join(sys.argv[1:])}`, {datetime.date.today()}, {hardware()}", ""]
     if arguments.soak:
         lines += soak(arguments.soak)
+    elif arguments.attacks:
+        lines += attacks()
     else:
         rows: dict[str, dict] = {}
         reference = None
@@ -394,6 +389,8 @@ def main() -> None:
                 system.close()
             reference = outputs if name == "jupyter" else reference
         lines += table({name: rows[name] for name in arguments.only if name in rows})
+        if "forkserver" in rows:
+            lines += ["", *targets(rows)]
     print("\n".join(lines))
     if arguments.output:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
