@@ -37,6 +37,15 @@ def shared(sandbox):
         ("x = 1", ""),
         ("x = 1;\nx;", ""),
         ("None", ""),
+        ("'a;b'", "'a;b'"),
+        ("'a;b';", ""),
+        ("import asyncio\nawait asyncio.sleep(0, 'awaited')", "'awaited'"),
+        ("async def numbers():\n    yield 3\n[n async for n in numbers()]", "[3]"),
+        ("class Shown:\n    def _ipython_display_(self): print('shown')\nShown()", "shown"),
+        (
+            "class Plain:\n    def __repr__(self): return 'plain'\n[Plain(), {1: (2.5, True)}]",
+            "[plain, {1: (2.5, True)}]",
+        ),
         ("'two\\nlines'", "'two\\nlines'"),
         ("print(r'\\frac{1}{2}')", "\\frac{1}{2}"),
         ("import sys; print('noise', file=sys.stderr); print('kept')", "kept"),
@@ -70,6 +79,15 @@ def test_state_persists_within_a_session_and_never_across(sandbox):
         one.run("secret = 41")
         assert one.run("secret + 1").output == "42"
         assert two.run("secret").output == "NameError: name 'secret' is not defined"
+
+
+def test_the_last_value_and_printers_of_the_notebook_are_there(sandbox):
+    with sandbox.open() as session:
+        session.run("[1, 2]")
+        assert session.run("_ + [3]").output == "[1, 2, 3]"
+        session.run("formatter = get_ipython().display_formatter.formatters['text/plain']")
+        session.run("formatter.for_type(int, lambda value, printer, cycle: printer.text(f'<{value}>'));")
+        assert session.run("7").output == "<7>"
 
 
 def test_a_timeout_keeps_what_earlier_cells_made(sandbox):
