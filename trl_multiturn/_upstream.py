@@ -32,6 +32,7 @@ _HOME = {
     "global_then_local_main_first": "trl.trainer.utils",
     "pad": "trl.trainer.utils",
     "prepare_deepspeed": "trl.models",
+    "prepare_fsdp": "trl.models",
     "unwrap_model_for_generation": "trl.models",
     "use_adapter": "trl.trainer.utils",
     # generation

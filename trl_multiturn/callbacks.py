@@ -155,6 +155,14 @@ class ToolRolloutGenerator(TrainerCallback):
 
     def attach(self, trainer: Any) -> None:
         """Binds the trainer; its constructor calls this."""
+        if trainer.is_deepspeed_enabled:
+            fixed = {"optimizer", "scheduler"} & set(trainer.accelerator.state.deepspeed_plugin.deepspeed_config)
+            if fixed:
+                raise ValueError(
+                    f"DeepSpeed's configuration has a section {' and '.join(sorted(fixed))}, with which DeepSpeed "
+                    "plans the learning rate before the number of steps is known, which every iteration decides. "
+                    "Remove the section and set `optim`, `learning_rate` and `lr_scheduler_type` in `args`."
+                )
         longest = self.settings.rollout.max_trajectory_tokens
         if trainer.args.max_length is not None and trainer.args.max_length < longest:
             logger.warning(

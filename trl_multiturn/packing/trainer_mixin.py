@@ -138,9 +138,12 @@ class PackedTrainerMixin:
         fields = ("entropy", "mean_logits", "is_top1")
         if getattr(self, "use_weighting", False):
             fields += ("log_sum_sq_probs",)
-        models = [(self.accelerator.unwrap_model(self.model), fields)]
+        policy = self.accelerator.unwrap_model(self.model)
+        models = [(policy, fields)]
         if getattr(self, "ref_model", None) is not None:
-            models.append((self.accelerator.unwrap_model(self.ref_model), ()))
+            reference = self.accelerator.unwrap_model(self.ref_model)
+            if reference is not policy:  # which stands in for it while reference columns are computed
+                models.append((reference, ()))
         return models
 
     def _reason_against_hooks(self) -> str | None:

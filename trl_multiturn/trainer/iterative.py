@@ -57,6 +57,7 @@ class IterativeTrainerMixin:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         call = inspect.signature(super().__init__).bind(*args, **kwargs)
         sources = [c for c in call.arguments.get("callbacks") or [] if isinstance(c, TrainingRowSource)]
+        self._rows_come_later = bool(sources)
         if sources:
             self._expect_rows_from(sources, call.arguments)
         super().__init__(*call.args, **call.kwargs)
@@ -119,6 +120,11 @@ class IterativeTrainerMixin:
         if self._row_source is not None and resume_from_checkpoint:
             resume_from_checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _precompute_ref_logps(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
+        if self._rows_come_later:  # and bring theirs; the parent's constructor asks for the placeholder's
+            return dataset
+        return super()._precompute_ref_logps(dataset, *args, **kwargs)
 
     def _run_epoch(self, **kwargs: Any) -> None:
         if self._row_source is None:

@@ -82,6 +82,16 @@ def write_parameters(model: nn.Module, names: set[str], value_of: Callable[[str]
                     parameter.copy_(value)
 
 
+@torch.no_grad()
+def copy_parameters(source: nn.Module, target: nn.Module) -> None:
+    """Copies what `source` holds into `target`, a model of the same kind that is sharded (FSDP2) in the same way."""
+    _settle(source)
+    _settle(target)
+    present = dict(_named(source))
+    for name, parameter in _named(target):
+        _local(parameter).copy_(_local(present[name]))
+
+
 @contextmanager
 def kept_parameters(model: nn.Module) -> Iterator[None]:
     """Puts the trainable parameters back on exit, bit for bit; meanwhile a copy lies in host memory, of this process's

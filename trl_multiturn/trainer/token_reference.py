@@ -26,6 +26,7 @@ from ..losses import LMHead
 from ..modeling import decoder
 from ..packing.decoder import capture_hidden_states
 from .joint_forward import lm_head
+from .sharding import copy_parameters, whole_parameters, write_parameters
 
 
 logger = get_logger(__name__)
@@ -147,15 +148,20 @@ class TokenReferenceMixin:
         reference (all rows bring their own), nothing is done.
 
         Raises:
-            `ValueError`: where the weights are sharded (FSDP, DeepSpeed), so that this process cannot copy them.
+            `ValueError`: where DeepSpeed or FSDP1 manages the weights, or FSDP those of a LoRA policy.
         """
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise ValueError(
-                "The weights are sharded (FSDP or DeepSpeed), so the reference cannot be refreshed in place. Train "
-                "with DDP, or start a new run from the checkpoint."
-            )
         policy = self.accelerator.unwrap_model(self.model)
-        if self.ref_model is not None:
+        fsdp2 = self.is_fsdp_enabled and self.accelerator.is_fsdp2
+        if self.is_deepspeed_enabled or (self.is_fsdp_enabled and (not fsdp2 or is_peft_model(policy))):
+            raise ValueError(
+                "The weights are sharded, so the reference cannot be refreshed in place: that works with FSDP2 and "
+                "full fine-tuning only. Set `kl_coef=0`, which needs no reference but columns of the rows, or train "
+                "with DDP."
+            )
+        if self.ref_model is not None and fsdp2:
+            copy_parameters(policy, self.ref_model)
+            self._reference_moved = True
+        elif self.ref_model is not None:
             self._replace_reference(policy.state_dict())
         elif is_peft_model(policy):
             if "ref" not in policy.peft_config:
@@ -181,10 +187,11 @@ class TokenReferenceMixin:
         """Keeps a frozen copy of the policy where distributions are needed and nothing else can give them."""
         if self.ref_model is not None or is_peft_model(self.model):
             return
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if self.is_deepspeed_enabled or (self.is_fsdp_enabled and not self.accelerator.is_fsdp2):
             raise ValueError(
-                "`precompute_ref_log_probs=True` leaves no reference model, but the KL term needs the reference's "
-                "whole distributions. Set `kl_coef=0`, or `precompute_ref_log_probs=False`."
+                "Precomputed reference log-probabilities (also those of a `ToolRolloutGenerator`) leave no reference "
+                "model, but the KL term needs the reference's whole distributions. Set `kl_coef=0`, use FSDP2, or, "
+                "with fixed rows, `precompute_ref_log_probs=False`."
             )
         if self._row_source is None:
             logger.warning(
@@ -195,15 +202,23 @@ class TokenReferenceMixin:
         reference.__dict__.pop("forward", None)  # the copied fused forward would fall back on the policy's own
         _upstream.add_fused_lm_head(reference)
         reference.requires_grad_(False)
-        self.ref_model = self.accelerator.prepare_model(reference.eval(), evaluation_mode=True)
+        if self.is_fsdp_enabled:
+            self.ref_model = _upstream.prepare_fsdp(reference, self.accelerator)
+        else:
+            self.ref_model = self.accelerator.prepare_model(reference.eval(), evaluation_mode=True)
 
     # Checkpoints: a reference that was refreshed is part of the training state (PEFT saves the adapter `ref` itself)
 
     def _save_checkpoint(self, model, trial) -> None:
         # Before the rest: a checkpoint counts as complete once its state, the parent's last file, is there
-        if self._reference_moved and self.ref_model is not None and self.args.should_save:
-            folder = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}", REFERENCE_MODEL_FOLDER)
-            self.accelerator.unwrap_model(self.ref_model).save_pretrained(folder)
+        if self._reference_moved and self.ref_model is not None:
+            reference, weights = self.accelerator.unwrap_model(self.ref_model), None
+            if self.is_fsdp_enabled:  # all processes gather
+                names = {name for name, _ in reference.named_parameters()}
+                weights = {name: whole.cpu() for name, whole in whole_parameters(reference, names)}
+            if self.args.should_save:
+                checkpoint = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
+                reference.save_pretrained(checkpoint / REFERENCE_MODEL_FOLDER, state_dict=weights)
         super()._save_checkpoint(model, trial)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -211,5 +226,9 @@ class TokenReferenceMixin:
         folder = Path(resume_from_checkpoint, REFERENCE_MODEL_FOLDER)
         if self.ref_model is not None and folder.exists():
             reference = self.accelerator.unwrap_model(self.ref_model)
-            saved = type(reference).from_pretrained(folder, dtype=reference.dtype)
-            self._replace_reference(saved.state_dict())
+            saved = type(reference).from_pretrained(folder, dtype=reference.dtype).state_dict()
+            if self.is_fsdp_enabled:
+                write_parameters(reference, set(saved), saved.__getitem__)
+                self._reference_moved = True
+            else:
+                self._replace_reference(saved)
