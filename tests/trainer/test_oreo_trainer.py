@@ -36,6 +36,18 @@ def reference_losses(trainer, level: str) -> tuple[float, float, float]:
     return tuple(total / len(trainer.train_dataset) for total in totals)
 
 
+def test_batches_can_be_grouped_by_length(tmp_path):
+    """Every strategy that the config offers works; this one reads a column of the rows."""
+    trainer = make_trainer(
+        tmp_path, train_sampling_strategy="group_by_length", per_device_train_batch_size=2, dataset=token_rows(8)
+    )
+    lengths = [len(row["prompt_ids"]) + len(row["completion_ids"]) for row in trainer.train_dataset]
+    assert trainer.train_dataset["length"] == lengths
+    widths = [batch["attention_mask"].sum(dim=1).tolist() for batch in trainer.get_train_dataloader()]
+    assert sorted(sum(widths, [])) == sorted(lengths)
+    assert widths[0][0] == max(lengths)  # the longest row comes first, and its neighbours are long
+
+
 class TestLoss:
     @pytest.mark.parametrize("level", ["token", "step", "response"])
     @pytest.mark.parametrize(("value_model", "lora"), [("full", False), ("adapter", True), ("head", False)])

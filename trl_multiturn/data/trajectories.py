@@ -149,6 +149,7 @@ def _finish_row(
     reward = outcome(example, index)
     label = example.get("label")
     output = {"action_mask": mask, "reward": reward, "label": reward > 0 if label is None else bool(label)}
+    output["length"] = len(example["prompt_ids"]) + count  # for `train_sampling_strategy="group_by_length"`
     token_rewards = _token_rewards(mask, reward, example.get("turn_rewards"), index)
     process_rewards = example.get("process_rewards") or [0.0] * count
     output["token_rewards"] = [

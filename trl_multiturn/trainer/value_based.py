@@ -80,7 +80,7 @@ class ValueBasedTrainer(TokenReferenceMixin, MultiTurnKTOTrainer):
     _config_class: type[ValueBasedConfig]
 
     _reference_columns = ("ref_logps",)
-    _extra_signature_columns = ("reward", *ALIGNED_COLUMNS)
+    _extra_signature_columns = ("reward", "length", *ALIGNED_COLUMNS)
     _collator_class = DataCollatorForTrajectories
 
     def __init__(
