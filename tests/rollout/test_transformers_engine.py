@@ -477,7 +477,7 @@ def test_sharded_weights_are_refused(tmp_path):
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         model = fully_shard(tiny_model(TOKENIZER), mesh=init_device_mesh("cpu", (1,)))
-        with pytest.raises(EngineError, match="is sharded over processes.*unwrap_model_for_generation"):
+        with pytest.raises(EngineError, match="is sharded over processes.*gathered_for_sampling"):
             run(TransformersEngine(model, TOKENIZER), (prompt(3), SamplingParams(1)))
     finally:
         torch.distributed.destroy_process_group()
