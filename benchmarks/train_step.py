@@ -10,8 +10,8 @@ Each arm is a real trainer's `compute_loss` and `backward()` on padded batches a
 `completion_mask` leaves out observations. Arms alternate batch by batch and start from the same weights. A row is
 printed only if every arm's loss and gradient norm agree with the first arm's; then the median of the paired ratios,
 with minimum and maximum. TRL has no OREO and no DQO: there the first arm is our trainer with `packed=False`.
-Times are CPU seconds of one thread (`--threads`), packing and metrics included; peak memory is that of a process which
-runs one arm alone, above what the process held before the step.
+Times are CPU seconds of one thread, or wall-clock seconds of several (`--threads`), packing and metrics included; peak
+memory is that of a process which runs one arm alone, above what the process held before the step.
 
 Model: Qwen2 style, 8 layers, hidden 512, vocabulary 32k, random weights. Rows: prompts of 100-300 tokens, 2-6 turns
 with tool results between them, at most 2048 tokens, about 0.9k on average, 40 % trained; `--real` names a folder with
@@ -165,8 +165,7 @@ def _move(model: torch.nn.Module) -> None:
 class Step:
     loss: float
     gradient_norm: float
-    cpu_seconds: float
-    wall_seconds: float
+    seconds: float
 
 
 def run_step(trainer: DPOTrainer | KTOTrainer, batch: dict[str, torch.Tensor]) -> Step:
@@ -175,13 +174,14 @@ def run_step(trainer: DPOTrainer | KTOTrainer, batch: dict[str, torch.Tensor]) -
     for parameter in trainer.model.parameters():
         parameter.grad = None
     gc.collect()
-    wall, cpu = time.perf_counter(), time.process_time()
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    start = clock()
     with trainer.compute_loss_context_manager():
         loss = trainer.compute_loss(trainer.model, dict(batch))
     loss.backward()
-    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    seconds = clock() - start
     gradients = [p.grad.norm() for p in trainer.model.parameters() if p.grad is not None]
-    return Step(loss.item(), torch.stack(gradients).norm().item(), cpu, wall)
+    return Step(loss.item(), torch.stack(gradients).norm().item(), seconds)
 
 
 def add_reference(setting: Setting, batch: dict[str, torch.Tensor], trainer: Any) -> dict[str, torch.Tensor]:
@@ -252,8 +252,8 @@ def measure(setting: Setting, batches: int, real: Path | None) -> Result:
         if i == 0:
             continue  # warm-up: allocators, thread pools, the self-test
         for name, step in steps.items():
-            result.ratios[name].append(steps[first].cpu_seconds / step.cpu_seconds)
-            totals[name] += step.cpu_seconds
+            result.ratios[name].append(steps[first].seconds / step.seconds)
+            totals[name] += step.seconds
             difference = abs(step.loss - steps[first].loss)
             norm = abs(step.gradient_norm / steps[first].gradient_norm - 1)
             result.loss_difference = max(difference, result.loss_difference)
@@ -348,7 +348,8 @@ def header(arguments: argparse.Namespace) -> str:
     return (
         f"`python benchmarks/train_step.py {' '.join(sys.argv[1:])}`, {datetime.date.today()}, {name}, "
         f"{os.cpu_count()} cores, {arguments.threads} thread(s), load average {load:.1f} at the start, "
-        f"torch {torch.__version__}. CPU seconds per step; x is the first arm's step over the arm's, paired."
+        f"torch {torch.__version__}. {'CPU' if arguments.threads == 1 else 'Wall-clock'} seconds per step; x is the first "
+        "arm's step over the arm's, paired."
     )
 
 
