@@ -38,7 +38,7 @@ python examples/dqo.py \
 ```
 
 With `question_id` in the rows, problems are held out (`--held_out`), and the script prints how well the value of a
-trajectory's last state tells correct from incorrect answers to them, before and after training, and writes
+trajectory's last state tells correct from incorrect answers to them, and writes
 `values.html`, the value after each step of some of them.
 """
 
@@ -56,10 +56,22 @@ class DQOScriptArguments(ScriptArguments):
         default=0.15,
         metadata={"help": "Share of the problems on which values are compared with outcomes; 0 for none."},
     )
+    balanced: bool = field(
+        default=True,
+        metadata={"help": "Train on as many correct as incorrect rows of each problem (with `question_id`)."},
+    )
 
 
 def main(script_args, training_args, model_args, dataset_args):
-    from offline_values import hold_out, outcome_auc, scorer_of, small_policy
+    from offline_values import (
+        balance,
+        hold_out,
+        last_values,
+        report_auc,
+        scorer_of,
+        small_policy,
+        without_tools,
+    )
     from trl import get_dataset, get_peft_config, get_quantization_config
 
     from trl_multiturn import DQOTrainer, preview_masks
@@ -74,10 +86,11 @@ def main(script_args, training_args, model_args, dataset_args):
     train_dataset, held_out = dataset[script_args.dataset_train_split], None
     if script_args.held_out and "question_id" in train_dataset.column_names:
         train_dataset, held_out = hold_out(train_dataset, script_args.held_out)
+        train_dataset = balance(train_dataset) if script_args.balanced else train_dataset
 
     # Without a model, build a small one
     if model_args.model_name_or_path is None:
-        train_dataset, held_out = (rows and rows.remove_columns("tools") for rows in (train_dataset, held_out))
+        train_dataset, held_out = without_tools(train_dataset), without_tools(held_out)
         model_args.model_name_or_path = small_policy(train_dataset, f"{training_args.output_dir}/initial_policy")
     training_args.model_init_kwargs = dict(
         revision=model_args.model_revision,
@@ -101,9 +114,9 @@ def main(script_args, training_args, model_args, dataset_args):
         preview_masks(trainer)
 
     # Train the model
-    report(trainer, outcome_auc, "before")
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-    report(trainer, outcome_auc, "after")
+    if held_out is not None and trainer.accelerator.is_main_process:
+        report_auc(last_values(trainer, trainer.eval_dataset))
     trainer.accelerator.print("✅ Training completed.")
 
     # Look at values along held-out trajectories: where the reasoning breaks, they should drop
@@ -120,14 +133,6 @@ def main(script_args, training_args, model_args, dataset_args):
         trainer.accelerator.print(f"🤗 Model pushed to the Hub in https://huggingface.co/{trainer.hub_model_id}.")
     if hasattr(trainer, "end"):  # transformers >= 5.18
         trainer.end()
-
-
-def report(trainer, outcome_auc, when):
-    """Prints on the main process how well values tell outcomes on the held-out problems."""
-    if trainer.eval_dataset is None or not trainer.accelerator.is_main_process:
-        return
-    for name, (estimate, low, high) in outcome_auc(trainer, trainer.eval_dataset).items():
-        print(f"{when} training, {name} on held-out problems: {estimate:.3f} (95 % interval {low:.3f}–{high:.3f})")
 
 
 def make_parser(subparsers: argparse._SubParsersAction | None = None, prog: str | None = None):

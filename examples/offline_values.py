@@ -1,4 +1,4 @@
-"""For the offline examples: held-out problems, a small policy without a download, and whether values know outcomes."""
+"""For the offline examples: which rows train, a small policy without a download, and whether values know outcomes."""
 
 from __future__ import annotations
 
@@ -9,8 +9,19 @@ from typing import Any
 
 from datasets import Dataset
 from tiny_policy import build_policy, build_tokenizer, warm_start
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+
+
+Group = list[tuple[float, bool]]  # (value, label) of the trajectories of one problem
+
+
+# As a learned vocabulary may merge them: what a tool call is wrapped in is one token, a number of up to three digits
+# one token wherever it stands, so that it can be recognised, and a blank belongs to the word after it.
+PIECES = (
+    r'\n?<tool_call>\n\{"name": "\w+", "arguments": \{"\w+": "|"\}\}\n</tool_call>|(?:system|user|assistant|tool)\n'
+    r"|\d{1,3}| ?[A-Za-z]+| ?[^\s\w]|\s|\w"
+)
 
 
 def hold_out(dataset: Dataset, share: float, seed: int = 0) -> tuple[Dataset, Dataset]:
@@ -23,9 +34,36 @@ def hold_out(dataset: Dataset, share: float, seed: int = 0) -> tuple[Dataset, Da
     return dataset.select(sides[False]), dataset.select(sides[True])
 
 
+def balance(dataset: Dataset, num_problems: int | None = None, seed: int = 0) -> Dataset:
+    """
+    Of each problem as many correct as incorrect rows, chosen at random; problems without both are left out.
+
+    With `num_problems` so many of the problems that are left, chosen at random, too.
+
+    A value model that sees all rows learns first which problems are hard, and what long solutions, which hard problems
+    have, come to. Of one problem the longer solution is rather the *better* one. Here the problem says nothing about
+    the outcome, so that only what the solution does can be learned (the OREO paper balances its rows likewise).
+    """
+    rng = random.Random(seed)
+    sides: dict[Any, dict[bool, list[int]]] = defaultdict(lambda: {True: [], False: []})
+    for index, (question, label) in enumerate(zip(dataset["question_id"], dataset["label"], strict=True)):
+        sides[question][bool(label)].append(index)
+    both = [rows for rows in sides.values() if rows[True] and rows[False]]
+    kept = []
+    for rows in both if num_problems is None else rng.sample(both, min(num_problems, len(both))):
+        count = min(len(rows[True]), len(rows[False]))
+        kept += rng.sample(rows[True], count) + rng.sample(rows[False], count)
+    return dataset.select(sorted(kept))
+
+
+def without_tools(rows: Dataset | None) -> Dataset | None:
+    """Rows without the tools' schemas, whose tokens would cost a small model more than the problem's."""
+    return rows.remove_columns("tools") if rows is not None and "tools" in rows.column_names else rows
+
+
 def small_policy(rows: Dataset, folder: str, hidden_size: int = 64, num_layers: int = 2) -> str:
     """
-    Builds a policy of a quarter million parameters and teaches it to write trajectories like those in `rows`.
+    Builds a policy of a quarter million parameters and teaches it to write like the correct trajectories in `rows`.
 
     Args:
         rows (`Dataset`): `prompt` and `completion`; only rows for training.
@@ -34,7 +72,8 @@ def small_policy(rows: Dataset, folder: str, hidden_size: int = 64, num_layers: 
     Returns:
         `str`: `folder`.
     """
-    conversations = [row["prompt"] + row["completion"] for row in rows]
+    correct = [row for row in rows if row.get("label", row.get("reward", 1)) > 0]
+    conversations = [row["prompt"] + row["completion"] for row in correct]
     tokenizer = _learn_tokenizer(conversations)
     model = build_policy(tokenizer, hidden_size=hidden_size, num_layers=num_layers)
     messages = Dataset.from_list([{"messages": messages} for messages in conversations], on_mixed_types="use_json")
@@ -47,11 +86,14 @@ def small_policy(rows: Dataset, folder: str, hidden_size: int = 64, num_layers: 
 
 
 def _learn_tokenizer(conversations: list[list[dict[str, Any]]], size: int = 2000) -> PreTrainedTokenizerFast:
-    """A byte-level BPE over the conversations as the chat template renders them, each digit a token of its own."""
+    """A byte-level BPE over the conversations as the chat template renders them, with merges inside [`PIECES`]."""
     fast = build_tokenizer([])  # its chat template and special tokens
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Split(Regex(PIECES), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -72,30 +114,39 @@ def _learn_tokenizer(conversations: list[list[dict[str, Any]]], size: int = 2000
     return learned
 
 
-def outcome_auc(trainer: Any, rows: Dataset, resamples: int = 1000, seed: int = 0) -> dict[str, tuple[float, ...]]:
+def last_values(trainer: Any, rows: Dataset) -> list[Group]:
     """
-    How well the value of a trajectory's last state tells correct from incorrect, on prepared rows.
+    The value of each trajectory's last state and its label, problem by problem, on prepared rows.
 
     The last state is the one in which the final end-of-turn token is chosen: everything has been said.
 
     Args:
         trainer: an [`OREOTrainer`] or a [`DQOTrainer`].
         rows (`Dataset`): token rows with `label` and `question_id`.
-
-    Returns:
-        `{"auc": (estimate, low, high), "auc_within_problem": (estimate, low, high)}` with 95 % intervals from a
-        bootstrap over problems. The first compares any two trajectories, the second only those of one problem, where
-        knowing which problems are hard does not help. 0.5 where there is nothing to compare.
     """
     sequences = []
     for row in rows:
         last = max(t for t, action in enumerate(row["action_mask"]) if action)
         sequences.append(row["prompt_ids"] + row["completion_ids"][:last])
     values = scorer_of(trainer).score(sequences)
-    problems: dict[int, list[tuple[float, bool]]] = defaultdict(list)
+    problems: dict[Any, Group] = defaultdict(list)
     for value, label, question in zip(values, rows["label"], rows["question_id"], strict=True):
         problems[question].append((value, label))
-    groups = list(problems.values())
+    return list(problems.values())
+
+
+def outcome_auc(groups: list[Group], resamples: int = 1000, seed: int = 0) -> dict[str, tuple[float, ...]]:
+    """
+    How well values tell correct from incorrect trajectories.
+
+    Args:
+        groups (`list`): the values and labels of one problem each, from [`last_values`].
+
+    Returns:
+        `{"auc": (estimate, low, high), "auc_within_problem": (estimate, low, high)}` with 95 % intervals from a
+        bootstrap over problems. The first compares any two trajectories, the second only those of one problem, where
+        knowing which problems are hard does not help. 0.5 where there is nothing to compare.
+    """
     rng = random.Random(seed)
     samples = [[rng.choice(groups) for _ in groups] for _ in range(resamples)]
     result = {}
@@ -103,6 +154,13 @@ def outcome_auc(trainer: Any, rows: Dataset, resamples: int = 1000, seed: int = 
         spread = sorted(statistic(sample) for sample in samples)
         result[name] = (statistic(groups), spread[int(0.025 * resamples)], spread[int(0.975 * resamples) - 1])
     return result
+
+
+def report_auc(groups: list[Group]) -> None:
+    """Prints [`outcome_auc`]."""
+    for name, (estimate, low, high) in outcome_auc(groups).items():
+        interval = f"{estimate:.3f} (95 % interval {low:.3f}–{high:.3f})"
+        print(f"{name} on {len(groups)} held-out problems: {interval}")
 
 
 def scorer_of(trainer: Any) -> Any:
@@ -116,7 +174,7 @@ def scorer_of(trainer: Any) -> Any:
     return ValueModel.from_pretrained(folder, policy=trainer.accelerator.unwrap_model(trainer.model))
 
 
-def _wins(group: list[tuple[float, bool]]) -> tuple[float, int]:
+def _wins(group: Group) -> tuple[float, int]:
     """Pairs in which the correct one has the higher value (ties count half), and all pairs."""
     ranked = sorted(group)
     wins, pairs, start, incorrect = 0.0, 0, 0, 0
@@ -133,11 +191,11 @@ def _wins(group: list[tuple[float, bool]]) -> tuple[float, int]:
     return wins, pairs
 
 
-def _pooled_auc(groups: list[list[tuple[float, bool]]]) -> float:
+def _pooled_auc(groups: list[Group]) -> float:
     wins, pairs = _wins([entry for group in groups for entry in group])
     return wins / pairs if pairs else 0.5
 
 
-def _auc_within(groups: list[list[tuple[float, bool]]]) -> float:
+def _auc_within(groups: list[Group]) -> float:
     totals = [sum(part) for part in zip(*map(_wins, groups), strict=True)]
     return totals[0] / totals[1] if totals[1] else 0.5

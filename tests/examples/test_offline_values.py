@@ -24,6 +24,20 @@ def test_a_problem_is_held_out_with_all_its_rows():
     assert not set(train["question_id"]) & set(test["question_id"])
 
 
+def test_balanced_rows_say_nothing_about_a_problem():
+    labels = {0: "++--", 1: "+++-", 2: "++++", 3: "----", 4: "-+"}
+    rows = [
+        {"question_id": q, "label": sign == "+", "row": f"{q}{i}"} for q in labels for i, sign in enumerate(labels[q])
+    ]
+    kept = offline_values.balance(Dataset.from_list(rows))
+    counts = {(q, side): 0 for q in labels for side in (True, False)}
+    for row in kept:
+        counts[row["question_id"], row["label"]] += 1
+    assert [counts[q, True] for q in labels] == [counts[q, False] for q in labels] == [2, 1, 0, 0, 1]
+    assert len(set(kept["row"])) == len(kept)
+    assert len(set(offline_values.balance(Dataset.from_list(rows), 2)["question_id"])) == 2
+
+
 def test_auc_by_hand():
     # correct: 3, 1; incorrect: 2, 1.  3 beats both, 1 ties with 1 and loses to 2: 2.5 of 4
     group = [(3.0, True), (1.0, True), (2.0, False), (1.0, False)]
@@ -64,14 +78,29 @@ def test_the_last_state_is_the_one_before_the_final_end_of_turn():
             for i in range(10)
         ]
     )
-    result = offline_values.outcome_auc(Values(), rows, resamples=50)
+    groups = offline_values.last_values(Values(), rows)
     assert Values.seen[0] == [1, 7]
-    assert result["auc"] == (1.0, 1.0, 1.0)
+    assert offline_values.outcome_auc(groups, resamples=50)["auc"] == (1.0, 1.0, 1.0)
+
+
+def test_numbers_and_what_wraps_a_call_are_tokens():
+    call = {"type": "function", "function": {"name": "calculator", "arguments": {"expression": "16-3"}}}
+    turns = [
+        {"role": "assistant", "content": "She has 16 - 3 =", "tool_calls": [call]},
+        {"role": "tool", "name": "calculator", "content": "13"},
+    ]
+    conversation = [{"role": "user", "content": "She has 16 eggs."}, *turns]
+    tokenizer = offline_values._learn_tokenizer([conversation] * 20)
+    text = tokenizer.apply_chat_template(conversation, tokenize=False)
+    pieces = [tokenizer.decode([token]) for token in tokenizer(text).input_ids]
+    assert "".join(pieces) == text
+    assert pieces.count("16") == 3 and '\n<tool_call>\n{"name": "calculator", "arguments": {"expression": "' in pieces
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["oreo", "dqo"])
+@pytest.mark.parametrize("name", ["oreo", "oreo --compare_on", "dqo"])
 def test_the_script_runs_on_rows_from_a_file(tmp_path, name):
+    name, *compare = name.split()
     rows = []
     for i in range(16):
         right = i % 2 == 0
@@ -88,10 +117,12 @@ def test_the_script_runs_on_rows_from_a_file(tmp_path, name):
     command += ["--value_model", "head", "--max_steps", "2", "--per_device_train_batch_size", "4", "--use_cpu"]
     command += ["--bf16", "False", "--gradient_checkpointing", "False", "--report_to", "none", "--save_strategy", "no"]
     command += ["--held_out", "0.5", "--output_dir", str(tmp_path / "out")]
+    if compare:
+        command += [*compare, str(tmp_path / "rows.jsonl")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-4000:]
-    assert "after training, auc_within_problem on held-out problems" in done.stdout
+    assert f"auc_within_problem on {8 if compare else 4} held-out problems" in done.stdout
     assert (tmp_path / "out" / "model.safetensors").exists()
     assert (tmp_path / "out" / "value_model" / "value_head.safetensors").exists()
     assert "hsl(" in (tmp_path / "out" / "values.html").read_text(encoding="utf-8")
