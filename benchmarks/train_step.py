@@ -348,8 +348,8 @@ def header(arguments: argparse.Namespace) -> str:
     return (
         f"`python benchmarks/train_step.py {' '.join(sys.argv[1:])}`, {datetime.date.today()}, {name}, "
         f"{os.cpu_count()} cores, {arguments.threads} thread(s), load average {load:.1f} at the start, "
-        f"torch {torch.__version__}. {'CPU' if arguments.threads == 1 else 'Wall-clock'} seconds per step; x is the first "
-        "arm's step over the arm's, paired."
+        f"torch {torch.__version__}. {'CPU' if arguments.threads == 1 else 'Wall-clock'} seconds per step; x is the "
+        "first arm's step over the arm's, paired."
     )
 
 
