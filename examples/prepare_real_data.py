@@ -166,8 +166,16 @@ def _gsm8k_train_rows(data_dir: Path, copies: int = 2, seed: int = 0) -> Iterato
         wrong = {text: answer for text, answer in filter(None, mistaken) if answer != gold}
         for text, answer in {solution: gold, **wrong}.items():
             extra = {"question_id": question_id, "model": "one_mistake" if text in wrong else "gold"}
-            turns = calculator_turns(f"{text}\nA: {answer}")
+            turns = _as_recorded(calculator_turns(f"{text}\nA: {answer}"))
             yield _row(record["question"], turns, text not in wrong, **extra, tools=[CALCULATOR])
+
+
+def _as_recorded(turns: list[Message]) -> list[Message]:
+    """The recorded models' calculator was Python's: a quotient has a decimal point, whatever its value."""
+    for call, answer in zip(turns, turns[1:], strict=False):
+        if answer["role"] == "tool" and "/" in call["tool_calls"][0]["function"]["arguments"]["expression"]:
+            answer["content"] += "" if "." in answer["content"] else ".0"
+    return turns
 
 
 def _tora_rows(data_dir: Path) -> Iterator[Row]:
