@@ -67,7 +67,8 @@ def test_a_calculator_mark_becomes_a_call_and_its_answer():
 
 
 def test_quotients_of_gold_solutions_look_like_recorded_ones():
-    turns = real._as_recorded(real.calculator_turns("So 8/2 = <<8/2=4>>4, 1/8 = <<1/8=0.125>>0.125, <<2*2=4>>4.\nA: 4"))
+    solution = "So 8/2 = <<8/2=4>>4, 1/8 = <<1/8=0.125>>0.125, <<2*2=4>>4.\nA: 4"
+    turns = real._as_recorded(real.calculator_turns(solution))
     assert [turn["content"] for turn in turns if turn["role"] == "tool"] == ["4.0", "0.125", "4"]
 
 
