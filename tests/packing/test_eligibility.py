@@ -66,6 +66,18 @@ def test_the_self_test_sees_wrong_positions():
     assert "differ" in self_test(forward)
 
 
+def test_a_model_that_fails_in_its_own_way_is_not_packed():
+    model = tiny("llama")
+    forward = seated(model)
+    inner = model.model.forward
+
+    def reads_the_shape_of_its_mask(*args, attention_mask=None, **kwargs):
+        return inner(*args, attention_mask={2: attention_mask}[attention_mask.dim()], **kwargs)
+
+    model.model.forward = reads_the_shape_of_its_mask
+    assert "KeyError" in self_test(forward)
+
+
 @pytest.mark.parametrize(
     ("overrides", "word"),
     [({"attention_dropout": 0.1}, "attention_dropout"), ({"layer_types": ["linear_attention"] * 4}, "branch")],

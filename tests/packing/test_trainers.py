@@ -294,3 +294,14 @@ def test_packed_true_says_why_it_cannot(tokenizer, tmp_path):
     trainer = build("dpo", tokenizer, tmp_path, True, model=refused_model(tokenizer), peft_config=LORA)
     with pytest.raises(ValueError, match="attention_dropout"):
         one_step(trainer)
+
+
+def test_noise_on_embeddings_keeps_batches_padded(tokenizer, tmp_path, caplog):
+    """NEFTune's noise shrinks with the length of the row: all of a batch in one row would get less than TRL's."""
+    with caplog.at_level(logging.WARNING):
+        trainer = build("dpo", tokenizer, tmp_path, "auto", neftune_noise_alpha=5.0, max_steps=1)
+        trainer.train()
+    assert trainer._packed_forwards[0].calls == {"packed": 0, "padded": 1}
+    assert any("neftune_noise_alpha" in record.message for record in caplog.records)
+    with pytest.raises(ValueError, match="neftune_noise_alpha"):
+        one_step(build("dpo", tokenizer, tmp_path, True, neftune_noise_alpha=5.0))

@@ -61,6 +61,13 @@ class TestLoss:
         assert metrics["loss/value"] == pytest.approx(value_loss, rel=1e-4)
         assert metrics["kl"] == pytest.approx(kl, rel=1e-4)
 
+    def test_the_reference_of_a_trained_head_is_the_untrained_one(self, tmp_path):
+        """An adapter that also trains the LM head: the KL is to the head below it."""
+        trainer = make_trainer(tmp_path, lora=True, modules_to_save=["lm_head"], kl_coef=0.7)
+        assert any("lm_head" in name and p.requires_grad for name, p in trainer.model.named_parameters())
+        trainer.compute_loss(trainer.model, whole_batch(trainer))
+        assert metrics_of(trainer)["kl"] == pytest.approx(reference_losses(trainer, "token")[2], rel=1e-4)
+
     @pytest.mark.parametrize("value_model", ["adapter", "full", "head"])
     @pytest.mark.parametrize("lora", [False, True])
     def test_each_loss_trains_its_own_model_only(self, tmp_path, value_model, lora):

@@ -52,6 +52,7 @@ def make_trainer(folder: Any, cls: type = OREOTrainer, dataset: Any = None, lora
     if not Path(path, "config.json").exists():
         save_tiny(path, tokenizer)
     passed = {key: settings.pop(key) for key in ("eval_dataset", "callbacks") if key in settings}
+    trained = settings.pop("modules_to_save", None)
     defaults = {"beta": BETA, "value_lora_rank": 4, "lr_scheduler_type": "constant", "warmup_steps": 0}
     args = kto_config(f"{folder}/out", config_class, **{**defaults, **settings})
     trainer = cls(
@@ -59,7 +60,7 @@ def make_trainer(folder: Any, cls: type = OREOTrainer, dataset: Any = None, lora
         args=args,
         train_dataset=token_rows() if dataset is None else None if isinstance(dataset, str) else dataset,
         processing_class=tokenizer,
-        peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"]) if lora else None,
+        peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"], modules_to_save=trained) if lora else None,
         **passed,
     )
     move(trainer.model)

@@ -73,7 +73,7 @@ def self_test(forward: PackedForward) -> str | None:
                 padded = model(**batch, fused_lm_head=True).log_probs
             row = forward.plan({**batch, "fused_lm_head": True}).row
             packed = model(**batch, fused_lm_head=True).log_probs
-    except (NotImplementedError, TypeError, RuntimeError, ValueError) as error:
+    except Exception as error:  # of whatever kind: the model is not ours, and the run can do without packing
         return f"the self-test raised {type(error).__name__}: {error}"
     finally:
         forward._pack = always

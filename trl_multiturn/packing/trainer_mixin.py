@@ -108,7 +108,7 @@ class PackedTrainerMixin:
         models, plans = self._packable_models(), PlanCache()
         reason = self._reason_against_hooks() or _first(reason_against_hooks(model) for model, _ in models)
         if reason is None:
-            reason = _first(reason_against_packing(model) for model, _ in models)
+            reason = self._reason_against_rows() or _first(reason_against_packing(model) for model, _ in models)
             pack = False if reason else packed
             self._packed_forwards = [PackedForward(m, fields, pack, plans).install() for m, fields in models]
             if reason is None:
@@ -155,6 +155,12 @@ class PackedTrainerMixin:
             return "compiled models would be compiled again for every row length"
         if getattr(self, "_is_vlm", False):
             return "the processing class is multimodal"
+        return None
+
+    def _reason_against_rows(self) -> str | None:
+        if self.args.neftune_noise_alpha is not None:
+            # The noise is scaled by the length of what is embedded, and a shared token would get one draw for all
+            return "`neftune_noise_alpha` is set, and its noise depends on the length of the row that is embedded"
         return None
 
 

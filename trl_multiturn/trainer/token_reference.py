@@ -79,8 +79,9 @@ class TokenReferenceMixin:
                 labels=labels,
                 fused_lm_head=True,
             ).log_probs
+            head = lm_head(scorer)  # in here: a head that the adapter trains (`modules_to_save`) is switched with it
         length = labels.size(1)  # prompt-learning adapters prepend positions
-        return log_probs[:, -(length - 1) :], captured[0][:, -length:], lm_head(scorer)
+        return log_probs[:, -(length - 1) :], captured[0][:, -length:], head
 
     # Columns
 
