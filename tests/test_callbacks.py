@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 
 import pytest
 import torch
@@ -22,9 +23,12 @@ from trl_multiturn import (
     RolloutConfig,
     ScriptedEngine,
     ToolRolloutGenerator,
+    Verdict,
     math_reward,
 )
 from trl_multiturn.iteration import policy_file
+from trl_multiturn.rollout import Journal
+from trl_multiturn.rollout.export import run_trajectories
 from trl_multiturn.trainer.policy_weights import load_policy_weights, policy_revision
 
 
@@ -160,6 +164,28 @@ def test_mixture_samples_with_the_previous_weights(tmp_path, tool):
         "1/current": {second.policy_revision},
         "1/previous": {first.policy_revision},
     }
+
+
+def test_a_mixture_may_be_all_previous(tmp_path, tool):
+    trainer, generator, _ = make_run(tmp_path, tool, previous=4)
+    trainer.train()
+    assert [report.trajectories for report in generator.reports] == [12, 12]
+    journal = Journal(generator.run_folder / "iteration_001" / "journal")
+    assert {trajectory.info["policy"] for trajectory in journal.read()} == {"previous"}
+
+
+def test_a_row_knows_what_dropped_it(tmp_path, tool):
+    def undecided(**columns):
+        return [None if i == 0 else reward for i, reward in enumerate(math_reward(**columns))]
+
+    trainer, generator, _ = make_run(tmp_path, tool)
+    generator.settings.reward_funcs = [undecided]
+    trainer.train()
+    rows = list(run_trajectories(generator.run_folder))
+    reasons = Counter((t.info["iteration"], t.info["dropped"]) for t in rows if "dropped" in t.info)
+    expected = {(r.iteration, reason): n for r in generator.reports for reason, n in r.dropped.items() if n}
+    assert expected and reasons == expected
+    assert all((t.verdict is Verdict.UNDECIDED) == (t.info.get("dropped") == "undecided") for t in rows)
 
 
 def test_history_all_trains_on_every_iteration_so_far(tmp_path, tool):

@@ -33,6 +33,7 @@ from .pace import at_own_pace
 from .report import IterationReport
 from .rollout.config import RolloutConfig
 from .rollout.engine import Engine
+from .rollout.export import write_dropped
 from .rollout.journal import Journal
 from .rollout.loop import generate_trajectories
 from .tools.base import tool_name, tool_version
@@ -111,6 +112,9 @@ def run_iteration(
 
     # Filter and pair.
     selection = select(trajectories, settings.pairing)
+    if trainer.accelerator.is_main_process:
+        names = (trajectory.info["trajectory_id"] for trajectory in trajectories)
+        write_dropped(folder, {n: reason for n, reason in zip(names, selection.reasons, strict=True) if reason})
     build = build_preference_dataset if trainer.row_format == "preference" else build_unpaired_dataset
     rows = on_disk(build(selection), folder / "rows", trainer)
 
@@ -164,6 +168,7 @@ def roll_out(
                 policy_revision=revision,
                 iteration=iteration,
                 journal=journal,
+                collect=False,  # all processes read those of all from the journal
                 progress=trainer.args.process_index == 0 and not trainer.args.disable_tqdm,
             )
 

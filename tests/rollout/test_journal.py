@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import multiprocessing
+import os
 import random
 import resource
 import signal
@@ -387,3 +388,21 @@ def test_a_slow_disk_holds_up_no_rollout_and_its_error_is_told(tmp_path, monkeyp
             journal.sync()
     journal.close()
     assert [each.info["prompt_index"] for each in Journal(tmp_path).read()] == [0, 1, 2]
+
+
+def test_closing_on_a_broken_disk_leaves_nothing_open(tmp_path, monkeypatch):
+    def broken(descriptor):
+        raise OSError(5, "Input/output error")
+
+    journal = Journal(tmp_path)
+    journal.append(SCOPE, trajectory(0))
+    opened = journal._descriptor
+    with monkeypatch.context() as patch:
+        patch.setattr(journal_module.os, "fsync", broken)
+        with pytest.raises(JournalError, match="Input/output error"):
+            journal.close()
+    with pytest.raises(OSError):
+        os.fstat(opened)
+    journal.append(SCOPE, trajectory(1))  # in another shard
+    journal.close()
+    assert [each.info["prompt_index"] for each in Journal(tmp_path).read()] == [0, 1]

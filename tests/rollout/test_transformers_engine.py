@@ -544,3 +544,10 @@ def test_on_a_gpu(dtype):
         logps = logits.float().log_softmax(-1).cpu().gather(1, torch.tensor(generation.token_ids)[:, None])[:, 0]
         tolerance = 1e-4 if dtype == torch.float32 else 0.1
         torch.testing.assert_close(torch.tensor(generation.logps), logps.detach(), atol=tolerance, rtol=0)
+
+
+def test_a_model_that_does_not_name_its_head_is_sampled_too(monkeypatch):
+    model = tiny_model(TOKENIZER)
+    expected = run(TransformersEngine(model, TOKENIZER), (prompt(9), SamplingParams(5, seed=3)))
+    monkeypatch.setattr(type(model), "get_output_embeddings", lambda self: None)  # as in code that came with a model
+    assert run(TransformersEngine(model, TOKENIZER), (prompt(9), SamplingParams(5, seed=3))) == expected

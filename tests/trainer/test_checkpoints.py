@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from datasets import Dataset
 from transformers import TrainerCallback
 
@@ -97,3 +98,5 @@ def test_the_older_one_goes_only_when_the_newer_one_stands(tmp_path):
     assert present == [{"checkpoint-2": False}, {"checkpoint-2": True, "checkpoint-4": False}]
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
     assert trainer.args.save_total_limit == 1
+    saved = torch.load(tmp_path / "checkpoint-4" / "training_args.bin", weights_only=False)
+    assert saved.save_total_limit == 1

@@ -4,16 +4,36 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from ..trajectory import Trajectory
-from .journal import Journal, write_parquet
+from .journal import Journal, write_atomically, write_parquet
+
+
+_DROPPED_FILE = "dropped.json"
 
 
 def run_trajectories(run_folder: Path) -> Iterator[Trajectory]:
-    """The trajectories of a run, iteration by iteration, by prompt and sample; one at a time."""
+    """The trajectories of a run, iteration by iteration, by prompt and sample; one at a time.
+
+    Where a trajectory had no part in the selection of rows, `info["dropped"]` says why (the name of a filter, say).
+    """
     for folder in sorted(Path(run_folder).glob("iteration_*")):
-        yield from Journal(folder / "journal").read()
+        dropped = _read_dropped(folder)
+        for trajectory in Journal(folder / "journal").read():
+            reason = dropped.get(trajectory.info.get("trajectory_id"))
+            yield replace(trajectory, info={**trajectory.info, "dropped": reason}) if reason else trajectory
+
+
+def write_dropped(folder: Path, dropped: dict[str, str]) -> None:
+    """Writes into an iteration's folder why trajectories, by `trajectory_id`, had no part in the selection."""
+    write_atomically(folder / _DROPPED_FILE, json.dumps(dropped, indent=1).encode())
+
+
+def _read_dropped(folder: Path) -> dict[str, str]:
+    path = folder / _DROPPED_FILE
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def export_trajectories(run_folder: Path, output: Path) -> int:

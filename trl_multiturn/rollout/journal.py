@@ -119,9 +119,11 @@ class Journal:
     def close(self) -> None:
         """Syncs and closes this process's shard. A later write opens another."""
         if self._descriptor is not None:
-            self.sync()
-            os.close(self._descriptor)
-            self._descriptor = None
+            try:
+                self.sync()
+            finally:
+                os.close(self._descriptor)
+                self._descriptor = None
 
     def __enter__(self) -> Journal:
         return self

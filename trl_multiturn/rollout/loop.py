@@ -160,7 +160,9 @@ async def agenerate_trajectories(
         rollouts.provenance |= player.provenance
     rollouts.place(
         prompt_indices=range(len(rows)) if prompt_indices is None else prompt_indices,
-        samples=range(sample_offset, sample_offset + (num_generations or config.num_generations)),
+        samples=range(
+            sample_offset, sample_offset + (config.num_generations if num_generations is None else num_generations)
+        ),
     )
     if journal is None and not collect:
         raise ValueError("`collect=False` keeps no trajectory in memory, so it needs a `journal` to keep them.")

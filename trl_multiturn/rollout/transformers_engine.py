@@ -334,7 +334,8 @@ def sampling_mode(model: nn.Module, policy: PreTrainedModel) -> Iterator[None]:
         RuntimeError: if the weights are sharded over processes (ZeRO-3, FSDP) and not gathered.
     """
     # Not the rest of the module: a value model may hang on the policy, and stay sharded
-    for part in (policy.base_model, policy.get_output_embeddings()):
+    head = policy.get_output_embeddings()  # `None` where code that is not transformers' own does not say
+    for part in (policy.base_model, *([] if head is None else [head])):
         for name, parameter in part.named_parameters():
             if _is_sharded(parameter):
                 raise RuntimeError(

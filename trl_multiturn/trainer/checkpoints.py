@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
 
@@ -55,6 +57,8 @@ def being_written(trainer: Any, checkpoint: Path) -> Iterator[None]:
         trainer.args.save_total_limit = limit
     trainer.accelerator.wait_for_everyone()
     if writes:
+        if (arguments := checkpoint / TRAINING_ARGS_NAME).exists():
+            torch.save(trainer.args, arguments)  # the body wrote them without the limit
         _marker(checkpoint).unlink()
         best = trainer.state.best_model_checkpoint
         rotate_checkpoints(checkpoint.parent, save_total_limit=limit, best_model_checkpoint=best, use_mtime=True)
