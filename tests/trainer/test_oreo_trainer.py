@@ -133,6 +133,18 @@ class TestLoss:
         value_loss, policy_loss, _ = reference_losses(trainer, "token")
         assert loss == pytest.approx(value_loss + policy_loss, rel=1e-4)
 
+    def test_compiled_models_train_as_others_do(self, tmp_path):
+        """A compiled reference is a wrapper that has no truth value."""
+        losses = []
+        for compiled in ({}, {"torch_compile": True, "torch_compile_backend": "eager"}):
+            trainer = make_trainer(
+                tmp_path / str(len(compiled)), kl_coef=0.5, max_steps=2, logging_steps=1, **compiled
+            )
+            trainer.train()
+            losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+        assert len(losses[0]) == 2
+        assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
     def test_lines_as_steps(self, tmp_path):
         newline = byte_tokenizer()("\n", add_special_tokens=False).input_ids[0]
         rows = token_rows(2)

@@ -118,7 +118,8 @@ class MultiTurnDPOTrainer(PackedTrainerMixin, IterativeTrainerMixin, TokenRowsMi
         # σ(β (Δc − Δr) + m) with Δ = logp − ref: the same as lifting the rejected side's reference by m / β. The
         # parent takes reference log-probabilities from the batch where they are precomputed.
         if not self.precompute_ref_logps:
-            ref_chosen, ref_rejected = self.compute_ref_log_probs(self.ref_model or model, inputs)
+            scorer = model if self.ref_model is None else self.ref_model  # a compiled model has no truth value
+            ref_chosen, ref_rejected = self.compute_ref_log_probs(scorer, inputs)
             inputs["ref_chosen_logps"], inputs["ref_rejected_logps"] = ref_chosen, ref_rejected
         inputs["ref_rejected_logps"] = inputs["ref_rejected_logps"] + margin / self.beta
         precomputed, self.precompute_ref_logps = self.precompute_ref_logps, True

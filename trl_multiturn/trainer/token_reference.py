@@ -54,7 +54,7 @@ class TokenReferenceMixin:
         from_rows = batch["ref_logps"][:, 1:] if "ref_logps" in batch else None
         if from_rows is not None and not self._needs_reference_distributions:
             return from_rows, None, None
-        logps, hidden, head = self._score_by_reference(self.ref_model or self.model, batch)
+        logps, hidden, head = self._score_by_reference(self.model if self.ref_model is None else self.ref_model, batch)
         if not self._needs_reference_distributions:
             hidden = head = None
         return (logps if from_rows is None else from_rows), hidden, head

@@ -187,7 +187,7 @@ class TokenRowsMixin:
             raise ValueError(f"`reference` must be 'policy' or 'reference', got {reference!r}.")
         sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
         policy = self.model_wrapped if sharded else self.model
-        model = policy if reference == "policy" else (self.ref_model or policy)
+        model = policy if reference == "policy" or self.ref_model is None else self.ref_model
         held, was_training = self.ref_model, model.training
         model.eval()
         if reference == "policy":
