@@ -2,7 +2,7 @@
 One training step of TRL's trainers and of the packed path, side by side in one process, on the same rows.
 
     python benchmarks/train_step.py                          # every table, about two hours
-    python benchmarks/train_step.py dpo groups --batches 4   # some tables
+    python benchmarks/train_step.py dpo:0 groups --batches 4 # some tables, or one row of one
     python benchmarks/train_step.py groups --scale 0.25      # a quick look, on shorter rows
     python benchmarks/train_step.py --output benchmarks/results/train_step.md
 
@@ -384,8 +384,10 @@ def main() -> None:
                 print(line, flush=True)
                 lines.append(line)
             continue
-        results = []
+        results, (table, _, row) = [], table.partition(":")
         for index, setting in enumerate(TABLES[table]):
+            if row and index != int(row):
+                continue
             results.append(measure(setting, arguments.batches, arguments.real))
             if arguments.memory:
                 results[-1].memory = measure_memory(table, index, arguments)

@@ -170,10 +170,10 @@ def warm_start(
     config = SFTConfig(
         output_dir=output_dir,
         seed=seed,
-        num_train_epochs=1,
         per_device_train_batch_size=batch_size,
         learning_rate=learning_rate,
         **{
+            "num_train_epochs": 1,
             "assistant_only_loss": True,
             "train_sampling_strategy": "sequential",
             "lr_scheduler_type": "cosine",
