@@ -317,6 +317,18 @@ def measure_memory(table: str, index: int, arguments: argparse.Namespace) -> dic
     return memory
 
 
+def measure_table(name: str, arguments: argparse.Namespace) -> list[str]:
+    """The lines of a table, or of one of its rows (`name:index`), each row printed when it is there."""
+    table, _, row = name.partition(":")
+    results = []
+    for index in [int(row)] if row else range(len(TABLES[table])):
+        results.append(measure(TABLES[table][index], arguments.batches, arguments.real))
+        if arguments.memory:
+            results[-1].memory = measure_memory(table, index, arguments)
+        print(list(report(table, results[-1:]))[-1], flush=True)
+    return list(report(table, results))
+
+
 # --- report ----------------------------------------------------------------------------------------------------------
 
 
@@ -384,15 +396,7 @@ def main() -> None:
                 print(line, flush=True)
                 lines.append(line)
             continue
-        results, (table, _, row) = [], table.partition(":")
-        for index, setting in enumerate(TABLES[table]):
-            if row and index != int(row):
-                continue
-            results.append(measure(setting, arguments.batches, arguments.real))
-            if arguments.memory:
-                results[-1].memory = measure_memory(table, index, arguments)
-            print(list(report(table, results[-1:]))[-1], flush=True)
-        lines += report(table, results)
+        lines += measure_table(table, arguments)
     if arguments.output:
         with arguments.output.open("a", encoding="utf-8") as file:
             file.write("\n".join(lines) + "\n")
