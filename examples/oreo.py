@@ -41,7 +41,7 @@ With `question_id` in the rows, the script prints how well the value of a trajec
 incorrect answers to problems that did not train (`--held_out` of them, or those of the rows in `--compare_on`), and
 writes `values.html`, the value after each step of some of them.
 
-Measured with the CPU command (2,640 recorded solutions of four models to 660 GSM8K problems, 99 of them held out; three
+Measured with the CPU command (2,640 recorded solutions of four models to 660 problems, 99 of them held out; three
 minutes of one core, warm start included; 2026-11-20): AUC 0.617 (95 % interval 0.544–0.697) over the 396 held-out
 trajectories, better than chance. Among trajectories of the *same* problem it is 0.550 (0.454–0.643), which may be
 chance: a model of a quarter million parameters, from scratch, learns first that short solutions belong to easy
