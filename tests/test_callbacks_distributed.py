@@ -1,4 +1,4 @@
-"""The online loop on two processes: the work is shared, the rows and the policy are the same."""
+"""The online loop on two processes: the work is shared, rows and policy are the same, and neither waits in vain."""
 
 from __future__ import annotations
 
@@ -14,16 +14,23 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.slow
-def test_two_processes_share_the_rollouts_and_agree(tmp_path):
+pytestmark = pytest.mark.slow
+
+
+def run_twice(module, tmp_path):
+    """What each of two processes of `module` wrote."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     command += ["--main_process_port", "0", "--num_cpu_threads_per_process", "1"]
-    command += ["-m", "tests.online_worker", str(tmp_path)]
+    command += ["-m", module, str(tmp_path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
-    first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2))
+    return [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
+
+
+def test_two_processes_share_the_rollouts_and_agree(tmp_path):
+    first, second = run_twice("tests.online_worker", tmp_path)
     for key in ("revision", "rows", "trajectories", "steps", "pass@1"):
         assert first[key] == second[key]
     assert first["rows"] == [5, 5] and first["trajectories"] == [20, 20]
@@ -31,3 +38,35 @@ def test_two_processes_share_the_rollouts_and_agree(tmp_path):
     for share in ("rolled_out", "evaluated"):
         assert first[share] and second[share] and not set(first[share]) & set(second[share])
     assert len(first["rolled_out"]) + len(second["rolled_out"]) == 40
+
+
+def test_two_processes_resume_from_one_step_and_fail_together(tmp_path):
+    present = ["same/checkpoint-2", "same/checkpoint-4", "machine0/one/checkpoint-4"]
+    present += ["machine0/disjoint/checkpoint-4", "machine1/disjoint/checkpoint-2"]
+    present += ["machine0/ahead/checkpoint-2", "machine0/ahead/checkpoint-4", "machine1/ahead/checkpoint-2"]
+    for path in present:
+        (tmp_path / path).mkdir(parents=True)
+        (tmp_path / path / "trainer_state.json").write_text("{}")
+    main, other = run_twice("tests.resume_worker", tmp_path)
+
+    assert main["same"] == other["same"] == str(tmp_path / "same" / "checkpoint-4")
+    assert main["empty"] is other["empty"] is None
+    for name, here, there in (("only on one", "checkpoint-4", "none"), ("disjoint", "checkpoint-4", "checkpoint-2")):
+        kind, message = main[name]
+        assert kind == "ValueError" and other[name] == main[name]
+        folder = {"only on one": "one"}.get(name, name)
+        assert f"process 0 finds {here} in {tmp_path / 'machine0' / folder}" in message
+        assert f"process 1 finds {there} in {tmp_path / 'machine1' / folder}" in message
+        assert "same `output_dir`" in message
+    assert [Path(found["one ahead"]).parts[-3:] for found in (main, other)] == [
+        ("machine0", "ahead", "checkpoint-2"), ("machine1", "ahead", "checkpoint-2")
+    ]  # fmt: skip
+    for found in (main, other):
+        assert found["named"][0] == "ValueError" and "as process 1 sees it" in found["named"][1]
+
+    assert main["result"] == other["result"] == {"rank": 0}
+    assert main["disk full"] == ["OSError", "[Errno 28] No space left on device: 'report.json'"]
+    assert main["mistake"] == other["mistake"] == ["ValueError", "other settings"]
+    for name, message in (("disk full", "No space left"), ("journal", "a shard is damaged"), ("unpicklable", "held")):
+        assert other[name][0] == "RuntimeError" and message in other[name][1] and "main process" in other[name][1]
+    assert main["after"] == other["after"] == "still in step"

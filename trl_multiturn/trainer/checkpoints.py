@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
@@ -67,6 +68,8 @@ def being_written(trainer: Any, checkpoint: Path) -> Iterator[None]:
 def checkpoint_to_resume(resume: str | bool, output_dir: str) -> str | None:
     """What `train(resume_from_checkpoint=resume)` goes on from in a run that keeps its rollouts on disk.
 
+    All processes call it together and go on from the same step: the last one whose checkpoint all of them see.
+
     Args:
         resume (`str` or `bool`):
             A checkpoint's folder; or `True` for the last complete one, if there is any.
@@ -74,19 +77,49 @@ def checkpoint_to_resume(resume: str | bool, output_dir: str) -> str | None:
             The trainer's.
 
     Raises:
-        `ValueError`: if `resume` is a checkpoint that was never written to its end.
+        `ValueError`: on all processes, if `resume` is a checkpoint that was never written to its end, or if there are
+            checkpoints but none that every process sees.
     """
     if resume is not True:
-        if not is_complete(resume):
+        blind = [rank for rank, complete in enumerate(gather_object([is_complete(resume)])) if not complete]
+        if blind:
             raise ValueError(
-                f"`resume_from_checkpoint={str(resume)!r}` is not a complete checkpoint: the run was stopped while it "
-                "was being written, or it is another folder. Pass `True` to go on from the last complete one."
+                f"`resume_from_checkpoint={str(resume)!r}` is not a complete checkpoint{_seen_from(blind)}: the run "
+                "was stopped while it was being written, or it is another folder. Pass `True` to go on from the last "
+                "complete one."
             )
         return str(resume)
-    found = last_checkpoint(output_dir)
-    if found is None:
+    last = last_checkpoint(output_dir)
+    mine = {folder.name for folder in Path(output_dir).glob("checkpoint-*") if last and is_complete(folder)}
+    views = gather_object([(os.path.abspath(output_dir), last, mine)])
+    shared = set.intersection(*(names for _, _, names in views))
+    if not shared and any(names for _, _, names in views):
+        raise ValueError(_different_views(views))
+    if not shared:
         logger.info("%s holds no complete checkpoint: training starts from the beginning.", output_dir)
-    return found
+        return None
+    found = max((Path(output_dir, name) for name in shared), key=_step)
+    if any(Path(other).name != found.name for _, other, _ in views):
+        logger.warning("Training goes on from %s, the last checkpoint that all processes see.", found)
+    return str(found)
+
+
+def _seen_from(ranks: list[int]) -> str:
+    return f" as process {', '.join(map(str, ranks))} sees it" if ranks != [0] else ""
+
+
+def _different_views(views: list[tuple[str, str | None, set[str]]]) -> str:
+    seen = [
+        f"process {rank} finds {Path(last).name if last else 'none'} in {folder}"
+        for rank, (folder, last, _) in enumerate(views)
+    ]
+    one = next(i for i, (_, last, _) in enumerate(views) if last)
+    other = next(i for i, (_, _, names) in enumerate(views) if not names & views[one][2])
+    return (
+        f"`resume_from_checkpoint=True` finds no checkpoint that all processes see: {seen[one]}, but {seen[other]}, "
+        "so they would train from different steps. Give all of them the same `output_dir`, on a disk that every "
+        "machine shares; or copy the checkpoint to where it is missing; or start anew in an empty folder."
+    )
 
 
 def _marker(checkpoint: Path) -> Path:

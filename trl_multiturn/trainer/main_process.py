@@ -1,0 +1,42 @@
+"""What one process does for all: it decides or writes, and the others learn what came of it, errors included."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+
+
+T = TypeVar("T")
+
+
+def on_main(do: Callable[[], T]) -> T:
+    """Calls `do`, which must not be collective, on the main process alone and returns its result on all.
+
+    Where it raises, all raise: a process that went on alone would wait for the others until `ddp_timeout`.
+
+    Raises:
+        On the main process whatever `do` raised. On the others `ValueError`, with the same message, where that was
+        the user's mistake (a `ValueError`), and `RuntimeError` otherwise (disk full, folder read-only).
+    """
+    error: Exception | None = None
+    outcome: list = [None, None, None]  # result, what failed, the user's mistake
+    if PartialState().is_main_process:
+        try:
+            outcome[0] = do()
+        except Exception as raised:
+            error = raised
+            outcome = [None, f"{type(raised).__name__}: {raised}", None]
+            if isinstance(raised, ValueError):
+                outcome = [None, None, str(raised)]
+    broadcast_object_list(outcome)
+    if error is not None:
+        raise error
+    result, failure, mistake = outcome
+    if mistake is not None:
+        raise ValueError(mistake)
+    if failure is not None:
+        raise RuntimeError(f"The main process could not go on, and so neither can this one: {failure}")
+    return result
