@@ -165,7 +165,7 @@ def swapped(folder: Path, **sharding: Any) -> dict[str, Any]:
     model = weights_of(trainer)
     rank, path = trainer.args.process_index, folder / "policy.safetensors"
     before = weights(trainer)
-    save_policy_weights(model, path, writes=rank == 0)
+    save_policy_weights(model, path)
     trainer.accelerator.wait_for_everyone()
     trainer.train()
     after, revision = weights(trainer), policy_revision(weights_of(trainer))

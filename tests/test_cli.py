@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from datasets import Dataset, load_dataset
@@ -130,6 +131,37 @@ def test_export_writes_every_trajectory_in_order(run, tmp_path):
     assert main(["export", str(run), "--output", str(tmp_path / "all.parquet")]) == 0
     dataset = load_dataset("parquet", data_files=str(tmp_path / "all.parquet"), split="train")
     assert dataset["completion_ids"][:] == [row["completion_ids"] for row in rows]
+
+
+def one_line(capsys):
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and err.startswith("trl-multiturn export: ")
+    return err
+
+
+def test_export_names_a_damaged_shard_and_writes_nothing(run, tmp_path, capsys):
+    (shard,) = (run / "rollouts" / "iteration_001" / "journal").glob("shard-*.jsonl")
+    shard.write_bytes(shard.read_bytes().replace(b'"kind"', b'"kinf"', 1))
+    for name in ("all.jsonl", "all.parquet"):
+        assert main(["export", str(run), "--output", str(tmp_path / name)]) == 2
+        assert f"Line 1 of {shard} is damaged" in one_line(capsys)
+        assert not (tmp_path / name).exists()
+
+
+def test_export_says_what_cannot_be_written(run, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    for name in ("all.jsonl", "all.parquet"):
+        assert main(["export", str(run), "--output", str(tmp_path / "file" / name)]) == 2
+        assert str(tmp_path / "file") in one_line(capsys)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's device that is always full")
+@pytest.mark.parametrize("name", ["all.jsonl", "all.parquet"])
+def test_export_to_a_full_disk_says_so(run, tmp_path, capsys, name):
+    (tmp_path / f"{name}.partial").symlink_to("/dev/full")
+    assert main(["export", str(run), "--output", str(tmp_path / name)]) == 2
+    assert "No space left on device" in one_line(capsys)
+    assert not (tmp_path / name).exists()
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path, capsys):

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from datasets import Dataset, load_from_disk
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
@@ -32,6 +32,7 @@ from .report import IterationReport, load_reports, load_start, print_iterations,
 from .rollout.config import RolloutConfig
 from .rollout.engine import Engine
 from .rollout.provenance import fingerprint
+from .trainer.main_process import on_main
 from .trainer.policy_weights import load_policy_weights, policy_revision
 from .trainer.sharding import weights_of
 from .trainer.value_based import ValueBasedTrainer
@@ -198,7 +199,7 @@ class ToolRolloutGenerator(TrainerCallback):
         settings = {"prompts": self._prompts_fingerprint(iteration), **self.settings.describe()}
         revision = policy_revision(weights_of(self.trainer))
         first_step = self.trainer.state.global_step
-        plan = self._on_main(lambda: self._plan(iteration, resumed_inside, settings, revision, first_step))
+        plan = on_main(lambda: self._plan(iteration, resumed_inside, settings, revision, first_step))
         if plan == "set aside":
             self._set_aside(iteration)
         if plan != "load":
@@ -242,12 +243,10 @@ class ToolRolloutGenerator(TrainerCallback):
         if state.global_step > 0 or self.eval_prompts is None:
             return
         revision = policy_revision(weights_of(self.trainer))
-        known = self._on_main(lambda: load_start(self.run_folder))
+        known = on_main(lambda: load_start(self.run_folder))
         if known is None or known["policy_revision"] != revision:
             evaluation = self._evaluate()
-            if self.trainer.accelerator.is_main_process:
-                save_start(self.run_folder, {"policy_revision": revision, "evaluation": evaluation})
-            self.trainer.accelerator.wait_for_everyone()
+            on_main(lambda: save_start(self.run_folder, {"policy_revision": revision, "evaluation": evaluation}))
             self.trainer.log(_prefixed(evaluation))
 
     def on_epoch_end(
@@ -374,27 +373,13 @@ class ToolRolloutGenerator(TrainerCallback):
 
     # Files
 
-    def _on_main(self, decide: Callable[[], Any]) -> Any:
-        """Decides on the main process, which is the one that writes, and tells the others; all raise its errors."""
-        outcome: list[Any] = [None, None]
-        if self.trainer.accelerator.is_main_process:
-            try:
-                outcome[0] = decide()
-            except ValueError as error:
-                outcome[1] = str(error)
-        broadcast_object_list(outcome)
-        if outcome[1] is not None:
-            raise ValueError(outcome[1])
-        return outcome[0]
-
     def _save(self, report: IterationReport) -> None:
-        if self.trainer.accelerator.is_main_process:
-            report.save(iteration_folder(self.run_folder, report.iteration))
-        self.trainer.accelerator.wait_for_everyone()
+        on_main(lambda: report.save(iteration_folder(self.run_folder, report.iteration)))
 
     def _set_aside(self, iteration: int) -> None:
         """Renames this iteration's folder and those after it: another policy rolled them out. Nothing is lost."""
-        if self.trainer.accelerator.is_main_process:
+
+        def set_aside() -> None:
             # The last one first: what a killed process leaves is a run that ends earlier, never one with a gap
             for folder in sorted(self.run_folder.glob("iteration_*"), reverse=True):
                 if int(folder.name.rpartition("_")[2]) >= iteration:
@@ -403,14 +388,18 @@ class ToolRolloutGenerator(TrainerCallback):
                         number += 1
                     logger.warning("%s is of another policy than the present one. It is kept as %s.", folder, aside)
                     folder.rename(aside)
-        self.trainer.accelerator.wait_for_everyone()
+
+        on_main(set_aside)
 
     def _forget_policies(self, current: int) -> None:
         """Deletes the snapshots that nothing needs any more: all but the last two, the best and the initial one."""
         keep = {current, current - 1, self.best_policy, 0}
-        if self.trainer.accelerator.is_main_process:
+
+        def forget() -> None:
             for iteration in set(range(current)) - keep:
                 policy_file(self.run_folder, iteration).unlink(missing_ok=True)
+
+        on_main(forget)
 
 
 def _prefixed(evaluation: dict[str, float]) -> dict[str, float]:

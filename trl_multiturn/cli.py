@@ -37,9 +37,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         return options.run(options)
-    except (FileNotFoundError, ValueError) as error:
+    except (OSError, ValueError, _journal_error()) as error:  # what the user or the machine has to put right
         print(f"trl-multiturn {options.command}: {error}", file=sys.stderr)
         return 2
+
+
+def _journal_error() -> type[Exception]:
+    from .rollout.journal import JournalError  # here, so that `--help` and `doctor` load nothing they need not
+
+    return JournalError
 
 
 def _check(options: argparse.Namespace) -> int:

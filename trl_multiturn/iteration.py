@@ -265,8 +265,7 @@ def unwrapped_policy(trainer: Any) -> Any:
 def keep_policy(trainer: Any, iteration: int, run_folder: Path) -> str:
     """Writes the snapshot of π_t and returns its revision."""
     policy = weights_of(trainer)
-    save_policy_weights(policy, policy_file(run_folder, iteration), writes=trainer.accelerator.is_main_process)
-    trainer.accelerator.wait_for_everyone()
+    save_policy_weights(policy, policy_file(run_folder, iteration))
     return policy_revision(policy)
 
 

@@ -13,10 +13,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from .main_process import on_main
 from .sharding import kept_parameters, trainable_names, whole_parameters, write_parameters
 
 
@@ -30,23 +32,26 @@ def _trainable(model: nn.Module) -> set[str]:
     return names
 
 
-def save_policy_weights(model: nn.Module, path: str | os.PathLike, writes: bool = True) -> None:
-    """Writes the trainable parameters of `model` to a safetensors file, atomically.
+def save_policy_weights(model: nn.Module, path: str | os.PathLike) -> None:
+    """Writes the trainable parameters of `model` to a safetensors file, atomically, from the main process.
 
-    Where they are sharded over processes all call this, and those with `writes=False` only send what they hold.
+    Where they are sharded over processes all call this, and send what they hold. Where it cannot be written, all raise
+    (see [`on_main`]).
     """
     _trainable(model)
     weights = {}
     for name, whole in whole_parameters(model):
-        if writes:
+        if PartialState().is_main_process:
             weights[name] = whole.cpu().contiguous()
-    if not writes:
-        return
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    save_file(weights, partial)
-    os.replace(partial, path)
+
+    def write() -> None:
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(target.name + ".partial")
+        save_file(weights, partial)
+        os.replace(partial, target)
+
+    on_main(write)
 
 
 def load_policy_weights(model: nn.Module, path: str | os.PathLike) -> None:
