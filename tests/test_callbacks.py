@@ -347,6 +347,36 @@ def test_an_engine_with_weights_of_its_own_samples_and_is_evaluated_with_the_pre
     assert len(list(generator.run_folder.glob("engine_0_*"))) == 1  # the last one alone is kept
 
 
+class SleepingEngine(LoadingEngine):
+    """An engine whose memory the trainer gets."""
+
+    sleeps_while_training = True
+    asleep = False
+
+    def sleep(self):
+        self.asleep = True
+
+    def wake_up(self):
+        self.asleep = False
+
+    def refresh(self, model_path=None):
+        assert not self.asleep
+        super().refresh(model_path)
+
+
+def test_an_engine_that_offers_it_sleeps_while_the_policy_is_trained(tmp_path, tool):
+    def script(prompt_text, sampling, session):
+        assert not engine.asleep
+        return solve(prompt_text, sampling, session)
+
+    engine, steps = SleepingEngine(script, TOKENIZER), []
+    trainer, generator, _ = make_run(tmp_path, tool, eval_prompts=problems(1, first=50), engine=engine)
+    compute_loss = trainer.compute_loss
+    trainer.compute_loss = lambda *args, **kwargs: (steps.append(engine.asleep), compute_loss(*args, **kwargs))[1]
+    trainer.train()
+    assert steps and all(steps)
+
+
 def test_evaluation_sees_the_environment(tmp_path):
     class Calculator:
         """An environment with one tool."""

@@ -198,7 +198,7 @@ def test_training_reaches_the_optimum(name):
         assert model.value_error(optimum, paths) < 1e-3
 
 
-@pytest.mark.parametrize("name", ["oreo-token", "oreo-step", "dqo-1.0", "dqo-0.0"])
+@pytest.mark.parametrize("name", ["oreo-token", "oreo-step", "dqo-1.0", "dqo-0.95", "dqo-0.0"])
 def test_training_reaches_the_optimum_with_uncertain_tools(name):
     mdp, paths = make(stochastic=True)
     optimum = mdp.solve(BETA)

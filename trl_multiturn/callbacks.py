@@ -24,6 +24,7 @@ from .iteration import (
     policy_file,
     ready_to_sample,
     refresh,
+    rest,
     restore_reference,
     run_iteration,
     unwrapped_policy,
@@ -212,6 +213,7 @@ class ToolRolloutGenerator(TrainerCallback):
             self._save(self._report)
         else:
             logger.info("Iteration %d goes on with the rows in %s.", iteration + 1, folder)
+            rest(self.engine)
             self._report = IterationReport.load(folder)
             rows = load_from_disk(folder / "training_rows")
             if not resumed_inside:  # the checkpoint is of the iteration before

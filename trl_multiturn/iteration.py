@@ -177,7 +177,8 @@ def roll_out(
         if explore:
             with policy_weights(policy, policy_file(run_folder, iteration - 1)):
                 sample("previous", explore, sample_offset=config.num_generations - explore)
-            refresh(engine, trainer, run_folder)
+            with ready_to_sample(engine, trainer, run_folder):
+                pass  # with the present policy again
         trainer.accelerator.wait_for_everyone()
         return list(journal.read())
 
@@ -271,16 +272,32 @@ def keep_policy(trainer: Any, iteration: int, run_folder: Path) -> str:
 
 @contextmanager
 def ready_to_sample(engine: Engine, trainer: Any, run_folder: Path) -> Iterator[None]:
-    """The engine samples from the policy as it is now; sharded weights are gathered in place for as long as needed."""
+    """
+    The engine samples from the policy as it is now; sharded weights are gathered in place for as long as needed.
+
+    An engine that sleeps while the policy is trained sleeps again afterwards.
+    """
     refresh(engine, trainer, run_folder)
     loads_checkpoints = getattr(engine, "loads_checkpoints", False)
     in_place = nullcontext() if loads_checkpoints else gathered_for_sampling(trainer)
-    with in_place, at_own_pace(trainer.args.ddp_timeout):  # rollouts take one process longer than another
-        yield
+    try:
+        with in_place, at_own_pace(trainer.args.ddp_timeout):  # rollouts take one process longer than another
+            yield
+    finally:
+        rest(engine)
+
+
+def rest(engine: Engine) -> None:
+    """Frees the device for training, where the engine offers that."""
+    if getattr(engine, "sleeps_while_training", False):
+        engine.sleep()
 
 
 def refresh(engine: Engine, trainer: Any, run_folder: Path) -> None:
-    """Tells the engine that the policy's weights changed; one with weights of its own gets a checkpoint to load."""
+    """Tells the engine that the policy's weights changed, and wakes it; one with weights of its own gets a checkpoint
+    to load."""
+    if getattr(engine, "sleeps_while_training", False):
+        engine.wake_up()
     if not getattr(engine, "loads_checkpoints", False):
         engine.refresh()
         return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft import LoraConfig, TaskType, get_peft_model
 
 from tests.packing.families import FAMILIES, branching_batch, tiny
 from trl_multiturn._upstream import add_fused_lm_head
@@ -179,3 +180,23 @@ def test_a_plan_says_what_is_computed():
     assert str(seated(pack=False)[1].plan(call)).endswith(
         f"stays padded, the LM head on {trained} trained tokens only"
     )
+
+
+@pytest.mark.parametrize("active", [True, False])
+def test_a_head_that_the_adapter_trains_is_scored_here(active):
+    settings = LoraConfig(task_type=TaskType.CAUSAL_LM, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    model = get_peft_model(tiny("llama"), settings)
+    add_fused_lm_head(model.get_base_model(), outputs=("log_probs", *FIELDS))
+    with torch.no_grad():  # the copy moves away from the head that it was copied from
+        model.get_base_model().lm_head.modules_to_save["default"].weight.mul_(1.5)
+    if not active:
+        model.base_model.disable_adapter_layers()
+    batch = branching_batch()
+    stock = model(**batch, fused_lm_head=True)
+    forward = PackedForward(model, fields=FIELDS, pack=False).install()
+    ours = model(**batch, fused_lm_head=True)
+    assert forward.calls == {"packed": 0, "padded": 1}  # TRL's head is left out
+    torch.testing.assert_close(ours.log_probs, stock.log_probs, atol=2e-5, rtol=1e-4)
+    if active:
+        ours.log_probs.sum().backward()
+        assert model.get_base_model().lm_head.modules_to_save["default"].weight.grad.abs().sum() > 0

@@ -91,7 +91,7 @@ def finish_rows(
         The rows, and for a [`~datasets.Dataset`] its counts under `data/…` (empty for a streamed one).
 
     Raises:
-        `ValueError`: if a row has no outcome, a column is not aligned with its tokens, or no row is left.
+        `ValueError`: if a row has no prompt or no outcome, a column is not aligned with its tokens, or no row is left.
     """
     streamed = isinstance(dataset, IterableDataset)
     map_kwargs = {} if streamed else {"num_proc": num_proc, "desc": desc}
@@ -137,6 +137,12 @@ def outcome(example: dict[str, Any], index: int) -> float:
 def _finish_row(
     example: dict[str, Any], index: int, tokenizer: PreTrainedTokenizerBase, step_delimiter: StepDelimiter | None
 ) -> dict[str, Any]:
+    if not example["prompt_ids"]:
+        raise ValueError(
+            f"Row {index}: `prompt_ids` is empty, so the completion's first token is predicted from nothing: it has "
+            "no log-probability and its state no value. Begin the prompt with at least one token (e.g. the "
+            "tokenizer's `bos_token_id`), or drop the row."
+        )
     mask = [int(bool(x)) for x in example["action_mask"]]
     count = len(example["completion_ids"])
     for name in ("action_mask", "behavior_logps", "ref_logps", "process_rewards"):

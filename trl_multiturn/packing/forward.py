@@ -179,7 +179,7 @@ class PackedForward:
         hidden = output.last_hidden_state
         selected = hidden.flatten(0, 1).index_select(0, plan.sources)
         if self._scores_here():
-            head = self.causal_lm.get_output_embeddings()
+            head = self._head()
             softcap = getattr(self.causal_lm.config.get_text_config(), "final_logit_softcapping", None)
             self._scores = score_tokens(
                 selected, head.weight, head.bias, plan.targets, softcap=softcap, fields=self.fields
@@ -207,9 +207,19 @@ class PackedForward:
             output.loss = output.loss + getattr(config, "router_aux_loss_coef", 0.0) * output.aux_loss
         return output
 
+    def _head(self) -> nn.Module:
+        """The output embeddings in use: where PEFT trains a copy (`modules_to_save`), that of the active adapter."""
+        head = self.causal_lm.get_output_embeddings()
+        if not isinstance(getattr(head, "modules_to_save", None), nn.ModuleDict):
+            return head
+        saved = [name for name in head.active_adapters if name in head.modules_to_save]
+        if head.disable_adapters or not saved:
+            return head.original_module
+        return head.modules_to_save[saved[0]]
+
     def _scores_here(self) -> bool:
         """Whether our head scores: off CUDA, for a plain linear head whose logits are at most soft-capped."""
-        head = self.causal_lm.get_output_embeddings()
+        head = self._head()
         config = self.causal_lm.config.get_text_config()
         return (
             type(head) is nn.Linear

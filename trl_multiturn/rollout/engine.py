@@ -81,6 +81,9 @@ class Engine(Protocol):
     An engine may also have `fork(session, new_session)`, called where one trajectory goes on as several (a search):
     what is kept under `session` is then kept under `new_session`, too, so that the shared prefix is not read again.
     Without it, or where the cache was dropped meanwhile, it is read.
+
+    An engine whose `sleeps_while_training` is true has `sleep()` and `wake_up()`: the online loop wakes it before it
+    refreshes it, and lets it sleep while the policy is trained. Both may be called twice in a row.
     """
 
     processing_class: PreTrainedTokenizerBase

@@ -70,6 +70,7 @@ class VLLMEngine:
         } | engine_args
         self._ids = itertools.count(1)
         self._lock = threading.Lock()
+        self._asleep = False
         self._in_flight = 0  # callers that wait; guarded by the lock
         self._running: set[asyncio.Task] = set()  # requests, cancelled ones included; of vLLM's event loop
         self._adapter: Any = None
@@ -153,12 +154,21 @@ class VLLMEngine:
         """Frees the device's memory while the trainer works (`enable_sleep_mode=True`): level 1 keeps the weights in
         host memory, level 2 forgets them, so that [`refresh`] has to follow [`wake_up`]."""
         self._check_open()
-        self._wait(self._llm.sleep(level=level))
+        if not self._asleep:
+            self._wait(self._llm.sleep(level=level))
+            self._asleep = True
 
     def wake_up(self) -> None:
         """Takes the device's memory back after [`sleep`]."""
         self._check_open()
-        self._wait(self._llm.wake_up())
+        if self._asleep:
+            self._wait(self._llm.wake_up())
+            self._asleep = False
+
+    @property
+    def sleeps_while_training(self) -> bool:
+        """Whether the online loop lets it [`sleep`] while the policy is trained: with `enable_sleep_mode=True`."""
+        return bool(self._settings.get("enable_sleep_mode"))
 
     def close(self) -> None:
         """Ends vLLM's processes; also done when the engine is collected and at exit."""
