@@ -13,8 +13,9 @@ policy and value model; at the end the policy plays greedily, and with the best 
 pip install "trl-multiturn[textworld]"
 python examples/textworld_oreo.py
 ```
-The small player imitates wandering episodes of 16 games, and knows these by heart: it shows that every part runs, on
-both sides of the outcome, and generalises to no other game (0 of 8 held-out ones, before and after).
+The small player imitates hesitating episodes of 16 games, and knows these by heart. Games won (2026-11-20, 2 cores): of
+the 16 training games 81 ± 10 % by the imitating policy playing greedily, 94 ± 6 % after OREO, 100 % with the best of 5
+sampled commands by value; of 8 other games none, before and after: so small a player generalises to no other game.
 
 # Full training
 ```bash
@@ -218,8 +219,17 @@ def warm_started_player(script_args, training_args, games, environment):
     return str(folder)
 
 
+# How often the player puts off the next command of a solution, by its verb; then it looks around, or tries anything
+HESITATION = {"open": 0.2, "take": 0.4, "go": 0.5, "close": 0.6, "unlock": 0.6, "insert": 0.7, "put": 0.7, "drop": 0.7}
+LOOKS_AROUND = 0.75
+
+
 def wander(game, environment, rng):
-    """One episode of a player who takes the next step of the solution two times of five, and else anything."""
+    """One episode of a player who knows the solution, and hesitates before some kinds of command.
+
+    A policy that imitates it hesitates for ever where hesitating is the more frequent choice, and so loses games when
+    it plays greedily that it wins when it samples: what won and what lost is there to learn from.
+    """
     from trl_multiturn.tools.environments import append_observation
 
     observation = environment.reset(**game)
@@ -227,7 +237,9 @@ def wander(game, environment, rng):
     solution = list(game["walkthrough"])
     while not environment.done:
         commands = observation.rpartition("Admissible commands: ")[2].split(", ")
-        command = solution[0] if solution and solution[0] in commands and rng.random() < 0.4 else rng.choice(commands)
+        command = "look" if rng.random() < LOOKS_AROUND else rng.choice(commands)
+        if solution and solution[0] in commands and rng.random() >= HESITATION.get(solution[0].split()[0], 0.5):
+            command = solution[0]
         if solution and command == solution[0]:
             solution.pop(0)
         messages.append({"role": "assistant", "content": f"Action: {command}"})
