@@ -13,7 +13,7 @@ policy and value model; at the end the policy plays greedily, and with the best 
 pip install "trl-multiturn[textworld]"
 python examples/textworld_oreo.py
 ```
-The small player imitates hesitating episodes of 16 games, and knows these by heart. Games won (2026-11-20, 2 cores): of
+The small player imitates hesitating episodes of 16 games, and knows these by heart. Games won (2026-11-20, CPU): of
 the 16 training games 81 ± 10 % by the imitating policy playing greedily, 94 ± 6 % after OREO, 100 % with the best of 5
 sampled commands by value; of 8 other games none, before and after: so small a player generalises to no other game.
 
