@@ -59,6 +59,10 @@ def test_a_batch_that_fits_is_left_alone_and_more_parts_can_be_asked_for():
     assert split_batch(batch, 1000, sides=2)[0] is batch
     assert len(split_batch(batch, 1000, sides=2, parts=3)) == 3
     assert len(split_batch(batch, 1000, sides=2, parts=9)) == 3
+    # A process whose batch has more parts than another's has examples computes larger ones
+    assert len(split_batch(batch, 10, sides=2)) > 2
+    merged = split_batch(batch, 10, sides=2, parts=2)
+    assert len(merged) == 2 and sum(len(part["input_ids"]) for part in merged) == len(batch["input_ids"])
 
 
 def trained(kind, tokenizer, tmp_path, max_tokens, **kw):  # noqa: F811

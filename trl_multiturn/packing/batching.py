@@ -86,7 +86,7 @@ class PromptGroupedSampler(Sampler[int]):
         return None
 
 
-def split_batch(batch: dict[str, Any], max_tokens: int, sides: int, parts: int = 1) -> list[dict[str, Any]]:
+def split_batch(batch: dict[str, Any], max_tokens: int, sides: int, parts: int | None = None) -> list[dict[str, Any]]:
     """
     Cut a batch into parts whose packed rows hold at most `max_tokens` tokens each, prompts kept together.
 
@@ -94,7 +94,8 @@ def split_batch(batch: dict[str, Any], max_tokens: int, sides: int, parts: int =
         batch (`dict[str, Any]`): tensors of `sides * B` or of `B` rows; with two sides, all first sides come first.
         max_tokens (`int`): unique tokens of a part. A single example may exceed it.
         sides (`int`): sequences of an example in `input_ids`: 2 for a pair, 1 for a trajectory.
-        parts (`int`, *optional*, defaults to `1`): at least so many parts, where there are as many examples.
+        parts (`int`, *optional*): exactly so many parts, at most one for each example, whatever they hold: for
+            processes that must take the same number of steps.
     """
     ids, mask = batch["input_ids"], batch["attention_mask"]
     examples = len(ids) // sides
@@ -106,10 +107,13 @@ def split_batch(batch: dict[str, Any], max_tokens: int, sides: int, parts: int =
             groups[-1].append(i)
         else:
             groups.append([i])
-    while len(groups) < min(parts, examples):
+    while parts is not None and len(groups) < min(parts, examples):
         largest = max(groups, key=len)
         groups.remove(largest)
         groups += [largest[: len(largest) // 2], largest[len(largest) // 2 :]]
+    while parts is not None and len(groups) > parts:
+        groups.sort(key=len, reverse=True)
+        groups.append(groups.pop() + groups.pop())
     if len(groups) == 1:
         return [batch]
     return [_select(batch, group, examples, sides) for group in groups]

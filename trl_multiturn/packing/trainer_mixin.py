@@ -61,9 +61,11 @@ class PackedTrainerMixin:
         sides = 1 if "label" in inputs else 2
         parts = split_batch(inputs, budget, sides)
         if self.accelerator.num_processes > 1:
-            # Every process must take part in every gradient reduction
-            count = torch.tensor(len(parts), device=self.accelerator.device)
-            parts = split_batch(inputs, budget, sides, int(self.accelerator.gather(count).max()))
+            # Every process must take part in every gradient reduction, also one with fewer examples than the others
+            # have parts: then the others' parts exceed the budget
+            counts = torch.tensor([[len(parts), len(inputs["input_ids"]) // sides]], device=self.accelerator.device)
+            counts = self.accelerator.gather(counts)
+            parts = split_batch(inputs, budget, sides, min(int(counts[:, 0].max()), int(counts[:, 1].min())))
         rows, losses = len(inputs["input_ids"]), []
         try:
             for part in parts:
