@@ -410,8 +410,16 @@ def test_the_engines_error_surfaces_as_it_is_and_everything_is_released():
     assert sorted(engine.released) == [f"0/current/{i}/0" for i in range(4)]
 
 
+@pytest.fixture
+def interruptible():
+    """Ctrl-C as a terminal has it: a shell starts what it puts in the background with the signal ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("inside_a_loop", [False, True])
-def test_an_interrupt_ends_every_session_before_it_surfaces(inside_a_loop):
+def test_an_interrupt_ends_every_session_before_it_surfaces(inside_a_loop, interruptible):
     closed = []
 
     class Interrupting(Echo):
