@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-import trl_multiturn.rollout.journal as journal_module
+import trl_multiturn.rollout.journal_index as index_module
+import trl_multiturn.rollout.journal_sync as sync_module
 from tests.support import assistant, byte_tokenizer, user
 from trl_multiturn import StopReason, Trajectory, Verdict
 from trl_multiturn.rollout import (
@@ -65,6 +66,68 @@ def test_scopes_are_kept_apart_and_in_numerical_order(tmp_path):
     texts = [each.completion[0]["content"] for each in Journal(tmp_path).read()]
     assert texts == ["2/current", "2/previous", "10/current"]
     assert [each.completion[0]["content"] for each in Journal(tmp_path).read("2/previous")] == ["2/previous"]
+
+
+def test_prompt_by_prompt_all_scopes_come_together(tmp_path):
+    """Whatever the order in which they finished, and over several shards."""
+    places = [
+        (scope, prompt, sample) for scope in ("0/current", "0/previous") for prompt in (0, 2, 10) for sample in (0, 1)
+    ]
+    shuffled = random.Random(0).sample(places, len(places))
+    for part in (shuffled[:5], shuffled[5:]):
+        with Journal(tmp_path) as journal:
+            for scope, prompt, sample in part:
+                journal.append(scope, trajectory(prompt, sample, scope))
+    groups = list(Journal(tmp_path).read_by_prompt())
+    found = [[(t.completion[0]["content"], t.info["prompt_index"], t.info["sample_index"]) for t in g] for g in groups]
+    assert found == [[place for place in places if place[1] == prompt] for prompt in (0, 2, 10)]
+    assert list(Journal(tmp_path / "none").read_by_prompt()) == list(Journal(tmp_path / "none").read()) == []
+
+
+def test_the_last_trajectory_and_the_last_verdict_after_it_count(tmp_path):
+    first, second = trajectory(0, text="machine failed"), trajectory(0, text="tried again")
+    with Journal(tmp_path) as journal:
+        journal.judge(SCOPE, trajectory(1).judged(Verdict.CORRECT, 1.0))  # its trajectory was torn
+        journal.append(SCOPE, first)
+        journal.judge(SCOPE, first.judged(Verdict.INCORRECT, 0.0))
+    with Journal(tmp_path) as journal:
+        journal.append(SCOPE, second)
+    (kept,) = Journal(tmp_path).read()
+    assert kept == second and kept.verdict is Verdict.UNDECIDED
+    with Journal(tmp_path) as journal:
+        journal.judge(SCOPE, second.judged(Verdict.INCORRECT, 0.0))
+        journal.judge(SCOPE, second.judged(Verdict.CORRECT, 1.0))
+    ((kept,),) = Journal(tmp_path).read_by_prompt()
+    assert (kept.completion, kept.verdict, kept.reward) == (second.completion, Verdict.CORRECT, 1.0)
+
+
+def test_shards_are_many_and_open_files_few(tmp_path, monkeypatch):
+    monkeypatch.setattr(index_module, "_MOST_OPEN_SHARDS", 2)
+    for i in range(5):
+        with Journal(tmp_path) as journal:
+            for prompt in range(3):
+                journal.append(SCOPE, trajectory(prompt, i, f"{prompt} {i}"))
+    before = len(os.listdir("/proc/self/fd")) if os.path.exists("/proc/self/fd") else 0
+    texts = []
+    for group in Journal(tmp_path).read_by_prompt():
+        texts.append([each.completion[0]["content"] for each in group])
+        if before:
+            assert len(os.listdir("/proc/self/fd")) <= before + 2
+    assert texts == [[f"{prompt} {i}" for i in range(5)] for prompt in range(3)]
+
+
+def test_the_order_of_a_hundred_thousand_places_takes_24_bytes_each():
+    index, generator = index_module.LineIndex(), random.Random(0)
+    places = [(prompt, sample) for prompt in range(10_000) for sample in range(10)]
+    generator.shuffle(places)
+    for position, (prompt, sample) in enumerate(places):
+        index.add(SCOPE, prompt, sample, 2 * position, is_verdict=False)
+        index.add(SCOPE, prompt, sample, 2 * position + 1, is_verdict=True)
+    found = index.latest()
+    assert found.nbytes == 24 * len(places)
+    assert [places[position // 2] for position in found[:, 1].tolist()] == sorted(places)
+    assert (found[:, 2] == found[:, 1] + 1).all()
+    assert found[:, 0].tolist() == [prompt for prompt in range(10_000) for _ in range(10)]
 
 
 def test_verdicts_are_lines_of_their_own(tmp_path):
@@ -204,7 +267,7 @@ def roll(folder, engine=None, rows=ROWS, **kwargs):
     engine = engine or ScriptedEngine(["```lookup\na\n```", "\\boxed{1}"], TOKENIZER)
     config = RolloutConfig(**settings)
     return engine, generate_trajectories(
-        rows, engine, [lookup], config, journal=str(folder), progress=False, **{"reward_funcs": reward, **kwargs}
+        rows, engine, [lookup], config, journal=folder, progress=False, **{"reward_funcs": reward, **kwargs}
     )
 
 
@@ -368,26 +431,74 @@ def test_a_run_killed_at_20_random_points_writes_the_same_bytes(tmp_path):
 
 
 def test_a_slow_disk_holds_up_no_rollout_and_its_error_is_told(tmp_path, monkeypatch):
-    released, synced = threading.Event(), []
+    begun, released, synced = threading.Event(), threading.Event(), []
 
     def slow(descriptor):
+        begun.set()
         assert released.wait(20)
         synced.append(descriptor)
         raise OSError(5, "Input/output error")
 
+    journal = Journal(tmp_path, sync_seconds=1e-9)
+    journal.append(SCOPE, trajectory(0))
+    journal.sync()
     with monkeypatch.context() as patch:
-        journal = Journal(tmp_path, sync_seconds=1e-9)
-        journal.append(SCOPE, trajectory(0))
-        journal._await_sync()
-        patch.setattr(journal_module.os, "fsync", slow)
+        patch.setattr(sync_module.os, "fsync", slow)
         journal.append(SCOPE, trajectory(1))
+        assert begun.wait(20)
         journal.append(SCOPE, trajectory(2))  # while the disk is busy with the line before
         assert not synced
         released.set()
         with pytest.raises(JournalError, match="Input/output error"):
             journal.sync()
+    assert len(synced) >= 2  # what was written meanwhile was synced as well
     journal.close()
     assert [each.info["prompt_index"] for each in Journal(tmp_path).read()] == [0, 1, 2]
+
+
+def test_the_last_line_of_a_burst_is_synced_though_none_follows(tmp_path, monkeypatch):
+    sizes, whole, durable = [], [], threading.Event()
+    fsync = os.fsync
+
+    def watched(descriptor):
+        size = os.fstat(descriptor).st_size
+        fsync(descriptor)
+        sizes.append(size)
+        if whole and size == whole[0]:
+            durable.set()
+
+    monkeypatch.setattr(sync_module.os, "fsync", watched)
+    journal = Journal(tmp_path, sync_seconds=0.2)
+    for i in range(5):
+        journal.append(SCOPE, trajectory(i))
+    whole.append(journal._size)
+    assert durable.wait(20)  # and nothing was asked of the journal
+    count = len(sizes)
+    journal.append(SCOPE, trajectory(5))  # the next burst, when the thread of the first has ended or not
+    whole[0] = journal._size
+    durable.clear()
+    assert durable.wait(20) and len(sizes) > count
+    journal.close()
+
+
+def test_every_line_can_be_synced_before_its_trajectory_counts(tmp_path, monkeypatch):
+    synced = []
+    with Journal(tmp_path, sync_seconds=0) as journal:
+        journal.append(SCOPE, trajectory(0))
+        monkeypatch.setattr(sync_module.os, "fsync", synced.append)
+        for i in range(1, 4):
+            journal.append(SCOPE, trajectory(i))
+            assert len(synced) == i
+
+
+def test_all_is_on_the_disk_when_the_rollouts_return(tmp_path, monkeypatch):
+    """However long the journal may wait with a sync."""
+    journal = Journal(tmp_path, sync_seconds=3600)
+    sizes = []
+    monkeypatch.setattr(sync_module.os, "fsync", lambda descriptor: sizes.append(os.fstat(descriptor).st_size))
+    roll(journal)
+    assert sizes[-1] == sum(shard.stat().st_size for shard in tmp_path.glob("shard-*")) > 0
+    journal.close()
 
 
 def test_closing_on_a_broken_disk_leaves_nothing_open(tmp_path, monkeypatch):
@@ -398,7 +509,7 @@ def test_closing_on_a_broken_disk_leaves_nothing_open(tmp_path, monkeypatch):
     journal.append(SCOPE, trajectory(0))
     opened = journal._descriptor
     with monkeypatch.context() as patch:
-        patch.setattr(journal_module.os, "fsync", broken)
+        patch.setattr(sync_module.os, "fsync", broken)
         with pytest.raises(JournalError, match="Input/output error"):
             journal.close()
     with pytest.raises(OSError):

@@ -7,6 +7,8 @@ from the moment it finishes; its verdict is another line.
 
 Killed at any moment and started again, a run loses nothing that finished, and [`Journal.write_dataset`] writes the
 same bytes as an undisturbed run would: rows are sorted by their place, and wall-clock times stay in the journal.
+
+Reading holds one trajectory (or one prompt's) and, for the order, 24 bytes for each of the others.
 """
 
 from __future__ import annotations
@@ -15,20 +17,19 @@ import json
 import logging
 import os
 import re
-import threading
-import time
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from ..trajectory import Trajectory, Verdict
+from .journal_index import LineIndex, ShardReader
+from .journal_sync import BackgroundSync
 
 
 logger = logging.getLogger(__name__)
-
-Key = tuple[str, int, int]  # scope, prompt_index, sample_index
 
 _LINE = re.compile(rb'\{"crc32":"([0-9a-f]{8})",("kind":"(\w+)","scope":"([^"]*)","prompt":(\d+),"sample":(\d+),.*\})')
 _ROWS_PER_GROUP = 1000
@@ -36,16 +37,6 @@ _ROWS_PER_GROUP = 1000
 
 class JournalError(RuntimeError):
     """The journal cannot be read or written; nothing in it was overwritten."""
-
-
-@dataclass
-class _Entry:
-    """Where a trajectory is, and what was decided on it later."""
-
-    shard: Path
-    offset: int
-    length: int
-    verdict: dict[str, Any] | None = None
 
 
 class Journal:
@@ -56,8 +47,8 @@ class Journal:
             Where the journal is. Several processes may write to one folder, each to shards of its own.
         sync_seconds (`float`, *optional*, defaults to `1.0`):
             Every line is handed to the operating system at once, so that a killed process loses nothing. To survive a
-            power failure too, the file is synced to disk, in a thread, about this long after; 0 syncs each line
-            before going on.
+            power failure too, each line is synced to disk, in a thread, about this long after it was written, and the
+            last ones before [`generate_trajectories`] returns; 0 syncs each line before going on.
     """
 
     def __init__(self, folder: str | os.PathLike, sync_seconds: float = 1.0):
@@ -65,10 +56,7 @@ class Journal:
         self.sync_seconds = sync_seconds
         self._descriptor: int | None = None
         self._size = 0
-        self._synced = 0.0
-        self._syncing: threading.Thread | None = None
-        self._sync_error: OSError | None = None
-        self._shard: Path | None = None
+        self._sync: BackgroundSync | None = None
 
     # Writing
 
@@ -110,11 +98,9 @@ class Journal:
 
     def sync(self) -> None:
         """Waits until everything written so far is on the disk."""
-        if self._descriptor is not None:
+        if self._sync is not None:
             with _explained(self.folder):
-                self._await_sync()
-                os.fsync(self._descriptor)
-            self._synced = time.monotonic()
+                self._sync.finish()
 
     def close(self) -> None:
         """Syncs and closes this process's shard. A later write opens another."""
@@ -123,7 +109,7 @@ class Journal:
                 self.sync()
             finally:
                 os.close(self._descriptor)
-                self._descriptor = None
+                self._descriptor = self._sync = None
 
     def __enter__(self) -> Journal:
         return self
@@ -134,15 +120,24 @@ class Journal:
     # Reading
 
     def read(self, scope: str | None = None) -> Iterator[Trajectory]:
-        """Trajectories of a scope, or of all, by place; one at a time, so that memory stays flat.
+        """Trajectories of a scope, or of all, by scope, prompt and sample; one at a time, so that memory stays flat.
 
         Raises:
             [`JournalError`]: if a line that is not a shard's last one is damaged.
         """
-        index = self._index()
-        for key in sorted(index, key=_place):
-            if scope is None or key[0] == scope:
-                yield self._load(index[key])
+        for _, trajectory in self._read(scope, by_prompt=False):
+            yield trajectory
+
+    def read_by_prompt(self) -> Iterator[list[Trajectory]]:
+        """The trajectories of one prompt after another, each prompt's of all scopes together, by scope and sample.
+
+        Memory holds those of one prompt at a time.
+
+        Raises:
+            [`JournalError`]: if a line that is not a shard's last one is damaged.
+        """
+        for _, group in groupby(self._read(None, by_prompt=True), key=lambda found: found[0]):
+            yield [trajectory for _, trajectory in group]
 
     def write_dataset(self, path: str | os.PathLike | None = None) -> Path:
         """Writes all trajectories to a Parquet file, by scope, prompt and sample; [`read_dataset`] reads it.
@@ -175,35 +170,7 @@ class Journal:
                 os.ftruncate(descriptor, self._size)  # a half-written line must not precede a later one
                 raise
             self._size += len(line)
-            if time.monotonic() - self._synced >= self.sync_seconds:
-                self._start_sync(descriptor)
-
-    def _start_sync(self, descriptor: int) -> None:
-        """Syncs in a thread, as a busy disk may take its time and the rollouts must not wait for it."""
-        if self._syncing is not None and self._syncing.is_alive():
-            return  # a later line asks again
-
-        def sync() -> None:
-            try:
-                os.fsync(descriptor)
-            except OSError as error:
-                self._sync_error = error
-
-        self._await_sync()
-        self._synced = time.monotonic()
-        self._syncing = threading.Thread(target=sync, name="trl-multiturn-journal")
-        self._syncing.start()
-        if self.sync_seconds == 0:
-            self._await_sync()
-
-    def _await_sync(self) -> None:
-        """Waits for the thread and raises its error, if it had one."""
-        if self._syncing is not None:
-            self._syncing.join()
-            self._syncing = None
-        error, self._sync_error = self._sync_error, None
-        if error is not None:
-            raise error
+            self._sync.written()
 
     def _open_shard(self) -> int:
         """A new shard: one that was written by another run may end in a torn line."""
@@ -211,50 +178,47 @@ class Journal:
             self.folder.mkdir(parents=True, exist_ok=True)
             number = len(self._shards())
             while self._descriptor is None:
-                self._shard = self.folder / f"shard-{number:06d}.jsonl"
+                shard = self.folder / f"shard-{number:06d}.jsonl"
                 try:
-                    self._descriptor = os.open(self._shard, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o644)
+                    self._descriptor = os.open(shard, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o644)
                 except FileExistsError:  # another process was quicker
                     number += 1
-            self._size, self._synced = 0, time.monotonic()
+            self._size, self._sync = 0, BackgroundSync(self._descriptor, self.sync_seconds)
             _sync_file(self.folder)
         return self._descriptor
 
     def _shards(self) -> list[Path]:
         return sorted(self.folder.glob("shard-*.jsonl"))
 
-    def _index(self) -> dict[Key, _Entry]:
-        index: dict[Key, _Entry] = {}
-        for shard in self._shards():
+    def _read(self, scope: str | None, by_prompt: bool) -> Iterator[tuple[int, Trajectory]]:
+        """Trajectories in order, each with its prompt's index."""
+        shards = self._shards()
+        starts, index = self._scan(shards)
+        order = index.latest(scope, by_prompt, _scope_order)
+        del index
+        with ShardReader(shards, starts) as lines:
+            for entry in order:
+                prompt, place, verdict_place = entry.tolist()
+                with _explained(self.folder):
+                    line = lines.line(place)
+                    verdict = lines.line(verdict_place) if verdict_place >= 0 else None
+                yield prompt, _trajectory(line, verdict)
+
+    def _scan(self, shards: list[Path]) -> tuple[list[int], LineIndex]:
+        """Checks every line; the position of each shard's first line, and where everything is."""
+        index, starts, position = LineIndex(), [], 0
+        for shard in shards:
+            starts.append(position)
             with _explained(self.folder), open(shard, "rb") as file:
-                offset = 0
                 for number, line in enumerate(file, 1):
                     match = _checked(line)
                     if match is None:
                         self._refuse_damage(shard, number, last=not file.read(1))
                         break
-                    self._enter(index, match, shard, offset, len(line))
-                    offset += len(line)
-        return index
-
-    def _enter(self, index: dict[Key, _Entry], match: re.Match, shard: Path, offset: int, length: int) -> None:
-        key = (match[4].decode(), int(match[5]), int(match[6]))
-        if match[3] == b"trajectory":
-            index[key] = _Entry(shard, offset, length)
-        elif key in index:
-            index[key].verdict = json.loads(b"{" + match[2])["record"]
-
-    def _load(self, entry: _Entry) -> Trajectory:
-        with _explained(self.folder), open(entry.shard, "rb") as file:
-            file.seek(entry.offset)
-            trajectory = Trajectory.from_dict(json.loads(file.read(entry.length))["record"])
-        if entry.verdict is None:
-            return trajectory
-        info = dict(trajectory.info)
-        if "rewards" in entry.verdict:
-            info["rewards"] = entry.verdict["rewards"]
-        verdict, reward = Verdict(entry.verdict["verdict"]), entry.verdict["reward"]
-        return replace(trajectory, verdict=verdict, reward=reward, info=info)
+                    is_verdict = match[3] != b"trajectory"
+                    index.add(match[4].decode(), int(match[5]), int(match[6]), position, is_verdict)
+                    position += len(line)
+        return starts, index
 
     def _refuse_damage(self, shard: Path, number: int, last: bool) -> None:
         if last:
@@ -319,9 +283,18 @@ def write_parquet(trajectories: Iterable[Trajectory], path: Path) -> int:
     return count
 
 
-def _place(key: Key) -> tuple:
-    parts = key[0].split("/")
-    return [(not part.isdigit(), int(part) if part.isdigit() else 0, part) for part in parts], key[1], key[2]
+def _scope_order(scope: str) -> list[tuple]:
+    """Numbers in a scope are sorted as numbers."""
+    return [(not part.isdigit(), int(part) if part.isdigit() else 0, part) for part in scope.split("/")]
+
+
+def _trajectory(line: bytes, verdict_line: bytes | None) -> Trajectory:
+    trajectory = Trajectory.from_dict(json.loads(line)["record"])
+    if verdict_line is None:
+        return trajectory
+    verdict = json.loads(verdict_line)["record"]
+    info = {**trajectory.info, "rewards": verdict["rewards"]} if "rewards" in verdict else trajectory.info
+    return replace(trajectory, verdict=Verdict(verdict["verdict"]), reward=verdict["reward"], info=info)
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -241,7 +241,7 @@ class _Rollouts:
     ) -> list[Trajectory]:
         """Rolls out and judges what the journal does not hold yet."""
         self.results: dict[tuple[int, int], Trajectory] = {}
-        self.known: set[tuple[int, int]] = set()  # rolled out by an earlier run
+        self.known: dict[int, int] = {}  # rolled out by an earlier run: a bit per sample, by prompt
         self.settled = 0  # of these, those that were judged as well
         self.journal, self.on_trajectory = journal, on_trajectory
         self.failures, self.rolled_out = 0, 0
@@ -261,6 +261,8 @@ class _Rollouts:
                         queue.put_nowait(None)
             except BaseExceptionGroup as errors:
                 raise _first_leaf(errors) from None
+        if journal is not None:
+            journal.sync()
         keys = ((index, sample) for index in self.prompt_indices for sample in self.samples)
         return [self.results[key] for key in keys if key in self.results]
 
@@ -278,7 +280,7 @@ class _Rollouts:
                     f"Prompt {key[0]} is not the one that the journal in {journal.folder} was begun with. Use the "
                     "earlier prompts in the earlier order, or another folder."
                 )
-            self.known.add(key)
+            self.known[key[0]] = self.known.get(key[0], 0) | 1 << key[1]
             if self.judge and trajectory.verdict is Verdict.UNDECIDED and "rewards" not in trajectory.info:
                 queue.put_nowait((trajectory, rows[key[0]]))
             else:
@@ -289,7 +291,7 @@ class _Rollouts:
         policy, iteration = self.provenance["policy"], self.provenance["iteration"]
         for prompt_index, row in zip(self.prompt_indices, self.rows, strict=True):
             for sample in self.samples:
-                if (prompt_index, sample) not in self.known:
+                if not self.known.get(prompt_index, 0) >> sample & 1:
                     seed = derive_seed(self.config.seed, iteration, policy, prompt_index, sample)
                     name = f"{self._scope()}/{prompt_index}/{sample}"
                     yield RolloutContext(name, iteration, policy, prompt_index, sample, seed, row), row
