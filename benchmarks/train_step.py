@@ -4,14 +4,17 @@ One training step of TRL's trainers and of the packed path, side by side in one 
     python benchmarks/train_step.py                          # every table, about two hours
     python benchmarks/train_step.py dpo:0 groups --batches 4 # some tables, or one row of one
     python benchmarks/train_step.py groups --scale 0.25      # a quick look, on shorter rows
+    python benchmarks/train_step.py cuda large-models   # on a GPU
     python benchmarks/train_step.py --output benchmarks/results/train_step.md
 
 Each arm is a real trainer's `compute_loss` and `backward()` on padded batches as TRL collates them, whose
 `completion_mask` leaves out observations. Arms alternate batch by batch and start from the same weights. A row is
 printed only if every arm's loss and gradient norm agree with the first arm's; then the median of the paired ratios,
 with minimum and maximum. TRL has no OREO and no DQO: there the first arm is our trainer with `packed=False`.
-Times are CPU seconds of one thread, or wall-clock seconds of several (`--threads`), packing and metrics included; peak
-memory is that of a process which runs one arm alone, above what the process held before the step.
+In bfloat16 each arm's loss is held against the same loss in float32 instead, and may be as far off as TRL's.
+Times are CPU seconds of one thread, or wall-clock seconds of several (`--threads`) or of a GPU, packing and metrics
+included; peak memory is that of a process which runs one arm alone, above what the process held before the step (on a
+GPU, what the step allocates).
 
 Model: Qwen2 style, 8 layers, hidden 512, vocabulary 32k, random weights. Rows: prompts of 100-300 tokens, 2-6 turns
 with tool results between them, at most 2048 tokens, about 0.9k on average, 40 % trained; `--real` names a folder with
@@ -32,7 +35,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +44,7 @@ from datasets import Dataset
 from peft import LoraConfig, TaskType
 from train_step_rows import VOCAB, RealRows, Setting, SyntheticRows, any_tokenizer, batch_of, trajectories_of
 from train_step_run import whole_runs
+from train_step_tables import HALF_B, NEED_A_GPU, TABLES
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 
@@ -56,51 +60,6 @@ class PackedKTOTrainer(PackedTrainerMixin, KTOTrainer):
     pass
 
 
-SMALL = {"num_hidden_layers": 4, "vocab_size": 16_000}
-SMALL_HEAD = {"num_hidden_layers": 6, "hidden_size": 768, "intermediate_size": 2304, "vocab_size": 4096}
-
-TABLES: dict[str, list[Setting]] = {
-    "dpo": [
-        Setting("float32, reference precomputed"),
-        Setting("float32, reference online", online=True),
-        Setting("float32, 4 pairs a batch", pairs=4),
-        Setting("head small against the body, as at 7B", body=SMALL_HEAD),
-    ],
-    "dtype": [
-        Setting("bfloat16 autocast", bf16=True),
-        Setting("LoRA r=16", lora=True),
-        Setting("gradient checkpointing", checkpointing=True),
-        Setting("bfloat16, checkpointing", bf16=True, checkpointing=True),
-    ],
-    "groups": [
-        Setting("4 pairs from 2 x 2 trajectories of one prompt", pairs=4, from_trajectories=2),
-    ],
-    "large": [Setting("9 pairs from 3 x 3 trajectories of one prompt", pairs=9, from_trajectories=3)],
-    "kto": [
-        Setting("KTO, 4 trajectories", kind="kto", pairs=2),
-        Setting("KTO, 4 trajectories of one prompt", kind="kto", pairs=2, turns_shared=0.5, from_trajectories=2),
-    ],
-    "sharing": [Setting(f"turns shared with probability {p:.1f}", turns_shared=p) for p in (0.0, 0.2, 0.4, 0.6, 0.8)],
-    "values": [
-        Setting("OREO, value adapter, 8 trajectories", kind="oreo", trajectories=8, turns_shared=0.5, body=SMALL),
-        Setting("OREO, full value model", kind="oreo", trajectories=8, turns_shared=0.5, value="full", body=SMALL),
-        Setting("DQO, value head", kind="dqo", trajectories=8, turns_shared=0.5, value="head", body=SMALL),
-    ],
-    "trajectories": [
-        Setting(
-            f"DQO, value head, {n} trajectories",
-            kind="dqo",
-            trajectories=n,
-            turns_shared=0.5,
-            value="head",
-            body=SMALL,
-        )
-        for n in (2, 4, 8, 16)
-    ],
-    "length": [Setting(f"lengths x {s}", scale=s) for s in (0.1, 0.25, 0.5, 1.0)],
-}
-
-
 # --- arms ------------------------------------------------------------------------------------------------------------
 
 
@@ -108,8 +67,9 @@ def make_trainer(setting: Setting, packed: bool, precomputed: bool) -> DPOTraine
     """A trainer of TRL, or the same class on the packed path, with its own copy of the same weights."""
     policy, reference = make_models(setting, precomputed)
     common = dict(
-        output_dir=tempfile.mkdtemp(), report_to="none", use_cpu=True, bf16=setting.bf16, disable_tqdm=True,
-        gradient_checkpointing=setting.checkpointing, max_length=None, per_device_train_batch_size=2,
+        output_dir=tempfile.mkdtemp(), report_to="none", use_cpu=setting.device == "cpu", bf16=setting.bf16,
+        disable_tqdm=True, gradient_checkpointing=setting.checkpointing, max_length=None,
+        per_device_train_batch_size=2,
     )  # fmt: skip
     if setting.kind in ("oreo", "dqo"):
         config, trainer_class = {"oreo": (OREOConfig, OREOTrainer), "dqo": (DQOConfig, DQOTrainer)}[setting.kind]
@@ -136,29 +96,34 @@ def make_trainer(setting: Setting, packed: bool, precomputed: bool) -> DPOTraine
     if setting.checkpointing:
         trainer.model.gradient_checkpointing_enable()
     _move(trainer.model)
+    # As `train()` does, for autocast; in place
+    trainer.accelerator.prepare_model(trainer.model)
     return trainer
 
 
 def make_models(setting: Setting, precomputed: bool) -> tuple[Qwen2ForCausalLM, Qwen2ForCausalLM | None]:
     torch.manual_seed(0)
-    settings = dict(num_hidden_layers=8, hidden_size=512, intermediate_size=1536, vocab_size=VOCAB) | setting.body
-    config = Qwen2Config(
-        **settings, num_attention_heads=8, num_key_value_heads=2, max_position_embeddings=4096, pad_token_id=0
-    )
-    policy, reference = Qwen2ForCausalLM(config), None
-    if not precomputed and not setting.lora:
-        reference = Qwen2ForCausalLM(config)
-        reference.load_state_dict(policy.state_dict())
+    settings = dict(
+        num_hidden_layers=8, hidden_size=512, intermediate_size=1536, vocab_size=VOCAB, num_attention_heads=8,
+        num_key_value_heads=2, max_position_embeddings=16_384, pad_token_id=0,
+    )  # fmt: skip
+    config = Qwen2Config(**settings | setting.body, dtype=setting.weights)
+    with torch.device(setting.device):
+        policy, reference = Qwen2ForCausalLM._from_config(config), None
+        if not precomputed and not setting.lora:
+            reference = Qwen2ForCausalLM._from_config(config)
+            reference.load_state_dict(policy.state_dict())
     return policy, reference
 
 
 def _move(model: torch.nn.Module) -> None:
     """A policy that differs from its reference, so that losses and gradients are not those of the first step."""
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator(next(model.parameters()).device).manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter.add_(5e-4 * torch.randn(parameter.shape, generator=generator))
+                noise = torch.randn(parameter.shape, generator=generator, device=parameter.device)
+                parameter.add_(5e-4 * noise)
 
 
 @dataclass
@@ -166,6 +131,7 @@ class Step:
     loss: float
     gradient_norm: float
     seconds: float
+    allocated: float  # gigabytes of the GPU's memory
 
 
 def run_step(trainer: DPOTrainer | KTOTrainer, batch: dict[str, torch.Tensor]) -> Step:
@@ -174,14 +140,24 @@ def run_step(trainer: DPOTrainer | KTOTrainer, batch: dict[str, torch.Tensor]) -
     for parameter in trainer.model.parameters():
         parameter.grad = None
     gc.collect()
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    on_gpu, held = batch["input_ids"].is_cuda, 0
+    clock = time.process_time if torch.get_num_threads() == 1 and not on_gpu else time.perf_counter
+    if on_gpu:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
     start = clock()
     with trainer.compute_loss_context_manager():
         loss = trainer.compute_loss(trainer.model, dict(batch))
     loss.backward()
+    if on_gpu:
+        torch.cuda.synchronize()
     seconds = clock() - start
+    allocated = (torch.cuda.max_memory_allocated() - held) / 2**30 if on_gpu else 0.0
     gradients = [p.grad.norm() for p in trainer.model.parameters() if p.grad is not None]
-    return Step(loss.item(), torch.stack(gradients).norm().item(), seconds)
+    for parameter in trainer.model.parameters():
+        parameter.grad = None
+    return Step(loss.item(), torch.stack(gradients).norm().item(), seconds, allocated)
 
 
 def add_reference(setting: Setting, batch: dict[str, torch.Tensor], trainer: Any) -> dict[str, torch.Tensor]:
@@ -202,6 +178,7 @@ class Result:
     seconds: dict[str, float]
     loss_difference: float
     norm_difference: float
+    rounding: float = 0.0  # how far the first arm's loss is from that in float32
     memory: dict[str, float] = field(default_factory=dict)
 
 
@@ -224,6 +201,18 @@ def arms_of(setting: Setting) -> dict[str, Callable[[dict], Step]]:
     }
 
 
+def loss_in_float32(setting: Setting) -> Callable[[dict], float]:
+    """The loss of a batch on the baseline's path, in float32 whatever the setting's own precision."""
+    trainer = make_trainer(replace(setting, bf16=False), packed=False, precomputed=False)
+    trainer.model.float()
+
+    def loss(batch: dict[str, torch.Tensor]) -> float:
+        with torch.no_grad():
+            return trainer.compute_loss(trainer.model, _without_reference(batch)).item()
+
+    return loss
+
+
 def batches_of(setting: Setting, real: Path | None) -> Iterator[dict[str, torch.Tensor]]:
     """Batches with reference log-probabilities, as precomputation leaves them in the dataset."""
     rows = source_of_rows(setting, real)
@@ -233,13 +222,19 @@ def batches_of(setting: Setting, real: Path | None) -> Iterator[dict[str, torch.
             prepared = scorer._prepare_dataset(
                 Dataset.from_list(trajectories_of(rows)), scorer.processing_class, scorer.args, "benchmark"
             )
-            yield scorer.data_collator(list(prepared))
+            batch = scorer.data_collator(list(prepared))
+            yield {name: x.to(setting.device) for name, x in batch.items()}
         else:
-            yield add_reference(setting, batch_of(setting.kind, rows.pairs()), scorer)
+            batch = {name: x.to(setting.device) for name, x in batch_of(setting.kind, rows.pairs()).items()}
+            with torch.no_grad(), torch.autocast(setting.device, torch.bfloat16, enabled=setting.bf16):
+                batch = add_reference(setting, batch, scorer)
+            yield batch
 
 
 def measure(setting: Setting, batches: int, real: Path | None) -> Result:
     """Paired steps of every arm."""
+    # First, because accelerate knows one precision at a time
+    exact = loss_in_float32(setting) if setting.bf16 else None
     arms, source = arms_of(setting), batches_of(setting, real)
     first = next(iter(arms))
     result = Result(setting, {}, {name: [] for name in arms}, {}, 0.0, 0.0)
@@ -251,15 +246,20 @@ def measure(setting: Setting, batches: int, real: Path | None) -> Result:
         steps = {name: arms[name](batch) for name in order}
         if i == 0:
             continue  # warm-up: allocators, thread pools, the self-test
+        expected = exact(batch) if exact else steps[first].loss
+        result.rounding = max(result.rounding, abs(steps[first].loss - expected))
         for name, step in steps.items():
             result.ratios[name].append(steps[first].seconds / step.seconds)
             totals[name] += step.seconds
-            difference = abs(step.loss - steps[first].loss)
             norm = abs(step.gradient_norm / steps[first].gradient_norm - 1)
-            result.loss_difference = max(difference, result.loss_difference)
+            if name != first:
+                result.loss_difference = max(abs(step.loss - expected), result.loss_difference)
             result.norm_difference = max(norm, result.norm_difference)
+            if setting.device == "cuda":
+                result.memory[name] = max(step.allocated, result.memory.get(name, 0.0))
         _count(counts, batch)
-    limit, norm_limit = (2e-2, 5e-2) if setting.bf16 else (1e-4, 1e-3)
+    limit, norm_limit = (2 * result.rounding + 5e-3, 5e-2) if setting.bf16 else (1e-4, 1e-3)
+    result.memory.pop("TRL, precomputed", None)
     if not (result.loss_difference <= limit and result.norm_difference <= norm_limit):  # NaN must not pass
         raise SystemExit(
             f"{setting.name}: the arms differ by {result.loss_difference:.1e} in loss and "
@@ -337,26 +337,33 @@ def report(table: str, results: list[Result]) -> Iterator[str]:
     yield f"\n### {table}\n"
     columns = ["setting", "tokens: padded, unpadded, unique", first]
     columns += [f"{name}: s, x (min..max)" for name in others]
-    columns += ["trained tokens/s", "loss Δ, grad norm Δ", f"peak GB: {first}, packed"]
+    columns += ["trained tokens/s", "loss Δ (bf16: to float32; TRL's), grad norm Δ", f"peak GB: {first}, packed"]
     yield f"| {' | '.join(columns)} |"
     yield f"| {' | '.join(['---'] * len(columns))} |"
     for r in results:
         cells = [r.setting.name, ", ".join(f"{r.tokens[name]:.0f}" for name in ("padded", "raw", "unique"))]
-        cells.append(f"{r.seconds[first]:.1f} s")
+        cells.append(_time(r.seconds[first]))
         for name in others:
             ratios = r.ratios[name]
             median = statistics.median(ratios)
-            cells.append(f"{r.seconds[name]:.1f}, **{median:.2f}** ({min(ratios):.2f}..{max(ratios):.2f})")
+            cells.append(f"{_time(r.seconds[name])}, **{median:.2f}** ({min(ratios):.2f}..{max(ratios):.2f})")
         cells.append(" → ".join(f"{r.tokens['trained'] / r.seconds[name]:.0f}" for name in (first, "packed")))
-        cells.append(f"{r.loss_difference:.0e}, {r.norm_difference:.0e}")
+        rounding = f" ({r.rounding:.0e})" if r.setting.bf16 else ""
+        cells.append(f"{r.loss_difference:.0e}{rounding}, {r.norm_difference:.0e}")
         cells.append(", ".join(f"{value:.2f}" for value in r.memory.values()) or "not measured")
         yield f"| {' | '.join(cells)} |"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds >= 1 else f"{1000 * seconds:.0f} ms"
 
 
 def header(arguments: argparse.Namespace) -> str:
     name = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
                  if line.startswith("model name")), platform.processor())  # fmt: skip
     load = os.getloadavg()[0]
+    if torch.cuda.is_available():
+        name = f"{torch.cuda.get_device_name()}, {name}"
     return (
         f"`python benchmarks/train_step.py {' '.join(sys.argv[1:])}`, {datetime.date.today()}, {name}, "
         f"{os.cpu_count()} cores, {arguments.threads} thread(s), load average {load:.1f} at the start, "
@@ -367,7 +374,9 @@ def header(arguments: argparse.Namespace) -> str:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tables", nargs="*", help=f"of {', '.join(TABLES)}, run (a 50-step run); all by default")
+    parser.add_argument(
+        "tables", nargs="*", help=f"of {', '.join(TABLES)}, run and run-cuda (50 steps); all for CPUs by default"
+    )
     parser.add_argument("--batches", type=int, default=4)
     parser.add_argument("--scale", type=float, default=1.0, help="factor on all lengths, for a quick look")
     parser.add_argument("--threads", type=int, default=1)
@@ -390,9 +399,9 @@ def main() -> None:
         return
     lines = [header(arguments)]
     print(lines[0], flush=True)
-    for table in arguments.tables or [*TABLES, "run"]:
-        if table == "run":
-            for line in whole_runs(arguments.scale):
+    for table in arguments.tables or [*(name for name in TABLES if name not in NEED_A_GPU), "run"]:
+        if table in ("run", "run-cuda"):
+            for line in whole_runs(arguments.scale, HALF_B if table == "run-cuda" else None):
                 print(line, flush=True)
                 lines.append(line)
             continue

@@ -45,6 +45,8 @@ class Setting:
     lora: bool = False
     bf16: bool = False
     checkpointing: bool = False
+    device: str = "cpu"
+    weights: str = "float32"
     online: bool = False  # whether our arm computes the reference in the step, as TRL's default does
     body: dict[str, int] = field(default_factory=dict)
 

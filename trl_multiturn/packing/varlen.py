@@ -8,7 +8,9 @@ arithmetic is checked on CPU against these documented semantics. The kernels the
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
+from functools import lru_cache
 from importlib.util import find_spec
 from typing import NamedTuple
 
@@ -57,13 +59,25 @@ def varlen_index(row: PackedRow) -> VarlenIndex:
 
 def varlen_kernel(query: Tensor, softcap: float | None) -> Callable | None:
     """The kernel for these queries: flash-attention where installed, else PyTorch's own; `None` off CUDA."""
-    if query.device.type != "cuda" or query.dtype not in KERNEL_DTYPES or query.shape[-1] > 256:
+    head_dim = query.shape[-1]
+    if query.device.type != "cuda" or query.dtype not in KERNEL_DTYPES or head_dim > 256 or head_dim % 8:
         return None
     if is_flash_attn_2_available():
         return _flash_attn
-    if softcap is None and find_spec("torch.nn.attention.varlen") is not None:
+    # Versions before `window_size` cannot cut a window
+    if softcap is None and "window_size" in _arguments_of_torch_varlen():
         return _torch_varlen
     return None
+
+
+@lru_cache(maxsize=1)
+def _arguments_of_torch_varlen() -> frozenset[str]:
+    """What PyTorch's `varlen_attn` takes; empty where there is none."""
+    if find_spec("torch.nn.attention.varlen") is None:
+        return frozenset()
+    from torch.nn.attention.varlen import varlen_attn
+
+    return frozenset(inspect.signature(varlen_attn).parameters)
 
 
 def varlen_attention(
@@ -89,6 +103,8 @@ def varlen_attention(
 def _torch_varlen(query, key, value, index: VarlenIndex, scaling: float, left: int, softcap: None) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
+    # PyTorch 2.11 groups heads without being asked; later versions want to be asked
+    grouped = {"enable_gqa": query.shape[1] != key.shape[1]} if "enable_gqa" in _arguments_of_torch_varlen() else {}
     return varlen_attn(
         query,
         key,
@@ -99,7 +115,7 @@ def _torch_varlen(query, key, value, index: VarlenIndex, scaling: float, left: i
         index.max_k,
         scale=scaling,
         window_size=(left, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
+        **grouped,
     )
 
 
