@@ -23,7 +23,10 @@ from trl_multiturn import (
     RolloutConfig,
     ScriptedEngine,
     ToolRolloutGenerator,
+    UnpairedConfig,
     Verdict,
+    build_preference_dataset,
+    build_unpaired_dataset,
     math_reward,
 )
 from trl_multiturn.iteration import policy_file
@@ -172,6 +175,21 @@ def test_a_mixture_may_be_all_previous(tmp_path, tool):
     assert [report.trajectories for report in generator.reports] == [12, 12]
     journal = Journal(generator.run_folder / "iteration_001" / "journal")
     assert {trajectory.info["policy"] for trajectory in journal.read()} == {"previous"}
+
+
+@pytest.mark.parametrize("pairing", [None, UnpairedConfig(max_positives=1)], ids=["pairs", "balanced"])
+def test_rows_on_disk_are_those_of_the_whole_journal_at_once(tmp_path, tool, pairing):
+    classes = {} if pairing is None else dict(trainer_class=MultiTurnKTOTrainer, config=MultiTurnKTOConfig)
+    trainer, generator, _ = make_run(tmp_path, tool, prompts=problems(4), pairing=pairing, **classes)
+    trainer.train()
+    build = build_preference_dataset if pairing is None else build_unpaired_dataset
+    for iteration in range(2):
+        folder = generator.run_folder / f"iteration_{iteration:03d}"
+        trajectories = list(Journal(folder / "journal").read())
+        assert {t.info["policy"] for t in trajectories} == ({"current", "previous"} if iteration else {"current"})
+        found, expected = load_from_disk(folder / "rows"), build(trajectories, generator.settings.pairing)
+        assert found.features == expected.features and found.to_list() == expected.to_list()
+        assert len(found) == generator.reports[iteration].rows == (4 if pairing is None else 12)
 
 
 def test_a_row_knows_what_dropped_it(tmp_path, tool):

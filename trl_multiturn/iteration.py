@@ -13,37 +13,34 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from datasets import Dataset, concatenate_datasets, load_from_disk
 
-from .data.pairing import (
-    PairingConfig,
-    Selection,
-    UnpairedConfig,
-    build_preference_dataset,
-    build_unpaired_dataset,
-    select,
-)
+from .data.row_files import save_rows, write_rows
+from .data.selection import PairingConfig, Selection, UnpairedConfig, select_by_prompt
 from .data.truncation import NoRowsLeftError
 from .pace import at_own_pace
 from .report import IterationReport
 from .rollout.config import RolloutConfig
 from .rollout.engine import Engine
-from .rollout.export import write_dropped
+from .rollout.export import dropped_writer
 from .rollout.journal import Journal
 from .rollout.loop import generate_trajectories
 from .tools.base import tool_name, tool_version
+from .trainer.main_process import on_main
 from .trainer.policy_weights import policy_revision, policy_weights, save_policy_weights
 from .trainer.sharding import gathered_for_sampling, weights_of, whole_state_dict
-from .trajectory import Trajectory
 from .verify.rewards import reward_name
 
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -108,22 +105,18 @@ def run_iteration(
     revision = keep_policy(trainer, iteration, run_folder)
 
     # Roll out with π_t and, for exploration, with the previous policy; every answer is verified on the way.
-    trajectories = roll_out(iteration, prompts, trainer, engine, settings, run_folder)
+    roll_out(iteration, prompts, trainer, engine, settings, run_folder)
 
-    # Filter and pair.
-    selection = select(trajectories, settings.pairing)
-    if trainer.accelerator.is_main_process:
-        names = (trajectory.info["trajectory_id"] for trajectory in trajectories)
-        write_dropped(folder, {n: reason for n, reason in zip(names, selection.reasons, strict=True) if reason})
-    build = build_preference_dataset if trainer.row_format == "preference" else build_unpaired_dataset
-    rows = on_disk(build(selection), folder / "rows", trainer)
+    # Filter and pair, prompt by prompt.
+    report = on_main_at_own_pace(lambda: find_rows(folder, settings.pairing, trainer.row_format), trainer)
+    rows = load_from_disk(folder / "rows")
 
     # Train on these rows, or on all so far, against the reference of this iteration.
     training_rows = rows if settings.history == "latest" else with_history(rows, iteration, run_folder)
     training_rows = with_reference(training_rows, trainer, settings.reference, run_folder)
-    training_rows = on_disk(training_rows, folder / "training_rows", trainer)
+    on_main_at_own_pace(lambda: save_rows(training_rows, folder / "training_rows"), trainer)
+    training_rows = load_from_disk(folder / "training_rows")
 
-    report = count(trajectories, selection)
     report.iteration, report.first_step, report.policy_revision = iteration, trainer.state.global_step, revision
     report.rows, report.trained_rows = len(rows), len(training_rows)
     report.rollout_seconds = time.perf_counter() - started
@@ -137,11 +130,11 @@ def roll_out(
     engine: Engine,
     settings: IterationSettings,
     run_folder: Path,
-) -> list[Trajectory]:
+) -> None:
     """Rolls out with the current and, after the first iteration, the previous policy (mixture sampling, section 3.1).
 
     Every finished trajectory is in the iteration's journal the moment it finishes. With several processes each rolls
-    out its share of the prompts, and all read the trajectories of all from the journal.
+    out its share of the prompts; what all have rolled out is on the disk when it returns.
     """
     config, policy = settings.rollout, weights_of(trainer)
     folder = iteration_folder(run_folder, iteration)
@@ -168,7 +161,7 @@ def roll_out(
                 policy_revision=revision,
                 iteration=iteration,
                 journal=journal,
-                collect=False,  # all processes read those of all from the journal
+                collect=False,  # the main process reads those of all from the journal
                 progress=trainer.args.process_index == 0 and not trainer.args.disable_tqdm,
             )
 
@@ -179,8 +172,38 @@ def roll_out(
                 sample("previous", explore, sample_offset=config.num_generations - explore)
             with ready_to_sample(engine, trainer, run_folder):
                 pass  # with the present policy again
-        trainer.accelerator.wait_for_everyone()
-        return list(journal.read())
+    trainer.accelerator.wait_for_everyone()
+
+
+def find_rows(
+    folder: Path, pairing: PairingConfig | UnpairedConfig | None, row_format: Literal["preference", "unpaired"]
+) -> IterationReport:
+    """Selects an iteration's rows from its journal and writes them, prompt by prompt: memory holds one prompt's
+    trajectories, and of the others nothing but counts.
+
+    Returns:
+        The counts of the iteration's report that come from its trajectories.
+    """
+    report = IterationReport(iteration=0)
+    verdicts, stop_reasons, dropped = Counter(), Counter(), Counter()
+
+    def selections() -> Iterator[Selection]:
+        for group, selection in select_by_prompt(Journal(folder / "journal").read_by_prompt(), pairing):
+            for trajectory, reason in zip(group, selection.reasons, strict=True):
+                verdicts[trajectory.verdict.value] += 1
+                stop_reasons[trajectory.stop_reason.value] += 1
+                report.tool_calls += trajectory.info.get("tool_calls", 0)
+                report.tool_failures += trajectory.info.get("tool_errors", 0)
+                if reason:
+                    dropped[reason] += 1
+                    write_dropped(trajectory, reason)
+            yield selection
+
+    with dropped_writer(folder) as write_dropped:
+        write_rows(selections(), folder / "rows", row_format)
+    report.trajectories, report.stop_reasons, report.dropped = verdicts.total(), dict(stop_reasons), dict(dropped)
+    report.correct, report.incorrect, report.undecided = (verdicts[v] for v in ("correct", "incorrect", "undecided"))
+    return report
 
 
 def with_history(rows: Dataset, iteration: int, run_folder: Path) -> Dataset:
@@ -227,22 +250,6 @@ def reference_weights(
     if reference == "previous":
         return nullcontext()
     return policy_weights(weights_of(trainer), policy_file(run_folder, 0))
-
-
-def count(trajectories: list[Trajectory], selection: Selection) -> IterationReport:
-    """The counts of an iteration's report that come from its trajectories."""
-    verdicts = Counter(trajectory.verdict.value for trajectory in trajectories)
-    return IterationReport(
-        iteration=0,
-        trajectories=len(trajectories),
-        correct=verdicts["correct"],
-        incorrect=verdicts["incorrect"],
-        undecided=verdicts["undecided"],
-        dropped=dict(selection.dropped),
-        stop_reasons=dict(Counter(trajectory.stop_reason.value for trajectory in trajectories)),
-        tool_calls=sum(trajectory.info.get("tool_calls", 0) for trajectory in trajectories),
-        tool_failures=sum(trajectory.info.get("tool_errors", 0) for trajectory in trajectories),
-    )
 
 
 # Where things lie, and who writes them
@@ -311,9 +318,13 @@ def refresh(engine: Engine, trainer: Any, run_folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def on_disk(rows: Dataset, folder: Path, trainer: Any) -> Dataset:
-    """Writes rows from the main process and loads them in every one, so that all ranks train on the same file."""
-    if trainer.accelerator.is_main_process:
-        rows.save_to_disk(folder, num_shards=1)  # without a number, an empty dataset is written as no shard at all
-    trainer.accelerator.wait_for_everyone()
-    return load_from_disk(folder)
+def on_main_at_own_pace(do: Callable[[], T], trainer: Any) -> T:
+    """[`on_main`] for what may take the main process longer than a collective operation waits."""
+    done: Future[T] = Future()
+    with at_own_pace(trainer.args.ddp_timeout):
+        if trainer.accelerator.is_main_process:
+            try:
+                done.set_result(do())
+            except Exception as error:
+                done.set_exception(error)
+    return on_main(done.result)

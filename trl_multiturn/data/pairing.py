@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from datasets import Dataset, Features, List, Value
@@ -53,16 +54,23 @@ def build_preference_dataset(
         `rejected_reward`, `chosen_info`, `rejected_info` (JSON strings); one row per pair, possibly none.
     """
     pairs = _selection(trajectories, pairing, PairingConfig).pairs
+    features = preference_features(include_messages)
+    return dataset_of([preference_row(pair, include_messages) for pair in pairs], features)
+
+
+def preference_features(include_messages: bool = False) -> dict[str, Any]:
+    """The columns of preference rows."""
     features = {"prompt_ids": _IDS, **_PROVENANCE}
     for side in ("chosen", "rejected"):
         features |= {f"{side}_ids": _IDS, f"{side}_action_mask": _MASK, f"{side}_reward": Value("float64")}
         features |= {f"{side}_info": Value("string")}
     if include_messages:
         features |= {f"{part}_messages": Value("string") for part in ("prompt", "chosen", "rejected")}
-    return _dataset([_preference_row(pair, include_messages) for pair in pairs], features)
+    return features
 
 
-def _preference_row(pair: Pair, include_messages: bool) -> dict[str, Any]:
+def preference_row(pair: Pair, include_messages: bool = False) -> dict[str, Any]:
+    """A pair as values of [`preference_features`]."""
     cut = pair.shared_tokens
     row = {
         "prompt_ids": pair.chosen.prompt_ids + pair.chosen.completion_ids[:cut],
@@ -113,6 +121,43 @@ def build_unpaired_dataset(
         `info["process_rewards"]`) and, as provenance, `prompt_index` (-1 where unknown), `info` (a JSON string).
     """
     chosen = _selection(trajectories, config, (PairingConfig, UnpairedConfig)).trajectories
+    brings = Counter(name for trajectory in chosen for name in optional_columns(trajectory))
+    features = unpaired_features(common_columns(brings, len(chosen)), include_messages)
+    return dataset_of([unpaired_row(trajectory) for trajectory in chosen], features)
+
+
+OPTIONAL_COLUMNS = ("behavior_logps", "turn_rewards", "process_rewards")
+
+
+def optional_columns(trajectory: Trajectory) -> list[str]:
+    """Those of `OPTIONAL_COLUMNS` for which a trajectory has values."""
+    logps = ["behavior_logps"] if trajectory.logps is not None else []
+    return logps + [name for name in OPTIONAL_COLUMNS[1:] if name in trajectory.info]
+
+
+def common_columns(brings: Mapping[str, int], count: int) -> list[str]:
+    """The optional columns that `count` rows get: those that every trajectory brings; warns where some bring none.
+
+    Args:
+        brings (`Mapping[str, int]`):
+            How many trajectories have values for each optional column.
+        count (`int`):
+            Number of rows.
+    """
+    without = count - brings.get("behavior_logps", 0)
+    if 0 < without < count:
+        logger.warning(
+            "%d of %d trajectories carry no log-probabilities, so `behavior_logps` is left out of every row and "
+            "importance weights cannot use it.",
+            without,
+            count,
+        )
+    # An empty dataset has `behavior_logps`, which rollouts bring, and no other
+    return [n for n in OPTIONAL_COLUMNS if brings.get(n, 0) == count and (count or n == "behavior_logps")]
+
+
+def unpaired_features(optional: Iterable[str], include_messages: bool = False) -> dict[str, Any]:
+    """The columns of unpaired rows, with these of the optional ones."""
     features = {
         "prompt_ids": _IDS,
         "completion_ids": _IDS,
@@ -121,27 +166,15 @@ def build_unpaired_dataset(
         "reward": Value("float64"),
         **_PROVENANCE,
         "info": Value("string"),
+        **dict.fromkeys(optional, _FLOATS),
     }
-    without = sum(trajectory.logps is None for trajectory in chosen)
-    if not without:
-        features["behavior_logps"] = _FLOATS
-    elif without < len(chosen):
-        logger.warning(
-            "%d of %d trajectories carry no log-probabilities, so `behavior_logps` is left out of every row and "
-            "importance weights cannot use it.",
-            without,
-            len(chosen),
-        )
-    if chosen and all("turn_rewards" in trajectory.info for trajectory in chosen):
-        features["turn_rewards"] = _FLOATS
-    if chosen and all("process_rewards" in trajectory.info for trajectory in chosen):
-        features["process_rewards"] = _FLOATS
     if include_messages:
         features |= {"prompt_messages": Value("string"), "completion_messages": Value("string")}
-    return _dataset([_unpaired_row(trajectory) for trajectory in chosen], features)
+    return features
 
 
-def _unpaired_row(trajectory: Trajectory) -> dict[str, Any]:
+def unpaired_row(trajectory: Trajectory) -> dict[str, Any]:
+    """A trajectory as values of [`unpaired_features`], for all optional columns."""
     return {
         "prompt_ids": trajectory.prompt_ids,
         "completion_ids": trajectory.completion_ids,
@@ -183,6 +216,7 @@ def _selection(trajectories: Any, config: Any, kinds: Any) -> Selection:
     return select(trajectories, config)
 
 
-def _dataset(rows: list[dict[str, Any]], features: dict[str, Any]) -> Dataset:
+def dataset_of(rows: list[dict[str, Any]], features: dict[str, Any]) -> Dataset:
+    """Rows, of which only the named columns are taken, as a dataset in memory."""
     # By columns with explicit types: rows of dicts would be merged into one struct, with `None` in every gap.
     return Dataset.from_dict({name: [row[name] for row in rows] for name in features}, Features(features))

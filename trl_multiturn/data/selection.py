@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -176,6 +176,38 @@ def select(trajectories: Sequence[Trajectory], config: PairingConfig | UnpairedC
         rows=len(pairs) if isinstance(config, PairingConfig) else len(chosen),
     )
     return Selection(pairs, chosen, Counter(r for r in reasons if r is not None), reasons, counts)
+
+
+def select_by_prompt(
+    groups: Iterable[Sequence[Trajectory]], config: PairingConfig | UnpairedConfig | None = None
+) -> Iterator[tuple[Sequence[Trajectory], Selection]]:
+    """[`select`] prompt by prompt, so that memory holds one prompt's trajectories; together it is the same selection.
+
+    What is dropped, deduplicated, paired or balanced is decided within a prompt, and so are the random choices.
+
+    Args:
+        groups (`Iterable[Sequence[Trajectory]]`):
+            All trajectories of a `prompt_index` together, and the groups in its order; [`Journal.read_by_prompt`]
+            brings them so.
+        config ([`PairingConfig`] or [`UnpairedConfig`], *optional*):
+            As for [`select`].
+
+    Returns:
+        Each group with its selection.
+
+    Raises:
+        `ValueError`: if a group holds several prompts, or comes out of order.
+    """
+    last = None
+    for group in groups:
+        indices = {_group_key(trajectory)[0] for trajectory in group}
+        if len(indices) != 1 or (last is not None and min(indices) <= last):
+            raise ValueError(
+                f"A group with the `prompt_index` {sorted(indices)} came after {last}: rows would depend on the order "
+                "of the groups. Pass all trajectories of one prompt in each group, with rising `prompt_index`."
+            )
+        last = min(indices)
+        yield group, select(group, config)
 
 
 def _drop(trajectories: Sequence[Trajectory], config: PairingConfig | UnpairedConfig) -> list[str | None]:

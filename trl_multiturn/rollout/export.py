@@ -3,37 +3,63 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 
 from ..trajectory import Trajectory
-from .journal import Journal, write_atomically, write_parquet
+from .journal import Journal, write_parquet
 
 
-_DROPPED_FILE = "dropped.json"
+_DROPPED_FILE = "dropped.jsonl"
+_NOTHING: tuple[float, dict[str, str]] = (math.inf, {})  # behind the last prompt
 
 
 def run_trajectories(run_folder: Path) -> Iterator[Trajectory]:
-    """The trajectories of a run, iteration by iteration, by prompt and sample; one at a time.
+    """The trajectories of a run, iteration by iteration, by prompt, policy and sample; those of one prompt at a time.
 
     Where a trajectory had no part in the selection of rows, `info["dropped"]` says why (the name of a filter, say).
     """
     for folder in sorted(Path(run_folder).glob("iteration_*")):
         dropped = _read_dropped(folder)
-        for trajectory in Journal(folder / "journal").read():
-            reason = dropped.get(trajectory.info.get("trajectory_id"))
-            yield replace(trajectory, info={**trajectory.info, "dropped": reason}) if reason else trajectory
+        prompt, reasons = next(dropped, _NOTHING)
+        for group in Journal(folder / "journal").read_by_prompt():
+            while prompt < group[0].info["prompt_index"]:
+                prompt, reasons = next(dropped, _NOTHING)
+            here = reasons if prompt == group[0].info["prompt_index"] else {}
+            for trajectory in group:
+                reason = here.get(trajectory.info.get("trajectory_id"))
+                yield replace(trajectory, info={**trajectory.info, "dropped": reason}) if reason else trajectory
 
 
-def write_dropped(folder: Path, dropped: dict[str, str]) -> None:
-    """Writes into an iteration's folder why trajectories, by `trajectory_id`, had no part in the selection."""
-    write_atomically(folder / _DROPPED_FILE, json.dumps(dropped, indent=1).encode())
+@contextmanager
+def dropped_writer(folder: Path) -> Iterator[Callable[[Trajectory, str], None]]:
+    """Writes into an iteration's folder why trajectories had no part in the selection: all at the end, or nothing.
 
-
-def _read_dropped(folder: Path) -> dict[str, str]:
+    The body calls what it is given with one trajectory and reason after another, prompt by prompt in rising order.
+    """
     path = folder / _DROPPED_FILE
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "w", encoding="utf-8") as file:
+
+        def write(trajectory: Trajectory, reason: str) -> None:
+            line = [trajectory.info["prompt_index"], trajectory.info["trajectory_id"], reason]
+            file.write(json.dumps(line) + "\n")
+
+        yield write
+    partial.replace(path)
+
+
+def _read_dropped(folder: Path) -> Iterator[tuple[float, dict[str, str]]]:
+    """Reasons by `trajectory_id`, of one prompt after another that has any."""
+    path = folder / _DROPPED_FILE
+    if path.exists():
+        with open(path, encoding="utf-8") as file:
+            for prompt, lines in groupby(map(json.loads, file), key=lambda line: line[0]):
+                yield prompt, {name: reason for _, name, reason in lines}
 
 
 def export_trajectories(run_folder: Path, output: Path) -> int:
