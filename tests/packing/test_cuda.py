@@ -54,7 +54,7 @@ def test_each_token_sees_its_own_path(window, dtype):
     """Half precision may round as the kernel does; a wrong token or window is off by a hundred times that."""
     row = a_row()
     rounded = [x.detach().to(dtype) for x in tensors(row)]
-    theirs = [x.float().requires_grad_() for x in rounded]
+    theirs = [x.clone().float().requires_grad_() for x in rounded]
     ours = [x.cuda().requires_grad_() for x in rounded]
     expected = tree_attention(*theirs, row, window, None)
     output = packed_attention(OnAnyDevice(), *ours, on_cuda(row), 0.3, sliding_window=window)
@@ -64,7 +64,8 @@ def test_each_token_sees_its_own_path(window, dtype):
     (output * weights.cuda()).sum().backward()
     (expected * weights).sum().backward()
     for a, b in zip(ours, theirs, strict=True):
-        assert (a.grad.cpu().float() - b.grad).norm() <= tolerance * b.grad.norm()
+        # With a window of one token there is nothing to weigh, so scores have no gradient
+        assert (a.grad.cpu().float() - b.grad).norm() <= tolerance * b.grad.norm() + 1e-5
 
 
 def on_gpu(family: str):

@@ -72,7 +72,7 @@ def move(model: torch.nn.Module, scale: float = 0.02, seed: int = 1) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
+                parameter.add_(scale * torch.randn(parameter.shape, generator=generator).to(parameter.device))
 
 
 def reference_model(folder: str) -> torch.nn.Module:
