@@ -97,16 +97,18 @@ def test_preference_rows(tmp_path, monkeypatch, config):
 @pytest.mark.parametrize("config", PAIRINGS[:2] + UNPAIRED, ids=name)
 @pytest.mark.parametrize("lacking", ["nothing", "one", "all"])
 def test_unpaired_rows_have_the_columns_that_all_bring(tmp_path, monkeypatch, config, lacking):
-    """One trajectory without log-probabilities or process rewards, far down, decides for all."""
+    """One prompt without log-probabilities and process rewards, far down, decides for all."""
     monkeypatch.setattr(row_files, "_ROWS_PER_BATCH", 3)
     trajectories = scripted()
     if lacking != "all":
         for each in trajectories:
             each.info.update(process_rewards=[[1, 0.5], [3, -1.0]], turn_rewards=[0.1, 0.2])
     if lacking == "one":
-        last = select(trajectories, config).trajectories[-1]
-        del last.info["process_rewards"]
-        object.__setattr__(last, "logps", None)
+        last = select(trajectories, config).trajectories[-1].info["prompt_index"]
+        for each in trajectories:
+            if each.info["prompt_index"] == last:
+                del each.info["process_rewards"]
+                object.__setattr__(each, "logps", None)
     expected = build_unpaired_dataset(trajectories, config)
     assert_same(streamed(trajectories, config, "unpaired", tmp_path / "rows"), expected)
     optional = {"behavior_logps", "turn_rewards", "process_rewards"} & set(expected.column_names)
