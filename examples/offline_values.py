@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 from tiny_policy import build_policy, build_tokenizer, warm_start
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 
 Group = list[tuple[float, bool]]  # (value, label) of the trajectories of one problem
@@ -27,7 +29,17 @@ PIECES = (
 def hold_out(dataset: Dataset, share: float, seed: int = 0) -> tuple[Dataset, Dataset]:
     """Splits rows by `question_id`, so that no problem is on both sides; `share` of the problems is held out."""
     questions = sorted(set(dataset["question_id"]))
-    held_out = set(random.Random(seed).sample(questions, round(share * len(questions))))
+    return _split(dataset, set(random.Random(seed).sample(questions, round(share * len(questions)))))
+
+
+def folds(dataset: Dataset, number: int, seed: int = 0) -> list[tuple[Dataset, Dataset]]:
+    """Splits rows by `question_id` so that each problem is held out once: pairs of rows as in [`hold_out`]."""
+    questions = sorted(set(dataset["question_id"]))
+    random.Random(seed).shuffle(questions)
+    return [_split(dataset, set(questions[fold::number])) for fold in range(number)]
+
+
+def _split(dataset: Dataset, held_out: set[Any]) -> tuple[Dataset, Dataset]:
     sides = {False: [], True: []}
     for index, question in enumerate(dataset["question_id"]):
         sides[question in held_out].append(index)
@@ -74,18 +86,31 @@ def small_policy(rows: Dataset, folder: str, hidden_size: int = 64, num_layers: 
     """
     correct = [row for row in rows if row.get("label", row.get("reward", 1)) > 0]
     conversations = [row["prompt"] + row["completion"] for row in correct]
-    tokenizer = _learn_tokenizer(conversations)
-    model = build_policy(tokenizer, hidden_size=hidden_size, num_layers=num_layers)
+    model, tokenizer = new_policy(conversations, folder, hidden_size, num_layers)
     messages = Dataset.from_list([{"messages": messages} for messages in conversations], on_mixed_types="use_json")
     warm_start(
         model, tokenizer, messages, str(Path(folder, "warm_start")), assistant_only_loss=False, logging_steps=10
     )
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
     return folder
 
 
-def _learn_tokenizer(conversations: list[list[dict[str, Any]]], size: int = 2000) -> PreTrainedTokenizerFast:
+def new_policy(
+    conversations: Iterable[list[dict[str, Any]]],
+    folder: str,
+    hidden_size: int,
+    num_layers: int,
+    vocabulary: int = 2000,
+) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerFast]:
+    """Builds an untrained policy and a tokenizer that knows the words of `conversations`, and saves both."""
+    tokenizer = _learn_tokenizer(conversations, vocabulary)
+    model = build_policy(tokenizer, hidden_size=hidden_size, num_layers=num_layers)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return model, tokenizer
+
+
+def _learn_tokenizer(conversations: Iterable[list[dict[str, Any]]], size: int = 2000) -> PreTrainedTokenizerFast:
     """A byte-level BPE over the conversations as the chat template renders them, with merges inside [`PIECES`]."""
     fast = build_tokenizer([])  # its chat template and special tokens
     tokenizer = Tokenizer(models.BPE())
@@ -161,6 +186,18 @@ def report_auc(groups: list[Group]) -> None:
     for name, (estimate, low, high) in outcome_auc(groups).items():
         interval = f"{estimate:.3f} (95 % interval {low:.3f}–{high:.3f})"
         print(f"{name} on {len(groups)} held-out problems: {interval}")
+
+
+def save_groups(groups: list[Group], path: Path) -> None:
+    """Writes the values and labels of one fold, a line per problem."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(group) + "\n" for group in groups), encoding="utf-8")
+
+
+def load_groups(folder: Path) -> list[Group]:
+    """The values and labels of all folds below `folder` that are finished."""
+    lines = [line for path in sorted(folder.glob("fold_*/values.jsonl")) for line in path.open(encoding="utf-8")]
+    return [[(value, label) for value, label in json.loads(line)] for line in lines]
 
 
 def scorer_of(trainer: Any) -> Any:

@@ -2,7 +2,8 @@
 
 Recorded solutions with verdicts are few. What tells a right one from a wrong one of the same problem (a number of the
 problem that was never used, a step that is missing, a quotient where a product belongs) can be learned from other
-problems of which only the gold solution is known: each gets company that is wrong in one place.
+problems of which only the gold solution is known: each gets company that is wrong in one place. And a problem asks the
+same with other numbers in it, so that it can be told again and again without being learned by heart.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import re
 MARK = re.compile(r"<<([^<>]*)=([^<>=]*)>>")
 NUMBER = re.compile(r"(?<![\d.])\d+(?:\.\d+)?(?!\d|\.\d)")
 
+# Taken from general knowledge (days, months, percent), so that one in the question may mean something else there
+_COMMON = {"1", "2", "7", "10", "12", "24", "60", "100"}
 _OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 _WRITTEN = {"+": r"\+", "-": "-", "*": r"(?:\*|x|X)", "/": "/"}  # in the words before the mark
 
@@ -51,6 +54,62 @@ def one_mistake(question: str, solution: str, rng: random.Random) -> tuple[str, 
     text = "\n".join(lines or ())
     answers = [value.strip() for _, value in MARK.findall(text)]
     return (text, answers[-1]) if answers else None
+
+
+def other_numbers(question: str, solution: str, rng: random.Random) -> tuple[str, str, str] | None:
+    """Tells a problem with other numbers, and solves it in the same words.
+
+    Args:
+        question (`str`):
+            The problem.
+        solution (`str`):
+            Lines with marks, which take their numbers from the question, from steps before, or from general knowledge.
+        rng (`random.Random`):
+            Chooses the numbers.
+
+    Returns:
+        Question, solution and answer; `None` where some number comes from elsewhere, may mean two things, or no other
+        numbers were found with which every result stays positive, and an integer where it was one.
+    """
+    asked, results, used = set(NUMBER.findall(question)), set(), set()
+    for expression, value in MARK.findall(solution):
+        literals = set(NUMBER.findall(expression))
+        if not literals <= asked | results | _COMMON or calculate(expression) != value.strip():
+            return None
+        used |= literals
+        results.add(value.strip())
+    free = sorted(n for n in asked & used - results - _COMMON if n.isdigit() and int(n))
+    if not free or not results or re.search(r"\d,\d", question + solution):
+        return None
+    for _ in range(20):
+        followed = {n: _another(int(n), rng) for n in free if rng.random() < 0.6}
+        changed = any(old != new for old, new in followed.items())
+        told = _solve_again(solution, dict(followed), asked) if changed else None
+        if told is not None:
+            return _follow(question, followed), *told
+    return None
+
+
+def _another(number: int, rng: random.Random) -> str:
+    """A number of about the same size, and round where the old one is."""
+    unit = next(unit for unit in (100, 10, 5, 1) if number % unit == 0)
+    return str(max(unit, unit * rng.randint(number // (2 * unit), 2 * number // unit)))
+
+
+def _solve_again(solution: str, followed: dict[str, str], asked: set[str]) -> tuple[str, str] | None:
+    """The solution with the numbers of `followed` and what follows from them, and its last result."""
+    pieces, end, value = [], 0, None
+    for mark in MARK.finditer(solution):
+        expression, old = _follow(mark[1], followed), mark[2].strip()
+        value = calculate(expression)
+        if value is None or float(value) <= 0 or ("." in value) != ("." in old):
+            return None
+        if followed.get(old, old if old in asked else value) != value:
+            return None  # one number would have to become two
+        pieces += [_follow(solution[end : mark.start()], followed), f"<<{expression}={value}>>"]
+        followed[old] = value
+        end = mark.end()
+    return "".join([*pieces, _follow(solution[end:], followed)]), value
 
 
 def _go_astray(question: str, lines: list[str], step: int, kind: str, rng: random.Random) -> list[str] | None:

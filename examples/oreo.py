@@ -56,7 +56,9 @@ numbers (steps, length, steps whose result is no integer, and of the answer its 
 """
 
 import argparse
+import copy
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from trl import ScriptArguments
 
@@ -79,21 +81,46 @@ class OREOScriptArguments(ScriptArguments):
     num_problems: int | None = field(
         default=None, metadata={"help": "Train on so many problems; all by default (with `balanced`)."}
     )
+    folds: int = field(
+        default=0, metadata={"help": "Hold each problem out once: so many trainings, in place of one share."}
+    )
+    fold: int | None = field(
+        default=None, metadata={"help": "Train this fold only, from 0; folds may run beside each other."}
+    )
+    initial_value_model: str | None = field(
+        default=None, metadata={"help": "Folder of a value model of the same kind from which to go on."}
+    )
+    without_tools: bool = field(
+        default=False, metadata={"help": "Leave the tools' schemas out of the prompts, as for a small model."}
+    )
 
 
 def main(script_args, training_args, model_args, dataset_args):
-    from offline_values import last_values, report_auc, scorer_of, small_policy, without_tools
+    splits = load_rows_apart(script_args, dataset_args)
+    if not script_args.folds:
+        train(*splits[0], script_args, training_args, model_args, dataset_args)
+        return
+    for fold in range(script_args.folds) if script_args.fold is None else [script_args.fold]:
+        fold_args, fold_model_args = copy.deepcopy(training_args), copy.copy(model_args)
+        fold_args.output_dir = f"{training_args.output_dir}/fold_{fold}"
+        train(*splits[fold], script_args, fold_args, fold_model_args, dataset_args)
+    if training_args.process_index == 0:
+        from offline_values import load_groups, report_auc
+
+        report_auc(load_groups(Path(training_args.output_dir)))
+
+
+def train(train_dataset, held_out, script_args, training_args, model_args, dataset_args):
+    from offline_values import last_values, report_auc, save_groups, scorer_of, small_policy, without_tools
     from trl import get_peft_config, get_quantization_config
 
     from trl_multiturn import OREOTrainer, preview_masks
     from trl_multiturn.data.value_preview import preview_values
 
-    # Load the dataset
-    train_dataset, held_out = load_rows_apart(script_args, dataset_args)
-
     # Without a model, build a small one
-    if model_args.model_name_or_path is None:
+    if script_args.without_tools or model_args.model_name_or_path is None:
         train_dataset, held_out = without_tools(train_dataset), without_tools(held_out)
+    if model_args.model_name_or_path is None:
         model_args.model_name_or_path = small_policy(train_dataset, f"{training_args.output_dir}/initial_policy")
     training_args.model_init_kwargs = dict(
         revision=model_args.model_revision,
@@ -111,6 +138,8 @@ def main(script_args, training_args, model_args, dataset_args):
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
+    if script_args.initial_value_model:
+        trainer.value_model.load_weights(script_args.initial_value_model)
 
     # Look at what is trained before training
     if trainer.accelerator.is_main_process:
@@ -119,7 +148,9 @@ def main(script_args, training_args, model_args, dataset_args):
     # Train the model
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     if held_out is not None and trainer.accelerator.is_main_process:
-        report_auc(last_values(trainer, trainer.eval_dataset))
+        groups = last_values(trainer, trainer.eval_dataset)
+        save_groups(groups, Path(training_args.output_dir, "values.jsonl"))
+        report_auc(groups)
     trainer.accelerator.print("✅ Training completed.")
 
     # Look at values along held-out trajectories: where the reasoning breaks, they should drop
@@ -139,8 +170,8 @@ def main(script_args, training_args, model_args, dataset_args):
 
 
 def load_rows_apart(script_args, dataset_args):
-    """Rows that train, and rows of other problems, or `None`."""
-    from offline_values import balance, hold_out
+    """Pairs of rows that train and rows of other problems (or `None`): one pair, or one for each fold."""
+    from offline_values import balance, folds, hold_out
     from trl import get_dataset
 
     from trl_multiturn.data import load_rows
@@ -149,13 +180,21 @@ def load_rows_apart(script_args, dataset_args):
         dataset = get_dataset(dataset_args)
     else:
         dataset = load_rows(script_args.dataset_name, script_args.dataset_config, script_args.dataset_streaming)
-    rows, held_out = dataset[script_args.dataset_train_split], None
+    rows = dataset[script_args.dataset_train_split]
     grouped = "question_id" in rows.column_names
+    if script_args.folds and not grouped:
+        raise ValueError("`--folds` needs rows that say which problem they belong to. Add a column `question_id`.")
     if script_args.compare_on:
-        held_out = load_rows(script_args.compare_on)["train"]
+        splits = [(rows, load_rows(script_args.compare_on)["train"])]
+    elif script_args.folds:
+        splits = folds(rows, script_args.folds)
     elif grouped and script_args.held_out:
-        rows, held_out = hold_out(rows, script_args.held_out)
-    return balance(rows, script_args.num_problems) if grouped and script_args.balanced else rows, held_out
+        splits = [hold_out(rows, script_args.held_out)]
+    else:
+        splits = [(rows, None)]
+    if grouped and script_args.balanced:
+        splits = [(balance(rows, script_args.num_problems), held_out) for rows, held_out in splits]
+    return splits
 
 
 def make_parser(subparsers: argparse._SubParsersAction | None = None, prog: str | None = None):

@@ -12,7 +12,8 @@ Three sources, two of them about GSM8K's test problems:
 - `tora`: trajectories of ToRA (Gou et al., 2024), two models on the same problems: reasoning and a fenced Python
   block, the interpreter's output as a user turn, and the boxed answer.
 - `gsm8k_train`: the gold solutions of GSM8K's training problems in the form of `gsm8k`, and up to two copies of each
-  with one mistake (`one_mistake.py`), whose calculators really gave what they say.
+  with one mistake (`one_mistake.py`), whose calculators really gave what they say; with `--variants` the same again
+  for each problem told with other numbers.
 
 ```bash
 python examples/prepare_real_data.py --data_dir ../shared/data --output data
@@ -35,11 +36,12 @@ import random
 import re
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from one_mistake import one_mistake
+from one_mistake import one_mistake, other_numbers
 
 from trl_multiturn.verify import MathVerifier
 
@@ -116,7 +118,7 @@ def program_of(message: Message) -> str:
     return re.search(r"```python\n(.*)\n```", message["content"], re.DOTALL)[1]
 
 
-def read_trajectories(data_dir: str | Path, source: str) -> list[Row]:
+def read_trajectories(data_dir: str | Path, source: str, variants: int = 0) -> list[Row]:
     """Every recorded solution as a row: `prompt`, `completion`, `label`, `reward`, `question_id`, `model`.
 
     The rows of `gsm8k` and `gsm8k_train` also have `tools`.
@@ -126,10 +128,14 @@ def read_trajectories(data_dir: str | Path, source: str) -> list[Row]:
             Folder with the recorded solutions.
         source (`str`):
             `"gsm8k"`, `"tora"` or `"gsm8k_train"`. A `question_id` counts the problems of its source's file.
+        variants (`int`, *optional*, defaults to `0`):
+            For `"gsm8k_train"`: how often a problem is told again with other numbers, where that can be done. It keeps
+            its `question_id`, so that whoever holds out a problem holds out its variants.
     """
     if source not in SOURCES:
         raise ValueError(f"`source={source!r}` is unknown. Use one of {', '.join(SOURCES)}.")
-    rows = {"gsm8k": _gsm8k_rows, "tora": _tora_rows, "gsm8k_train": _gsm8k_train_rows}[source](Path(data_dir))
+    readers = {"gsm8k": _gsm8k_rows, "tora": _tora_rows, "gsm8k_train": partial(_gsm8k_train_rows, variants=variants)}
+    rows = readers[source](Path(data_dir))
     return sorted(rows, key=lambda row: row["question_id"])
 
 
@@ -157,17 +163,27 @@ def _gsm8k_rows(data_dir: Path) -> Iterator[Row]:
             yield _row(record["question"], turns, sample["is_correct"], **extra)
 
 
-def _gsm8k_train_rows(data_dir: Path, copies: int = 2, seed: int = 0) -> Iterator[Row]:
-    rng = random.Random(seed)
+def _gsm8k_train_rows(data_dir: Path, copies: int = 2, variants: int = 0, seed: int = 0) -> Iterator[Row]:
+    rng, retelling = random.Random(seed), random.Random(seed)
     for question_id, record in enumerate(_lines(data_dir / GSM8K_TRAIN_FILE)):
         solution, _, gold = record["answer"].rpartition("\n#### ")
-        gold = gold.replace(",", "").strip()
-        mistaken = [one_mistake(record["question"], solution, rng) for _ in range(copies)]
-        wrong = {text: answer for text, answer in filter(None, mistaken) if answer != gold}
-        for text, answer in {solution: gold, **wrong}.items():
-            extra = {"question_id": question_id, "model": "one_mistake" if text in wrong else "gold"}
-            turns = _as_recorded(calculator_turns(f"{text}\nA: {answer}"))
-            yield _row(record["question"], turns, text not in wrong, **extra, tools=[CALCULATOR])
+        told = (record["question"], solution, gold.replace(",", "").strip())
+        others = [other_numbers(told[0], solution, retelling) for _ in range(variants)]
+        # the last result has to be the answer of the problem as it was: then it is the new one's
+        solved = solution.rpartition("=")[2].startswith(f"{told[2]}>>")
+        for question, text, answer in [told, *(dict.fromkeys(filter(None, others)) if solved else ())]:
+            yield from _gold_and_mistaken(question, text, answer, question_id, copies, rng)
+
+
+def _gold_and_mistaken(
+    question: str, solution: str, gold: str, question_id: int, copies: int, rng: random.Random
+) -> Iterator[Row]:
+    mistaken = [one_mistake(question, solution, rng) for _ in range(copies)]
+    wrong = {text: answer for text, answer in filter(None, mistaken) if answer != gold}
+    for text, answer in {solution: gold, **wrong}.items():
+        extra = {"question_id": question_id, "model": "one_mistake" if text in wrong else "gold"}
+        turns = _as_recorded(calculator_turns(f"{text}\nA: {answer}"))
+        yield _row(question, turns, text not in wrong, **extra, tools=[CALCULATOR])
 
 
 def _as_recorded(turns: list[Message]) -> list[Message]:
@@ -221,10 +237,11 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, default=Path("data"), help="Folder for the rows.")
     parser.add_argument("--source", choices=(*SOURCES, "all"), default="all", help="Which recorded solutions.")
+    parser.add_argument("--variants", type=int, default=0, help="Other numbers for each problem of `gsm8k_train`.")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     for source in SOURCES if args.source == "all" else (args.source,):
-        trajectories = read_trajectories(args.data_dir, source)
+        trajectories = read_trajectories(args.data_dir, source, args.variants)
         for kind, rows in (("trajectory", trajectories), ("preference", pair(trajectories))):
             path = args.output / f"{source}_{kind}.jsonl"
             with open(path, "w", encoding="utf-8") as file:

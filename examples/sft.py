@@ -45,12 +45,25 @@ from trl import ScriptArguments
 
 @dataclass
 class SupervisedScriptArguments(ScriptArguments):
+    """TRL's script arguments, what is imitated, and the size of a policy that is built on the spot."""
+
     only_correct: bool = field(
         default=False, metadata={"help": "Keep the rows whose `label` is true, or whose `reward` is at least 0.5."}
     )
+    whole_text: bool = field(
+        default=False, metadata={"help": "Train on prompts and observations, too, as in pretraining."}
+    )
+    without_tools: bool = field(default=False, metadata={"help": "Leave the tools' schemas out of the prompts."})
+    held_out: float = field(
+        default=0.0, metadata={"help": "Share of the problems (`question_id`) that evaluate, for want of a split."}
+    )
+    hidden_size: int = field(default=512, metadata={"help": "Width of a policy that is built (no model named)."})
+    num_layers: int = field(default=8, metadata={"help": "Its layers."})
+    vocabulary: int = field(default=4000, metadata={"help": "Tokens of its tokenizer."})
 
 
 def main(script_args, training_args, model_args, dataset_args):
+    from offline_values import hold_out, new_policy
     from transformers import AutoTokenizer
     from trl import SFTTrainer, get_dataset, get_peft_config, get_quantization_config
 
@@ -62,26 +75,43 @@ def main(script_args, training_args, model_args, dataset_args):
         dtype=model_args.dtype,
         **(training_args.model_init_kwargs or {}),
     )
-    tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path)
 
     # Load the dataset
     if dataset_args.datasets:
         dataset = get_dataset(dataset_args)
     else:
         dataset = load_rows(script_args.dataset_name, script_args.dataset_config, script_args.dataset_streaming)
+    train_rows, eval_rows = dataset[script_args.dataset_train_split], None
+    if script_args.held_out:
+        train_rows, eval_rows = hold_out(train_rows, script_args.held_out)
+    elif training_args.eval_strategy != "no":
+        eval_rows = dataset[script_args.dataset_test_split]
+    train_rows, eval_rows = select_rows(train_rows, script_args), select_rows(eval_rows, script_args)
 
-    def rows(split):
-        selected = dataset[split]
-        if script_args.only_correct:
-            selected = selected.filter(lambda row: row["label"] if "label" in row else row["reward"] >= 0.5)
-        return supervised_rows(selected, tokenizer, training_args.dataset_num_proc)
+    # Without a model, build one whose tokenizer knows the words of the rows
+    if model_args.model_name_or_path is None:
+        model_args.model_name_or_path = f"{training_args.output_dir}/initial_policy"
+        if training_args.process_index == 0:
+            conversations = (row["prompt"] + row["completion"] for row in train_rows)
+            new_policy(
+                conversations, model_args.model_name_or_path, script_args.hidden_size, script_args.num_layers,
+                script_args.vocabulary,
+            )  # fmt: skip
+        training_args.distributed_state.wait_for_everyone()
+    tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path)
+
+    def labelled(rows):
+        if rows is None:
+            return None
+        rows = supervised_rows(rows, tokenizer, training_args.dataset_num_proc)
+        return rows.remove_columns("labels") if script_args.whole_text else rows
 
     # Initialize the trainer
     trainer = SFTTrainer(
         model=model_args.model_name_or_path,
         args=training_args,
-        train_dataset=rows(script_args.dataset_train_split),
-        eval_dataset=rows(script_args.dataset_test_split) if training_args.eval_strategy != "no" else None,
+        train_dataset=labelled(train_rows),
+        eval_dataset=labelled(eval_rows),
         processing_class=tokenizer,
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
@@ -100,6 +130,15 @@ def main(script_args, training_args, model_args, dataset_args):
         trainer.accelerator.print(f"🤗 Model pushed to the Hub in https://huggingface.co/{trainer.hub_model_id}.")
     if hasattr(trainer, "end"):  # transformers >= 5.18
         trainer.end()
+
+
+def select_rows(rows, script_args):
+    """The rows to imitate."""
+    from offline_values import without_tools
+
+    if rows is not None and script_args.only_correct:
+        rows = rows.filter(lambda row: row["label"] if "label" in row else row["reward"] >= 0.5)
+    return without_tools(rows) if script_args.without_tools else rows
 
 
 def make_parser(subparsers: argparse._SubParsersAction | None = None, prog: str | None = None):

@@ -130,7 +130,7 @@ def build_policy(
         tie_word_embeddings=True,
         # about 1/sqrt(hidden_size): from Qwen3's own 0.02, made for large models, a small one learns to copy numbers
         # out of the problem several times later
-        initializer_range=0.08,
+        initializer_range=min(0.08, hidden_size**-0.5),
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

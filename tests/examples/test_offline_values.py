@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from datasets import Dataset
+from safetensors.torch import load_file
 
 
 ROOT = Path(__file__).parents[2]
@@ -22,6 +24,22 @@ def test_a_problem_is_held_out_with_all_its_rows():
     train, test = offline_values.hold_out(rows, 0.2, seed=1)
     assert len(test) == 6 and len(train) == 24
     assert not set(train["question_id"]) & set(test["question_id"])
+
+
+def test_each_problem_is_held_out_once():
+    rows = Dataset.from_dict({"question_id": [i // 3 for i in range(33)]})
+    splits = offline_values.folds(rows, 3)
+    for train, test in splits:
+        assert len(train) + len(test) == 33
+        assert not set(train["question_id"]) & set(test["question_id"])
+    assert sorted(question for _, test in splits for question in set(test["question_id"])) == list(range(11))
+
+
+def test_finished_folds_are_pooled(tmp_path):
+    groups = [[(0.5, True), (0.25, False)], [(1.0, False)]]
+    offline_values.save_groups(groups[:1], tmp_path / "fold_0" / "values.jsonl")
+    offline_values.save_groups(groups[1:], tmp_path / "fold_3" / "values.jsonl")
+    assert offline_values.load_groups(tmp_path) == groups
 
 
 def test_balanced_rows_say_nothing_about_a_problem():
@@ -97,10 +115,9 @@ def test_numbers_and_what_wraps_a_call_are_tokens():
     assert pieces.count("16") == 3 and '\n<tool_call>\n{"name": "calculator", "arguments": {"expression": "' in pieces
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["oreo", "oreo --compare_on", "dqo"])
-def test_the_script_runs_on_rows_from_a_file(tmp_path, name):
-    name, *compare = name.split()
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """A file of right and wrong answers to eight problems."""
     rows = []
     for i in range(16):
         right = i % 2 == 0
@@ -112,17 +129,50 @@ def test_the_script_runs_on_rows_from_a_file(tmp_path, name):
         question = {"role": "user", "content": f"What is {i // 2} plus {i}?"}
         row = {"prompt": [question], "completion": turns, "label": right, "question_id": i // 2, "tools": []}
         rows.append(json.dumps(row))
-    (tmp_path / "rows.jsonl").write_text("\n".join(rows), encoding="utf-8")
-    command = [sys.executable, f"examples/{name}.py", "--dataset_name", str(tmp_path / "rows.jsonl")]
-    command += ["--value_model", "head", "--max_steps", "2", "--per_device_train_batch_size", "4", "--use_cpu"]
-    command += ["--bf16", "False", "--gradient_checkpointing", "False", "--report_to", "none", "--save_strategy", "no"]
-    command += ["--held_out", "0.5", "--output_dir", str(tmp_path / "out")]
-    if compare:
-        command += [*compare, str(tmp_path / "rows.jsonl")]
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    path.write_text("\n".join(rows), encoding="utf-8")
+    return path
+
+
+def run(script, *arguments):
+    command = [sys.executable, f"examples/{script}.py", *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-4000:]
-    assert f"auc_within_problem on {8 if compare else 4} held-out problems" in done.stdout
+    return done.stdout
+
+
+SMALL = ["--max_steps", "2", "--per_device_train_batch_size", "4", "--use_cpu", "--bf16", "False"]
+SMALL += ["--gradient_checkpointing", "False", "--report_to", "none", "--save_strategy", "no"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["oreo", "oreo --compare_on", "dqo"])
+def test_the_script_runs_on_rows_from_a_file(tmp_path, rows, name):
+    name, *compare = name.split()
+    arguments = ["--dataset_name", rows, *SMALL, "--value_model", "head", "--held_out", "0.5"]
+    text = run(name, *arguments, *compare, *([rows] if compare else []), "--output_dir", tmp_path / "out")
+    assert f"auc_within_problem on {8 if compare else 4} held-out problems" in text
     assert (tmp_path / "out" / "model.safetensors").exists()
     assert (tmp_path / "out" / "value_model" / "value_head.safetensors").exists()
     assert "hsl(" in (tmp_path / "out" / "values.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_folds_go_on_from_a_pretrained_policy_and_a_value_model(tmp_path, rows):
+    """The commands of `oreo.py`'s docstring, in small."""
+    policy, first, out = tmp_path / "policy", tmp_path / "first", tmp_path / "out"
+    size = ["--hidden_size", "16", "--num_layers", "1", "--vocabulary", "300"]
+    text = ["--only_correct", "--whole_text", "--without_tools", "--held_out", "0.25", "--eval_strategy", "steps"]
+    run("sft", "--dataset_name", rows, *size, *text, *SMALL, "--eval_steps", "2", "--output_dir", policy)
+    offline = ["--dataset_name", rows, *SMALL, "--without_tools", "--value_model", "full"]
+    run("oreo", "--model_name_or_path", policy, *offline, "--value_learning_rate", "0.1", "--output_dir", first)
+    folds = ["--model_name_or_path", first, *offline, "--folds", "2", "--initial_value_model", first / "value_model"]
+    none = ["--value_learning_rate", "0", "--output_dir", out]
+    assert "auc_within_problem on 4 held-out problems" in run("oreo", *folds, *none, "--fold", "1")
+    assert "auc_within_problem on 8 held-out problems" in run("oreo", *folds, *none, "--fold", "0")
+    assert len(offline_values.load_groups(out)) == 8
+    start, end = (
+        load_file(folder / "value_model" / "value_head.safetensors")["weight"] for folder in (first, out / "fold_0")
+    )
+    assert start.abs().max() > 0 and torch.equal(start, end)

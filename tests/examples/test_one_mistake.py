@@ -1,7 +1,8 @@
-"""Gold solutions with one mistake: what is changed, and what follows from it."""
+"""Gold solutions with one mistake or other numbers: what is changed, and what follows from it."""
 
 from __future__ import annotations
 
+import json
 import random
 import re
 import sys
@@ -12,7 +13,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "examples"))
-from one_mistake import MARK, calculate, one_mistake  # noqa: E402
+from one_mistake import MARK, NUMBER, calculate, one_mistake, other_numbers  # noqa: E402
+from prepare_real_data import read_trajectories  # noqa: E402
 
 
 QUESTION = "Ann has 3 bags of 4 pears and eats 5 of the pears. She sells the rest for $2 each. How much does she get?"
@@ -57,6 +59,53 @@ def test_solutions_without_room_for_a_mistake_are_left_alone():
     assert all(one_mistake("How many?", "It is 4.", random.Random(seed)) is None for seed in range(20))
     one_step = [one_mistake("1", "So <<2=2>>2.", random.Random(seed)) for seed in range(20)]
     assert {made for made in one_step if made} == {("So <<1=1>>1.", "1")}
+
+
+def test_a_problem_is_told_with_other_numbers():
+    question = "Ann has 30 bags of 4 pears and sells 45 of the pears for $3 each. How many pears are left?"
+    solution = "She has 30 x 4 = <<30*4=120>>120 pears.\nSo 120 - 45 = <<120-45=75>>75 pears are left."
+    told = {other_numbers(question, solution, random.Random(seed)) for seed in range(60)}
+    assert None not in told and len(told) > 20
+    for question, text, answer in told:
+        bags, each, sold, price = NUMBER.findall(question)
+        pears, left = int(bags) * int(each), int(bags) * int(each) - int(sold)
+        assert text == (
+            f"She has {bags} x {each} = <<{bags}*{each}={pears}>>{pears} pears.\n"
+            f"So {pears} - {sold} = <<{pears}-{sold}={left}>>{left} pears are left."
+        )
+        assert int(answer) == left > 0
+        assert price == "3"  # plays no part in the solution, so that nothing would show it was read
+        assert int(bags) % 10 == 0 and int(sold) % 5 == 0  # round numbers stay round
+    assert len({NUMBER.findall(question)[1] for question, _, _ in told}) > 2
+
+
+@pytest.mark.parametrize(
+    ("question", "solution"),
+    [
+        ("He runs 5 miles a day.", "In a week 5*8=<<5*8=40>>40 miles."),  # 8 comes from nowhere
+        ("He runs 5 miles and 10 miles.", "So 5+5=<<5+5=10>>10 and 10+10=<<10+10=20>>20."),  # which 10?
+        ("He runs 5 miles.", "So 5*3=<<5*3=16>>16."),
+        ("He runs 5 of 7 miles.", "So 7-5=<<7-5=3>>3."),  # miscalculated
+        ("He earns $5,000.", "So 5*2=<<5*2=10>>10."),
+        ("He runs 5 miles.", "He runs 5 miles."),
+    ],
+)
+def test_problems_whose_numbers_may_mean_two_things_are_left_alone(question, solution):
+    assert all(other_numbers(question, solution, random.Random(seed)) is None for seed in range(30))
+
+
+def test_variants_stay_with_their_problem(tmp_path):
+    gold = [(QUESTION, SOLUTION, "14"), ("It is 4. How much?", "It is 4.", "4")]
+    lines = [json.dumps({"question": q, "answer": f"{text}\n#### {answer}"}) for q, text, answer in gold]
+    (tmp_path / "gsm8k_train.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    plain = read_trajectories(tmp_path, "gsm8k_train")
+    told = read_trajectories(tmp_path, "gsm8k_train", variants=5)
+    questions = [
+        {row["prompt"][0]["content"] for row in rows if row["label"] and row["question_id"] == 0}
+        for rows in (plain, told)
+    ]
+    assert questions[0] == {QUESTION} < questions[1] and len(questions[1]) > 2
+    assert [row for row in told if row["question_id"] == 1] == [row for row in plain if row["question_id"] == 1]
 
 
 @pytest.mark.parametrize(
