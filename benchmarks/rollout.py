@@ -2,7 +2,7 @@
 The rollout loop and TRL's GRPO tool loop, side by side in one run: waiting, cost of long conversations, memory.
 
     python benchmarks/rollout.py                                    # the tables, about 15 minutes on two cores
-    python benchmarks/rollout.py --trajectories 16 --latencies 0 0.2 --turns 1 4 --memory 100 400
+    python benchmarks/rollout.py --trajectories 16 --latencies 0 0.2 --turns 1 4 --memory 100 400 --journal 10000
     python benchmarks/rollout.py --output benchmarks/results/rollout.md
 
 1. *Waiting.* Both loops drive one scripted engine (0.05 s per turn, any number of turns at once), so that only their
@@ -11,6 +11,8 @@ The rollout loop and TRL's GRPO tool loop, side by side in one run: waiting, cos
 2. *Turns.* Both sample the same number of tokens from one model; observations are appended in between. TRL's loop
    reads the whole conversation again at each turn, `TransformersEngine` what was appended.
 3. *Memory.* Peak resident memory (Linux) of a process that rolls out, with a journal or with every trajectory kept.
+4. *Selection.* Peak anonymous memory (Linux) of a process that turns a journal into rows: as the online loop does,
+   prompt by prompt; with every trajectory in memory; and only until the order of the journal's lines is known.
 
 TRL's side is `GRPOTrainer._generate` itself; in 1 its `_generate_single_turn` asks the scripted engine.
 """
@@ -22,10 +24,12 @@ import asyncio
 import datetime
 import os
 import platform
+import random
 import re
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -33,12 +37,26 @@ from typing import Any
 
 import torch
 import trl
-from datasets import Dataset
+from datasets import Dataset, load_from_disk
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import GRPOConfig, GRPOTrainer
 
-from trl_multiturn import RolloutConfig, SamplingParams, ScriptedEngine, TransformersEngine, generate_trajectories
+from trl_multiturn import (
+    Journal,
+    PairingConfig,
+    RolloutConfig,
+    SamplingParams,
+    ScriptedEngine,
+    StopReason,
+    Trajectory,
+    TransformersEngine,
+    Verdict,
+    build_preference_dataset,
+    generate_trajectories,
+)
+from trl_multiturn.data.selection import select
+from trl_multiturn.iteration import find_rows
 
 
 ENGINE_SECONDS = 0.05
@@ -317,6 +335,108 @@ class _Forgetful(list):
         pass
 
 
+# 4. Selection
+
+
+def selection(counts: list[int]) -> list[str]:
+    lines = [
+        f"{SAMPLES} trajectories of {TOKENS} tokens per prompt, one pair of each; a process per number",
+        "",
+        "| trajectories | journal MiB | order, peak MiB | prompt by prompt, peak MiB | s | at once, peak MiB | s |",
+        "| ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for count in counts:
+        with tempfile.TemporaryDirectory() as folder:
+            write_journal(count, Path(folder, "journal"))
+            size = sum(path.stat().st_size for path in Path(folder, "journal").iterdir()) / 2**20
+            found = {}
+            for what in ("order", "prompt by prompt", "at once"):
+                command = [sys.executable, __file__, "--one-selection", what, folder]
+                done = subprocess.run(command, capture_output=True, text=True, check=True)
+                found[what] = done.stdout.split()
+        (order, _), (streamed, seconds), (whole, whole_seconds) = found.values()
+        lines.append(f"| {count} | {size:.0f} | {order} | {streamed} | {seconds} | {whole} | {whole_seconds} |")
+        print(lines[-1], flush=True)
+    return lines
+
+
+SAMPLES, TOKENS = 10, 64
+
+
+def write_journal(count: int, folder: Path) -> None:
+    """Finished and judged trajectories, half of them correct, in no order of prompts."""
+    numbers = list(range(count))
+    random.Random(0).shuffle(numbers)
+    with Journal(folder) as journal:
+        for number in numbers:
+            prompt, sample = divmod(number, SAMPLES)
+            trajectory = Trajectory(
+                prompt=[{"role": "user", "content": f"Question {prompt}?"}],
+                completion=[{"role": "assistant", "content": f"Answer {number}. " * 4}],
+                prompt_ids=[prompt, 1, 2],
+                completion_ids=[number + i for i in range(TOKENS)],
+                action_mask=[1] * TOKENS,
+                logps=[-i / 7 for i in range(TOKENS)],
+                stop_reason=StopReason.ANSWERED,
+                info={"prompt_index": prompt, "sample_index": sample, "trajectory_id": f"0/current/{prompt}/{sample}"},
+            )
+            journal.append("0/current", trajectory)
+            verdict = Verdict.CORRECT if sample % 2 else Verdict.INCORRECT
+            journal.judge("0/current", trajectory.judged(verdict, float(sample % 2)))
+
+
+def one_selection(what: str, folder: Path) -> None:
+    """Does it in this process, and prints by how many MiB anonymous memory rose, and the seconds."""
+    journal, config = Journal(folder / "journal"), PairingConfig(filters=[])
+    warm = Dataset.from_dict({"a": [1]})
+    warm.save_to_disk(folder / "warm")
+    load_from_disk(folder / "warm")
+    with AnonymousMemory() as memory:
+        started = time.perf_counter()
+        if what == "order":
+            trajectories = journal.read()
+            next(trajectories)  # the order stands
+        elif what == "prompt by prompt":
+            assert find_rows(folder, config, "preference").trajectories
+            assert len(load_from_disk(folder / "rows"))
+        else:
+            trajectories = list(journal.read())
+            rows = build_preference_dataset(select(trajectories, config))
+            rows.save_to_disk(folder / "whole")
+            assert rows.to_list() == load_from_disk(folder / "rows").to_list()
+        seconds = time.perf_counter() - started
+    print(f"{memory.peak:.0f} {seconds:.0f}")
+    if what == "at once":
+        assert load_from_disk(folder / "whole").to_list() == load_from_disk(folder / "rows").to_list()
+
+
+class AnonymousMemory:
+    """How far a process's own memory rises, in MiB; pages of files, which the system can drop, are left out."""
+
+    def __init__(self) -> None:
+        self._start, self.peak = 0.0, 0.0
+        self._start = self.now()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+
+    def now(self) -> float:
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        return int(re.search(r"RssAnon:\s+(\d+) kB", status)[1]) / 1024 - self._start
+
+    def _watch(self) -> None:
+        while not self._over.wait(0.02):
+            self.peak = max(self.peak, self.now())
+
+    def __enter__(self) -> AnonymousMemory:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc_info: Any) -> None:
+        self.peak = max(self.peak, self.now())
+        self._over.set()
+        self._thread.join()
+
+
 def report(sections: dict[str, list[str]], arguments: list[str], note: str | None) -> str:
     cpu = next((line.split(": ")[1] for line in _cpuinfo() if line.startswith("model name")), platform.machine())
     head = [
@@ -343,10 +463,14 @@ def main() -> None:
     parser.add_argument("--latencies", type=float, nargs="*", default=[0.0, 0.2, 1.0])
     parser.add_argument("--turns", type=int, nargs="*", default=[1, 2, 4, 8, 16])
     parser.add_argument("--memory", type=int, nargs="*", default=[500, 2000, 4000])
+    parser.add_argument("--journal", type=int, nargs="*", default=[50_000, 200_000])
     parser.add_argument("--output", type=Path, help="Markdown file for the tables.")
     parser.add_argument("--note", help="A sentence about the machine, for the file.")
     parser.add_argument("--one-memory", nargs=2, type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--one-selection", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.one_selection:
+        return one_selection(args.one_selection[0], Path(args.one_selection[1]))
     if args.one_memory:
         return one_memory(args.one_memory[0], bool(args.one_memory[1]))
     sections = {}
@@ -356,6 +480,8 @@ def main() -> None:
         sections["Cost of turns"] = turn_costs(args.turns)
     if args.memory:
         sections["Memory"] = memory(args.memory)
+    if args.journal:
+        sections["Selection"] = selection(args.journal)
     text = report(sections, sys.argv[1:], args.note)
     print("\n" + text)
     if args.output:

@@ -1,18 +1,22 @@
-"""A whole training run in a process that may be killed at any moment: `tests/test_killed_run.py` starts and kills it.
+"""A whole training run in processes that may be killed at any moment: `tests/test_killed_run.py` starts and kills it.
 
-`python -m tests.killed_run` reads one JSON line of arguments of [`train`] after another and runs each in a process
-forked from this one, so that the imports are paid once. For every file that a run opens, moves or deletes under its
-folder it reports the time, which is how the test knows what a run is doing.
+`python -m tests.killed_run` reads one JSON line of arguments of [`train`] after another and runs each in a process, or
+in several, forked from this one, so that the imports are paid once. Several find each other by the variables that
+`accelerate launch` sets. For every file that a run opens, moves or deletes under its folder it reports the time, which
+is how the test knows what a run is doing.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
+import socket
 import sys
 import time
 import traceback
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -22,15 +26,22 @@ from tests.support import byte_tokenizer, tiny_model
 from trl_multiturn import (
     MultiTurnDPOConfig,
     MultiTurnDPOTrainer,
+    OREOConfig,
+    OREOTrainer,
     PairingConfig,
     PythonTool,
     RolloutConfig,
     ToolRolloutGenerator,
     TransformersEngine,
+    UnpairedConfig,
 )
 
 
 ITERATIONS = 3
+METHODS: dict[str, tuple[type, type, dict[str, Any]]] = {
+    "M-DPO": (MultiTurnDPOTrainer, MultiTurnDPOConfig, {}),
+    "OREO": (OREOTrainer, OREOConfig, {"value_model": "full", "kl_coef": 0.1}),
+}
 _EVENTS = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree")
 
 
@@ -40,10 +51,17 @@ def many_vowels(completions, **columns):
     return [float(sum(text.lower().count(vowel) for vowel in "aeiou") % 2) for text in texts]
 
 
-def train(folder: str, lora: bool = False, history: str = "latest", save_total_limit: int | None = 1) -> None:
+def train(
+    folder: str,
+    lora: bool = False,
+    history: str = "latest",
+    save_total_limit: int | None = 1,
+    method: str = "M-DPO",
+) -> None:
     """Three iterations with a real policy and the real interpreter; the same call starts the run and takes it up.
 
-    With `lora` there is dropout, so that training draws random numbers.
+    With `lora` there is dropout, so that training draws random numbers. With the method `"OREO"` there is a value
+    model with an optimizer of its own, and a reference that moves with every iteration.
     """
     torch.set_num_threads(1)
     tokenizer = byte_tokenizer("qwen2_5")
@@ -65,12 +83,13 @@ def train(folder: str, lora: bool = False, history: str = "latest", save_total_l
                 stop_strings=stops,
                 max_concurrent_trajectories=12,
             ),
-            pairing=PairingConfig(filters=[], max_pairs_per_prompt=2),
+            pairing=PairingConfig(filters=[], max_pairs_per_prompt=2) if method == "M-DPO" else UnpairedConfig(),
             history=history,
             eval_prompts=Dataset.from_dict({"prompt": questions[:2]}),
             engine=lambda model, processing_class: TransformersEngine(model, processing_class, max_batch_size=8),
         )
-        args = MultiTurnDPOConfig(
+        trainer_class, config_class, method_settings = METHODS[method]
+        args = config_class(
             output_dir=folder,
             num_train_epochs=ITERATIONS,
             per_device_train_batch_size=2,
@@ -84,9 +103,10 @@ def train(folder: str, lora: bool = False, history: str = "latest", save_total_l
             use_cpu=True,
             disable_tqdm=True,
             gradient_checkpointing=False,
+            **method_settings,
         )
         lora_config = LoraConfig(r=4, lora_dropout=0.2, target_modules=["q_proj", "v_proj"]) if lora else None
-        trainer = MultiTurnDPOTrainer(
+        trainer = trainer_class(
             tiny_model(tokenizer),
             args=args,
             processing_class=tokenizer,
@@ -96,6 +116,8 @@ def train(folder: str, lora: bool = False, history: str = "latest", save_total_l
         trainer.train(resume_from_checkpoint=True)
     trainer.save_model(str(Path(folder, "final")))
     trainer.save_state()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _report_files(folder: str, pipe: int) -> None:
@@ -110,24 +132,48 @@ def _report_files(folder: str, pipe: int) -> None:
     sys.addaudithook(hook)
 
 
+def start(arguments: dict[str, Any], pipe: str, environment: dict[str, str]) -> int:
+    """Forks a process that runs [`train`]; its id."""
+    process = os.fork()
+    if process == 0:
+        os.dup2(2, 1)  # standard output is for the answers of `serve`
+        os.environ.update(environment)
+        try:
+            with open(pipe, "wb", buffering=0) as events:
+                _report_files(arguments["folder"], events.fileno())
+                train(**arguments)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    return process
+
+
+def ranks(count: int) -> list[dict[str, str]]:
+    """What tells each of several processes which one it is, as `accelerate launch` does."""
+    if count == 1:
+        return [{}]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
+    return [{**common, "RANK": str(i), "LOCAL_RANK": str(i), "LOCAL_WORLD_SIZE": str(count)} for i in range(count)]
+
+
 def serve() -> None:
     for line in sys.stdin:
         arguments = json.loads(line)
-        pipe = arguments.pop("pipe")
-        process = os.fork()
-        if process == 0:
-            os.dup2(2, 1)  # standard output is for the answers below
-            try:
-                with open(pipe, "wb", buffering=0) as events:
-                    _report_files(arguments["folder"], events.fileno())
-                    train(**arguments)
-            except BaseException:
-                traceback.print_exc()
-                os._exit(1)
-            os._exit(0)
-        print(process, flush=True)
-        _, status = os.waitpid(process, 0)
-        print(os.waitstatus_to_exitcode(status), flush=True)
+        pipe, count = arguments.pop("pipe"), arguments.pop("processes")
+        processes = [start(arguments, pipe, environment) for environment in ranks(count)]
+        print(json.dumps(processes), flush=True)
+        codes = {}
+        while len(codes) < count:
+            process, status = os.wait()
+            codes[process] = os.waitstatus_to_exitcode(status)
+            if codes[process]:  # like the launcher: the others would wait for it
+                for other in set(processes) - set(codes):
+                    os.kill(other, signal.SIGKILL)
+        print(json.dumps(list(codes.values())), flush=True)
 
 
 if __name__ == "__main__":
