@@ -4,7 +4,7 @@ One training step of TRL's trainers and of the packed path, side by side in one 
     python benchmarks/train_step.py                          # every table, about two hours
     python benchmarks/train_step.py dpo:0 groups --batches 4 # some tables, or one row of one
     python benchmarks/train_step.py groups --scale 0.25      # a quick look, on shorter rows
-    python benchmarks/train_step.py cuda large-models   # on a GPU
+    python benchmarks/train_step.py cuda large-models --warm-up 4   # on a GPU
     python benchmarks/train_step.py --output benchmarks/results/train_step.md
 
 Each arm is a real trainer's `compute_loss` and `backward()` on padded batches as TRL collates them, whose
@@ -231,8 +231,8 @@ def batches_of(setting: Setting, real: Path | None) -> Iterator[dict[str, torch.
             yield batch
 
 
-def measure(setting: Setting, batches: int, real: Path | None) -> Result:
-    """Paired steps of every arm."""
+def measure(setting: Setting, batches: int, warm_up: int, real: Path | None) -> Result:
+    """Paired steps of every arm, after `warm_up` untimed ones."""
     # First, because accelerate knows one precision at a time
     exact = loss_in_float32(setting) if setting.bf16 else None
     arms, source = arms_of(setting), batches_of(setting, real)
@@ -240,8 +240,6 @@ def measure(setting: Setting, batches: int, real: Path | None) -> Result:
     result = Result(setting, {}, {name: [] for name in arms}, {}, 0.0, 0.0)
     times: dict[str, list[float]] = {name: [] for name in arms}
     counts = {"padded": 0, "raw": 0, "unique": 0, "trained": 0}
-    # Allocators, thread pools, the self-test; on a GPU also the libraries' choice of kernels, shape by shape
-    warm_up = 1 if setting.device == "cpu" else 4
     for i in range(batches + warm_up):
         batch = next(source)
         order = list(arms)[i % len(arms) :] + list(arms)[: i % len(arms)]
@@ -324,7 +322,7 @@ def measure_table(name: str, arguments: argparse.Namespace) -> list[str]:
     table, _, row = name.partition(":")
     results = []
     for index in [int(row)] if row else range(len(TABLES[table])):
-        results.append(measure(TABLES[table][index], arguments.batches, arguments.real))
+        results.append(measure(TABLES[table][index], arguments.batches, arguments.warm_up, arguments.real))
         if arguments.memory:
             results[-1].memory = measure_memory(table, index, arguments)
         print(list(report(table, results[-1:]))[-1], flush=True)
@@ -380,6 +378,7 @@ def parse() -> argparse.Namespace:
         "tables", nargs="*", help=f"of {', '.join(TABLES)}, run and run-cuda (50 steps); all for CPUs by default"
     )
     parser.add_argument("--batches", type=int, default=4)
+    parser.add_argument("--warm-up", type=int, default=1, help="untimed batches; 4 are right on a GPU")
     parser.add_argument("--scale", type=float, default=1.0, help="factor on all lengths, for a quick look")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--memory", action="store_true", help="also measure each arm's peak in a process of its own")
