@@ -3,10 +3,12 @@ import json
 import random
 import subprocess
 import sys
+from dataclasses import dataclass, field
 
 import pytest
 from datasets import List, Value
 
+from trl_multiturn import MultiTurnDPOConfig, RolloutConfig
 from trl_multiturn.data.pairing import (
     PairingConfig,
     UnpairedConfig,
@@ -337,6 +339,31 @@ def test_both_configurations_are_read_from_a_command_line():
     assert pairing == PairingConfig("best_worst", filters=["call_limit", "long_answer"], deduplicate=False)
     (unpaired,) = TrlParser(UnpairedConfig).parse_args_and_config(["--strategy", "winners", "--max_positives", "1"])
     assert unpaired == UnpairedConfig("winners", max_positives=1)
+
+
+@dataclass
+class RolloutArguments(RolloutConfig):
+    seed: int = field(default=0, init=False)
+
+
+@dataclass
+class PairingArguments(PairingConfig):
+    seed: int = field(default=0, init=False)
+
+
+def test_a_script_reads_them_beside_the_trainers_configuration_with_one_seed(tmp_path):
+    from trl import ModelConfig, ScriptArguments, TrlParser
+
+    types = (ScriptArguments, MultiTurnDPOConfig, ModelConfig, RolloutArguments, PairingArguments)
+    (tmp_path / "run.yaml").write_text("seed: 7\ntop_p: 0.9\nstrategy: step\n")
+    arguments = ["--config", str(tmp_path / "run.yaml"), "--output_dir", str(tmp_path), "--bf16", "False"]
+    arguments += ["--num_generations", "5", "--max_pairs_per_prompt", "2"]
+    _, training_args, _, rollout, pairing = TrlParser(types).parse_args_and_config(arguments)
+    rollout.seed = pairing.seed = training_args.seed
+    assert training_args.seed == 7
+    assert vars(rollout) == vars(RolloutConfig(num_generations=5, top_p=0.9, seed=7))
+    assert rollout.sampler_settings() == RolloutConfig(top_p=0.9, seed=7).sampler_settings()
+    assert vars(pairing) == vars(PairingConfig("step", max_pairs_per_prompt=2, seed=7))
 
 
 def test_trainers_do_not_import_a_verifier():

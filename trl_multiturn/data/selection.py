@@ -26,7 +26,8 @@ def _check_filters(filters: Sequence[Any]) -> None:
 class PairingConfig:
     """How winners meet losers. Defaults are those of the M-DPO paper (arXiv:2409.02392, section 3.1).
 
-    It is a plain dataclass, so [`~trl.TrlParser`] reads it from a command line or a YAML file.
+    It is a plain dataclass, so [`~trl.TrlParser`] reads it from a command line or a YAML file; [`RolloutConfig`] says
+    how, beside a trainer's configuration, which has a `seed`, too.
     """
 
     strategy: Literal["random", "best_worst", "step"] = field(
@@ -73,7 +74,8 @@ class PairingConfig:
 class UnpairedConfig:
     """Which trajectories become unpaired rows. Defaults are those of the OREO paper (arXiv:2412.16145, appendix A).
 
-    It is a plain dataclass, so [`~trl.TrlParser`] reads it from a command line or a YAML file.
+    It is a plain dataclass, so [`~trl.TrlParser`] reads it from a command line or a YAML file; [`RolloutConfig`] says
+    how, beside a trainer's configuration, which has a `seed`, too.
     """
 
     strategy: Literal["balanced", "winners", "all"] = field(

@@ -14,7 +14,19 @@ from .engine import SamplingParams
 class RolloutConfig:
     """Configuration of the rollout loop. Defaults are those of the M-DPO paper (2409.02392, section 3.1).
 
-    It is a plain dataclass, so [`~trl.TrlParser`] reads it from a command line or a YAML file.
+    It is a plain dataclass, so [`~trl.TrlParser`] reads it from a command line or a YAML file. Trainers' configurations
+    have a `seed`, too, and a parser takes each name once; a script that parses both leaves this one out, and sets it:
+
+    ```python
+    @dataclass
+    class RolloutArguments(RolloutConfig):
+        seed: int = field(default=0, init=False)  # `--seed` is the trainer's
+
+
+    parser = TrlParser((ScriptArguments, MultiTurnDPOConfig, ModelConfig, RolloutArguments))
+    script_args, training_args, model_args, rollout_args = parser.parse_args_and_config()
+    rollout_args.seed = training_args.seed
+    ```
     """
 
     num_generations: int = field(default=30, metadata={"help": "Trajectories per prompt, over all policies (N)."})
