@@ -3,7 +3,8 @@
 `python -m tests.killed_run` reads one JSON line of arguments of [`train`] after another and runs each in a process, or
 in several, forked from this one, so that the imports are paid once. Several find each other by the variables that
 `accelerate launch` sets. For every file that a run opens, moves or deletes under its folder it reports the time, which
-is how the test knows what a run is doing.
+is how the test knows what a run is doing. With an argument it runs that alone:
+`accelerate launch -m tests.killed_run '{"folder": …}'`.
 """
 
 from __future__ import annotations
@@ -177,4 +178,4 @@ def serve() -> None:
 
 
 if __name__ == "__main__":
-    serve()
+    train(**json.loads(sys.argv[1])) if len(sys.argv) > 1 else serve()
