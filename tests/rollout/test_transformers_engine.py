@@ -17,6 +17,7 @@ from torch.distributed.fsdp import fully_shard
 
 from tests.support import byte_tokenizer, tiny_model
 from trl_multiturn.rollout.engine import Engine, SamplingParams
+from trl_multiturn.rollout.slot_attention import SLOT_ATTENTION
 from trl_multiturn.rollout.transformers_engine import EngineError, TransformersEngine
 
 
@@ -489,7 +490,7 @@ def test_another_attention_implementation_is_replaced_while_sampling():
     seen = set()
     model.register_forward_pre_hook(lambda module, _: seen.add(module.config._attn_implementation))
     (generation,) = run(TransformersEngine(model, TOKENIZER), (prompt(7), SamplingParams(4, temperature=0)))
-    assert (seen, model.config._attn_implementation) == ({"sdpa"}, "flex_attention")
+    assert (seen, model.config._attn_implementation) == ({SLOT_ATTENTION}, "flex_attention")
     model.set_attn_implementation("eager")
     assert generation.token_ids == score(model.eval(), prompt(7), generation.token_ids)[1]
 

@@ -15,11 +15,13 @@ from .compatibility import attention_windows, refuse_different_logits, refuse_un
 from .engine import Generation, SamplingParams
 from .kv_cache import RetainedCaches, SlotCache, round_up
 from .sampler import TokenSampler
+from .slot_attention import uses_slot_attention
 from .stop_strings import StopStringMatcher
 
 
 # Matrix kernels treat fewer rows than this differently (GEMV, short tails): below it, the last bits of a row's result
-# would depend on how many rows share the batch. Attention likewise sums in lanes, so its length is rounded up as well.
+# would depend on how many rows share the batch. Attention treats every row alone, so it leaves the padding out, but it
+# sums in lanes, so its length is rounded up as well.
 ROW_MULTIPLE = 16
 COLUMN_MULTIPLE = 32
 
@@ -187,7 +189,7 @@ class DecodingBatch:
         if self._uncertain_window is not None:
             refuse_uncertain_window(self.policy, self._uncertain_window, length)
         self._cache.reserve(len(token_ids), length)
-        logits = self._forward(0, token_ids, positions, positions, length)[:count, 0]
+        logits = self._forward(0, token_ids, positions, positions, length, live=count)[:count, 0]
         if self._sampler is None:
             self._sampler = TokenSampler([r.sampling for r in self.rows], device)
         uniforms = torch.tensor([r.rng.random() for r in self.rows], dtype=torch.float32, device=device)
@@ -214,7 +216,8 @@ class DecodingBatch:
         for column in range(read, length):
             step_ids, positions = torch.zeros(2, ROW_MULTIPLE, 1, dtype=torch.long, device=self.device)
             step_ids[0], positions[0] = token_ids[0, column], column
-            logits.append(self._forward(0, step_ids, positions, positions, column + 1)[0, 0])
+            # Two rows: keys of one alone would fit any number of queries.
+            logits.append(self._forward(0, step_ids, positions, positions, column + 1, live=2)[0, 0])
         return torch.stack(logits)
 
     def clear(self) -> list[DecodingRequest]:
@@ -277,14 +280,22 @@ class DecodingBatch:
             self._forward(first, torch.tensor(token_ids, device=device), positions, columns, length)
 
     def _forward(
-        self, first: int, token_ids: torch.Tensor, positions: torch.Tensor, columns: torch.Tensor, length: int
+        self,
+        first: int,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        columns: torch.Tensor,
+        length: int,
+        live: int | None = None,
     ) -> torch.Tensor:
-        """Runs rows from `first` on; tensors are `(N, Q)`, `length` is one more than the largest of `columns`.
-        Returns the logits of the last token of each row, `(N, 1, V)`."""
-        count = len(token_ids)
+        """Runs rows from `first` on; tensors are `(N, Q)`, `length` is one more than the largest of `columns`. The
+        rows behind the first `live` (all by default) are padding, whose results mean nothing. Returns the logits of
+        the last token of each row, `(N, 1, V)`."""
+        if live is None or not uses_slot_attention(self.policy):
+            live = len(token_ids)
         # The buffer's length is a multiple of this one too.
         visible = round_up(length, COLUMN_MULTIPLE)
-        self._cache.focus(first, first + count, columns, visible)
+        self._cache.focus(first, live, columns, visible)
         output = self.model(
             input_ids=token_ids,
             attention_mask=self._masks(columns, visible),

@@ -124,7 +124,7 @@ class SlotLayer(CacheLayerMixin):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Writes `(N, H, Q, D)` states at the window's columns and returns the window's rows, `(N, H, K, D)`."""
+        """Writes `(N, H, Q, D)` states at the window's columns and returns its live rows, `(L, H, K, D)`."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         return self._write(self.keys, key_states), self._write(self.values, value_states)
@@ -135,7 +135,7 @@ class SlotLayer(CacheLayerMixin):
         flat.index_copy_(
             0, window.cells.to(buffer.device), states.transpose(1, 2).reshape(-1, *buffer.shape[2:]).to(buffer.dtype)
         )
-        return buffer[window.first : window.last, : window.visible].transpose(1, 2)
+        return buffer[window.first : window.first + window.live, : window.visible].transpose(1, 2)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self._window.visible, 0
@@ -153,7 +153,8 @@ class SlotWindow:
 
     Attributes:
         rows, length (`int`): size of the buffer, R and C.
-        first, last (`int`): the rows of this pass.
+        first (`int`): the first row of this pass.
+        live (`int`): rows whose keys and values attention gets, L; rows behind them are padding.
         visible (`int`): columns that attention sees, K.
         cells (`torch.Tensor`): flat indices (row · C + column) to write, one per token of the pass.
     """
@@ -161,7 +162,7 @@ class SlotWindow:
     rows: int = 0
     length: int = 0
     first: int = 0
-    last: int = 0
+    live: int = 0
     visible: int = 0
     cells: torch.Tensor | None = None
 
@@ -203,11 +204,12 @@ class SlotCache(Cache):
             new[: old.shape[0], : old.shape[1]] = old
             setattr(layer, name, new)
 
-    def focus(self, first: int, last: int, columns: torch.Tensor, visible: int) -> None:
-        """Aims the next forward pass at rows `first:last`; token (n, q) is written to `columns[n, q]`."""
+    def focus(self, first: int, live: int, columns: torch.Tensor, visible: int) -> None:
+        """Aims the next forward pass at the rows from `first` on, of which the first `live` are read by attention;
+        token (n, q) of `columns`, `(N, Q)`, is written to row `first + n`, column `columns[n, q]`."""
         window = self.window
-        window.first, window.last, window.visible = first, last, visible
-        rows = torch.arange(first, last, device=columns.device).unsqueeze(1)
+        window.first, window.live, window.visible = first, live, visible
+        rows = torch.arange(first, first + len(columns), device=columns.device).unsqueeze(1)
         window.cells = (rows * window.length + columns).flatten()
 
     def copy_row(self, source: int, target: int, length: int) -> None:

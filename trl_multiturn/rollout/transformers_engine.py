@@ -21,6 +21,7 @@ from transformers.utils import is_peft_available
 from .decoding import DecodingBatch, DecodingRequest
 from .engine import Generation, SamplingParams
 from .kv_cache import RetainedCaches
+from .slot_attention import attention_for_sampling
 from .stop_strings import StopStringMatcher
 
 
@@ -344,14 +345,11 @@ def sampling_mode(model: nn.Module, policy: PreTrainedModel) -> Iterator[None]:
                     "`ToolRolloutGenerator` does, or use an engine with weights of its own, e.g. `VLLMEngine`."
                 )
     training = [module for module in model.modules() if module.training]
-    attention = policy.config._attn_implementation
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         if policy.device.type == "cuda":
             stack.enter_context(torch.cuda.device(policy.device))
-        if attention not in ("sdpa", "eager"):
-            stack.callback(policy.set_attn_implementation, attention)
-            policy.set_attn_implementation("sdpa" if policy._supports_sdpa else "eager")
+        stack.enter_context(attention_for_sampling(policy))
         stack.callback(_set_training, training)
         model.eval()
         yield

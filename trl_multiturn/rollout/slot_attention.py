@@ -1,0 +1,78 @@
+"""Attention over the live rows of a decoding step: the rows that only fill up the batch attend to nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+
+SLOT_ATTENTION = "slot_sdpa"
+
+
+def slot_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, **kwargs
+) -> tuple[Tensor, None]:
+    """Scaled dot-product attention of the first rows; the rest is padding.
+
+    Matrix kernels want a batch of a certain size, attention does not: it treats every row alone, and at a context of
+    a thousand tokens it is most of a step.
+
+    Args:
+        module (`torch.nn.Module`):
+            The attention layer.
+        query (`torch.Tensor` of shape `(N, H, Q, D)`):
+            Queries of all rows.
+        key, value (`torch.Tensor` of shape `(L, H', K, D)`):
+            What [`SlotLayer`] returned: keys and values of the first L ≤ N rows.
+        attention_mask (`torch.Tensor` of shape `(N, 1, Q, K)`):
+            Mask of all rows.
+
+    Returns:
+        `(N, Q, H, D)`, zeros in the rows from L on, and `None`.
+    """
+    count, live = query.shape[0], key.shape[0]
+    if live < count:
+        per_row = {name: each for name, each in kwargs.items() if isinstance(each, Tensor) and len(each) == count}
+        kwargs |= {name: each[:live] for name, each in per_row.items()}
+        query, attention_mask = query[:live], attention_mask[:live]
+    output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    return F.pad(output, (0, 0) * 3 + (0, count - live)), None
+
+
+def uses_slot_attention(policy: PreTrainedModel) -> bool:
+    """Whether keys and values of the live rows are enough for the model, as it is set now."""
+    return policy.config.get_text_config(decoder=True)._attn_implementation == SLOT_ATTENTION
+
+
+@contextmanager
+def attention_for_sampling(policy: PreTrainedModel) -> Iterator[None]:
+    """An attention implementation that takes a mask and, where the model lets itself be told, reads live rows only;
+    undone on exit. A model on eager attention stays there."""
+    before = policy.config._attn_implementation
+    wanted = _implementation(policy, before)
+    if wanted == before:
+        yield
+        return
+    policy.set_attn_implementation(wanted)
+    try:
+        yield
+    finally:
+        policy.set_attn_implementation(before)
+
+
+def _implementation(policy: PreTrainedModel, before: str) -> str:
+    if before == "eager" or not policy._supports_sdpa:
+        return "eager"
+    # A layer that went on with another implementation would get fewer keys than queries.
+    models = [module for module in policy.modules() if isinstance(module, PreTrainedModel)]
+    if not all(model._supports_sdpa and model._can_set_attn_implementation() for model in models):
+        return "sdpa"
+    AttentionInterface.register(SLOT_ATTENTION, slot_attention)
+    AttentionMaskInterface.register(SLOT_ATTENTION, sdpa_mask)
+    return SLOT_ATTENTION
