@@ -437,12 +437,18 @@ class AnonymousMemory:
         self._thread.join()
 
 
-def report(sections: dict[str, list[str]], arguments: list[str], note: str | None) -> str:
+def report(
+    sections: dict[str, list[str]],
+    arguments: list[str],
+    note: str | None,
+    title: str = "Rollouts: this loop and TRL's",
+    script: str = "rollout.py",
+) -> str:
     cpu = next((line.split(": ")[1] for line in _cpuinfo() if line.startswith("model name")), platform.machine())
     head = [
-        "# Rollouts: this loop and TRL's",
+        f"# {title}",
         "",
-        f"`python benchmarks/rollout.py {' '.join(arguments)}`".replace(" `", "`"),
+        f"`python benchmarks/{script} {' '.join(arguments)}`".replace(" `", "`"),
         "",
         f"{datetime.date.today()}; {os.cpu_count()} cores ({cpu}); Python {platform.python_version()}, "
         f"torch {torch.__version__}, trl {trl.__version__}. {note or ''}".strip(),

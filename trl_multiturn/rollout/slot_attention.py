@@ -37,11 +37,11 @@ def slot_attention(
         `(N, Q, H, D)`, zeros in the rows from L on, and `None`.
     """
     count, live = query.shape[0], key.shape[0]
-    if live < count:
-        per_row = {name: each for name, each in kwargs.items() if isinstance(each, Tensor) and len(each) == count}
-        kwargs |= {name: each[:live] for name, each in per_row.items()}
-        query, attention_mask = query[:live], attention_mask[:live]
-    output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    if live == count:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    per_row = {name: each[:live] for name, each in kwargs.items() if isinstance(each, Tensor) and len(each) == count}
+    kwargs |= per_row  # e.g. a bias per row
+    output, _ = sdpa_attention_forward(module, query[:live], key, value, attention_mask[:live], **kwargs)
     return F.pad(output, (0, 0) * 3 + (0, count - live)), None
 
 
