@@ -176,6 +176,14 @@ class TestVLLMEngine:
         start_weights.refresh(save_tiny(tmp_path / "base", TOKENIZER, seed=0, **SIZES))
         assert run(start_weights, request)[0].token_ids == unadapted.token_ids
 
+    def test_a_vllm_that_would_lose_its_weights_is_not_asked_to_reload(self, start_weights, tmp_path, monkeypatch):
+        request = (prompt(9), SamplingParams(4, temperature=0))
+        expected = run(start_weights, request)
+        monkeypatch.setattr(start_weights._vllm, "__version__", "0.27.1+cpu")
+        with pytest.raises(ValueError, match=r"vLLM 0.27.1\+cpu cannot load in place.*Install vLLM 0.28 or later"):
+            start_weights.refresh(save_tiny(tmp_path / "other", TOKENIZER, seed=7, **SIZES))
+        assert run(start_weights, request) == expected
+
     def test_refresh_needs_a_checkpoint_and_quiet(self, engine, tmp_path):
         with pytest.raises(ValueError, match="would go on with the old ones"):
             engine.refresh()

@@ -10,9 +10,14 @@ from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
+from packaging.version import Version
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from .engine import Generation, SamplingParams
+
+
+# Earlier ones look for the names that layers bear without LoRA, and leave the engine with half of its weights.
+RELOADS_UNDER_LORA = Version("0.28")
 
 
 class VLLMEngine:
@@ -132,7 +137,7 @@ class VLLMEngine:
         Raises:
             RuntimeError: if requests are in flight; their turns would mix two policies.
             ValueError: if there is no folder to load from, or it holds an adapter and the engine was started without
-                LoRA.
+                LoRA, or a whole checkpoint and it was started with LoRA on vLLM before 0.28.
         """
         self._check_open()
         if self._in_flight:
@@ -250,6 +255,13 @@ class VLLMEngine:
         await asyncio.gather(*self._running, return_exceptions=True)
 
     async def _reload_weights(self, path: str) -> None:
+        version = self._vllm.__version__
+        if self._settings.get("enable_lora") and Version(version) < RELOADS_UNDER_LORA:
+            raise ValueError(
+                f"{path} holds a whole checkpoint, which vLLM {version} cannot load in place in an engine started "
+                f"with LoRA. Install vLLM {RELOADS_UNDER_LORA} or later, start the engine without `enable_lora`, or "
+                "save an adapter."
+            )
         await self._aborted()
         await self._llm.collective_rpc("reload_weights", kwargs={"weights_path": path})
         await self._drop_adapter()
