@@ -6,7 +6,8 @@ Decoding at long contexts: `TransformersEngine` and `generate`, side by side in 
     python benchmarks/decoding.py --output benchmarks/results/decoding.md
 
 Both sample from one model, float32, the same number of trajectories at once, each with a context of its own. What a
-token costs is the difference between sampling many and few after the same prompts, so that reading these is left out.
+token costs is the difference between sampling many and few after the same prompts, so that reading these is left out,
+in seconds of the processor's time, as other jobs may run beside it.
 The third arm is the engine with the rows that only fill up its matrices taking part in attention, as they would
 without `rollout/slot_attention.py`. The arms alternate; medians.
 """
@@ -54,7 +55,7 @@ def decoding(contexts: list[int], trajectories: list[int], repeats: int) -> list
             by_engine(prompts, count)
 
     lines = [
-        f"tokens per second beyond the first {FEW} of each trajectory; a model of 4 layers, float32",
+        f"tokens per second of processor time, beyond the first {FEW} of each trajectory; 4 layers, float32",
         "",
         "| context | trajectories | generate | engine, padding attends | engine | engine / generate | / padding |",
         "| ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
@@ -77,9 +78,9 @@ def decoding(contexts: list[int], trajectories: list[int], repeats: int) -> list
 
 
 def timed(arm: Callable, prompts: torch.Tensor, count: int) -> float:
-    started = time.perf_counter()
+    started = time.process_time()
     arm(prompts, count)
-    return time.perf_counter() - started
+    return time.process_time() - started
 
 
 def main() -> None:
@@ -90,8 +91,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="Markdown file for the table.")
     parser.add_argument("--note", help="A sentence about the machine, for the file.")
     args = parser.parse_args()
-    lines = decoding(args.contexts, args.trajectories, args.repeats)
-    text = report({"Tokens per second": lines}, sys.argv[1:], args.note, "Decoding at long contexts", "decoding.py")
+    tables = {"Tokens per second": decoding(args.contexts, args.trajectories, args.repeats)}
+    text = report(tables, sys.argv[1:], args.note, "Decoding at long contexts", "decoding.py")
     print("\n" + text)
     if args.output:
         args.output.write_text(text, encoding="utf-8")

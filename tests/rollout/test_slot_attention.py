@@ -58,6 +58,18 @@ def test_a_trajectory_is_the_same_to_the_last_bit_among_any_number_of_rows(name,
     assert results == [results[0]] * 4
 
 
+def test_so_it_is_beside_conversations_that_are_much_longer():
+    """Attention works through the keys in blocks: those of the longest row must not change what a short one sees."""
+    model = tiny_model(TOKENIZER, hidden_size=32, num_key_value_heads=1).eval()
+    request = (prompt(500, seed=3), SamplingParams(30, seed=5))  # passes 512 keys on its way
+    results = []
+    for live in (1, 5, 17):
+        engine = TransformersEngine(model, TOKENIZER)
+        others = [(prompt(150 * n % 1400 + 1, seed=n), SamplingParams(40, seed=n)) for n in range(1, live)]
+        results.append(run(engine, *others, request)[-1])
+    assert results == [results[0]] * 3
+
+
 def test_rows_and_columns_of_a_step(monkeypatch):
     """The queries are padded to the kernels' tile, the keys are not: attention gets the live rows of both."""
     model = tiny_model(TOKENIZER).eval()
