@@ -83,8 +83,7 @@ def test_three_steps_in_bfloat16(kind, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_engine_samples_from_the_model_on_the_gpu(dtype, monkeypatch):
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)  # which accelerate sets for a bfloat16 run
+def test_the_engine_samples_from_the_model_on_the_gpu(dtype):
     tokenizer = byte_tokenizer()
     model = tiny_model(tokenizer).to("cuda", dtype)
     engine = TransformersEngine(model, tokenizer)

@@ -88,3 +88,18 @@ def test_parts_of_a_batch_have_its_gradient(tmp_path):
         assert calls == 1 if budget is None else calls > 1
     for name, expected in weights[0].items():
         torch.testing.assert_close(weights[1][name], expected, atol=2e-6, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("value_model", ["adapter", "full", "head"])
+def test_autocast_ends_with_the_step(value_model, tmp_path):
+    """Two trained steps in bfloat16 leave the process in float32, and are as close to float32 as padded ones."""
+    losses = {}
+    for packed, bf16 in ((False, False), (False, True), (True, True)):
+        trainer = make_trainer(
+            tmp_path, OREOTrainer, branching_rows(), value_model=value_model, packed=packed, bf16=bf16, max_steps=2
+        )
+        trainer.train()
+        assert not torch.is_autocast_enabled("cpu")
+        losses[packed, bf16] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[False, True] != losses[False, False]
+    assert losses[True, True] == pytest.approx(losses[False, True], rel=0.05)

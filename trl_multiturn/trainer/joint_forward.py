@@ -8,6 +8,8 @@ generation want a policy and nothing else. [`attach_value_model`] gives both.
 from __future__ import annotations
 
 import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,10 +74,13 @@ def attach_value_model(policy: PreTrainedModel | PeftModel, value_model: ValueMo
             return original_forward(*args, **kwargs)
         labels = kwargs["labels"][:, 1:]
         columns = labels.size(1)
-        # Packed rows are computed by hooks on the module's call, which a call of its forward would pass by
-        policy_forward = original_forward if packed_forward_of(self) is None else self
         with capture_hidden_states(decoder(self)) as captured:
-            outputs = policy_forward(*args, **kwargs, fused_lm_head=True)
+            if packed_forward_of(self) is None:
+                outputs = original_forward(*args, **kwargs, fused_lm_head=True)
+            else:
+                # Packed rows are computed by hooks on the module's call, which a call of its forward would pass by
+                with _forward_of(self, original_forward):
+                    outputs = self(*args, **kwargs, fused_lm_head=True)
         hidden = captured[0][:, -columns - 1 :]  # prompt-learning adapters prepend positions
         critic = getattr(self, _ATTRIBUTE)
         if critic.kind == "head":
@@ -100,6 +105,22 @@ def attach_value_model(policy: PreTrainedModel | PeftModel, value_model: ValueMo
     policy.forward = types.MethodType(forward, policy)
     policy.register_state_dict_post_hook(_drop_value_model)
     policy.register_load_state_dict_post_hook(_forgive_value_model)
+
+
+@contextmanager
+def _forward_of(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """
+    A module whose calls run `forward`, for as long as its own is running.
+
+    What Accelerate wraps around a module's forward is entered already, and its autocast must not be entered twice:
+    `torch.autocast` keeps one previous state per instance, so it would stay on for good.
+    """
+    running = vars(module)["forward"]
+    module.forward = forward
+    try:
+        yield
+    finally:
+        module.forward = running
 
 
 def lm_head(model: PreTrainedModel | PeftModel) -> LMHead:
