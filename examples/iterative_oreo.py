@@ -4,13 +4,20 @@
 
 r"""
 Online iterative OREO: roll out with a Python interpreter, verify, keep balanced trajectories, train policy and value
-model, refresh the reference; repeat. The value model goes on learning from iteration to iteration, and at the end it
-guides a search on held-out prompts.
+model, refresh the reference; repeat. The value model goes on learning from iteration to iteration, and at the end a
+search that it guides is compared with greedy decoding on held-out prompts.
 
 # The embedded default: a CPU, no download
 ```bash
 python examples/iterative_oreo.py
 ```
+
+Measured so, with 3,000 rollouts in each of three iterations (2026-11-20; 14 minutes of half a core, 7 of them CPU
+time): pass@1 on 200 held-out prompts 37.5 ± 3.4 % before, then 71.5 ± 3.2, 77.0 ± 3.0 and 76.5 ± 3.0 %. The search by
+value, beam 3, stays *below* greedy decoding: 59.5 ± 3.5 % against 77.0 ± 3.0 %. Its candidates are sampled at
+temperature 1, at which about two in three are right, and after 3,200 rows the values do not choose well among them:
+on the rollouts of the three iterations they tell right from wrong ones of the same prompt with an AUC of 0.63, 0.69
+and 0.55. With so small a value model, decode greedily (`--beam 0` leaves the search out).
 
 # Full training (OREO paper 2412.16145, sections 3.3 and 4.4)
 ```bash

@@ -35,6 +35,22 @@ python examples/sft.py \
     --max_steps 20 --per_device_train_batch_size 4 --use_cpu --bf16 False \
     --max_length 1024 --report_to none --output_dir outputs/sft
 ```
+
+# Without a model: one is built for the rows, tokenizer included, and reads all of them, as in pretraining
+```bash
+python examples/sft.py \
+    --dataset_name data/gsm8k_train_trajectory.jsonl --only_correct --whole_text --without_tools --held_out 0.03 \
+    --hidden_size 512 --num_layers 8 --vocabulary 4000 \
+    --learning_rate 1e-3 --lr_scheduler_type cosine --warmup_steps 100 --weight_decay 0.1 --num_train_epochs 3 \
+    --per_device_train_batch_size 64 --train_sampling_strategy group_by_length --max_length 768 \
+    --eval_strategy epoch --save_strategy epoch --load_best_model_at_end \
+    --report_to none --output_dir outputs/language_model
+```
+
+On the rows of `prepare_real_data.py --variants 6` (about 24,000 gold solutions of GSM8K's training problems, told with
+other numbers, too) this takes two minutes of one H200 (2026-11-20, with `--adam_beta2 0.95`); the loss on held-out
+problems is 2.37, 2.27 and 2.28 nats per token after the three epochs. Such a model writes like its rows and calculates
+like nobody: of 18,000 answers that it sampled to training problems (`roll_out_calculator.py`), 1.7 % were right.
 """
 
 import argparse
