@@ -65,11 +65,11 @@ def test_a_batch_that_fits_is_left_alone_and_more_parts_can_be_asked_for():
     assert len(merged) == 2 and sum(len(part["input_ids"]) for part in merged) == len(batch["input_ids"])
 
 
-def trained(kind, tokenizer, tmp_path, max_tokens, **kw):  # noqa: F811
+def trained(kind, tokenizer, tmp_path, max_tokens, packed=True, **kw):  # noqa: F811
     """Two optimizer steps of plain gradient descent, each accumulated over two batches: trainer, losses, weights."""
     settings = dict(optim="sgd", learning_rate=0.05, max_steps=2, gradient_accumulation_steps=2, max_grad_norm=0.0)
     trainer = build(kind, tokenizer, tmp_path, True, lr_scheduler_type="constant", **{**settings, **kw})
-    trainer.args.max_tokens_per_batch = max_tokens
+    trainer.args.max_tokens_per_batch, trainer.args.packed = max_tokens, packed
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return trainer, losses, {name: p.detach() for name, p in trainer.model.named_parameters()}
@@ -86,6 +86,27 @@ def test_parts_have_the_gradient_of_the_whole(loss_type, tokenizer, tmp_path):  
     moved = torch.stack([(expected[name] - start[name]).norm() for name in expected]).norm()
     apart = torch.stack([(expected[name] - weights[name]).norm() for name in expected]).norm()
     assert moved > 1e-3 and apart < 1e-3 * moved
+
+
+def test_where_nothing_is_packed_padding_counts():
+    ids = torch.arange(6 * 30).view(6, 30)
+    lengths = torch.tensor([30, 4, 29, 5, 3, 4])
+    batch = {"input_ids": ids, "attention_mask": (torch.arange(30) < lengths[:, None]).long()}
+    parts = split_batch(batch, 60, sides=1, packed=False)
+    assert [part["input_ids"].shape for part in parts] == [(4, 5), (2, 30)]
+    assert sorted(
+        part["input_ids"][i, 0].item() // 30 for part in parts for i in range(len(part["input_ids"]))
+    ) == list(range(6))
+    # Packed, the same rows hold 75 tokens: two parts again, but by content
+    assert all(int(part["attention_mask"].sum()) <= 60 for part in split_batch(batch, 60, sides=1))
+
+
+def test_a_trainer_that_cannot_pack_counts_padding(tokenizer, tmp_path):  # noqa: F811
+    whole, expected_losses, expected = trained("dpo", tokenizer, tmp_path, None, packed=False)
+    parts, losses, weights = trained("dpo", tokenizer, tmp_path, 4 * 70, packed=False)
+    assert losses == pytest.approx(expected_losses, abs=2e-4)
+    for name, value in expected.items():
+        torch.testing.assert_close(weights[name], value, atol=2e-5, rtol=1e-3)
 
 
 @pytest.mark.parametrize(("kind", "kw"), [("dpo", {"loss_type": ["sigmoid", "sft"]}), ("kto", {})])

@@ -86,24 +86,35 @@ class PromptGroupedSampler(Sampler[int]):
         return None
 
 
-def split_batch(batch: dict[str, Any], max_tokens: int, sides: int, parts: int | None = None) -> list[dict[str, Any]]:
+def split_batch(
+    batch: dict[str, Any], max_tokens: int, sides: int, parts: int | None = None, packed: bool = True
+) -> list[dict[str, Any]]:
     """
-    Cut a batch into parts whose packed rows hold at most `max_tokens` tokens each, prompts kept together.
+    Cut a batch into parts of at most `max_tokens` tokens each, prompts kept together.
 
     Args:
         batch (`dict[str, Any]`): tensors of `sides * B` or of `B` rows; with two sides, all first sides come first.
-        max_tokens (`int`): unique tokens of a part. A single example may exceed it.
+        max_tokens (`int`): tokens that the network reads of a part: unique ones where it is packed, padding included
+            where it is not. A single example may exceed it.
         sides (`int`): sequences of an example in `input_ids`: 2 for a pair, 1 for a trajectory.
         parts (`int`, *optional*): exactly so many parts, at most one for each example, whatever they hold: for
             processes that must take the same number of steps.
+        packed (`bool`, *optional*, defaults to `True`): whether the parts will be packed.
     """
+    count = _unique_tokens if packed else _padded_tokens
     ids, mask = batch["input_ids"], batch["attention_mask"]
     examples = len(ids) // sides
     lengths = mask.sum(dim=1).tolist()
-    order = sorted(range(examples), key=lambda i: ids[i, : lengths[i]].tolist())
+    # Neighbours share most where they are packed, and pad least where they are not
+    order = sorted(
+        range(examples),
+        key=lambda i: (
+            ids[i, : lengths[i]].tolist() if packed else max(lengths[i + s * examples] for s in range(sides))
+        ),
+    )
     groups: list[list[int]] = []
     for i in order:
-        if groups and _unique_tokens(ids, mask, [*groups[-1], i], examples, sides) <= max_tokens:
+        if groups and count(ids, mask, [*groups[-1], i], examples, sides) <= max_tokens:
             groups[-1].append(i)
         else:
             groups.append([i])
@@ -122,6 +133,11 @@ def split_batch(batch: dict[str, Any], max_tokens: int, sides: int, parts: int |
 def _unique_tokens(ids: Tensor, mask: Tensor, chosen: list[int], examples: int, sides: int) -> int:
     rows = [i + side * examples for side in range(sides) for i in chosen]
     return len(pack_rows(ids[rows], mask[rows]))
+
+
+def _padded_tokens(ids: Tensor, mask: Tensor, chosen: list[int], examples: int, sides: int) -> int:
+    rows = [i + side * examples for side in range(sides) for i in chosen]
+    return len(rows) * int(mask[rows].sum(dim=1).max())
 
 
 def _select(batch: dict[str, Any], chosen: list[int], examples: int, sides: int) -> dict[str, Any]:

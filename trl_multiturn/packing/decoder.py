@@ -42,6 +42,11 @@ class PackedDecoder:
             self.decoder.register_forward_hook(self._unpack_states, always_call=True),
         ]
 
+    @property
+    def packs(self) -> bool:
+        """Whether batches may be packed."""
+        return bool(self._pack)
+
     def remove(self) -> None:
         """Take everything back; the model is as it came."""
         for handle in self._handles:

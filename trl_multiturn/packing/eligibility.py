@@ -95,11 +95,15 @@ def _forked_batch(vocab_size: int, device: torch.device) -> dict[str, Tensor]:
 
 
 def _disagreement(padded: Tensor, packed: Tensor, dtype: torch.dtype) -> str | None:
-    tolerance = max(1e-3, 32 * torch.finfo(dtype).eps)
-    difference = (padded.float() - packed.float()).abs().max().item()
-    if difference <= tolerance:
+    """Rounding may put a single token far off, but not all of them; a wrong path does."""
+    eps = torch.finfo(dtype).eps
+    difference = (padded.float() - packed.float()).abs()
+    largest, mean = difference.max().item(), difference[difference > 0].mean().nan_to_num().item()
+    if largest <= max(1e-3, 32 * eps) and mean <= max(1e-3, 16 * eps):
         return None
-    return f"packed log-probabilities differ from padded ones by {difference:.2g} in the self-test"
+    return (
+        f"packed log-probabilities differ from padded ones by {largest:.2g} ({mean:.2g} on average) in the self-test"
+    )
 
 
 def _missing_windows(seen: list[int | None], config: PreTrainedConfig) -> str | None:

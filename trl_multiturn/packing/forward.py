@@ -108,6 +108,11 @@ class PackedForward:
             self._implementation_before = None
         self.plans.clear()
 
+    @property
+    def packs(self) -> bool:
+        """Whether batches may be packed; else only the LM head is spared what is not scored."""
+        return bool(self._pack)
+
     @contextmanager
     def as_it_came(self) -> Iterator[None]:
         """The model with the attention it came with, and calls that go by."""

@@ -29,9 +29,9 @@ class PackedTrainerMixin:
     The trainer's losses, metrics and data path are not touched: see [`PackedForward`] for where it sits.
 
     Two further fields concern batches, packed or not. `args.group_by_prompt` keeps a prompt's rows together within the
-    shuffled order, so that there is something to share. `args.max_tokens_per_batch` bounds the unique tokens of one
-    forward pass: a larger batch is computed in parts, with the gradient of the whole. Metrics then are means over
-    parts.
+    shuffled order, so that there is something to share. `args.max_tokens_per_batch` bounds the tokens that one forward
+    pass reads (unique ones where batches are packed, padded ones elsewhere): a larger batch is computed in parts, with
+    the gradient of the whole. Metrics then are means over parts.
     """
 
     # Weight of the part of a batch that is being computed: its share of the batch's rows
@@ -59,13 +59,16 @@ class PackedTrainerMixin:
             return super().training_step(model, inputs, *args, **kwargs)
         self._check_loss_is_a_mean_over_rows()
         sides = 1 if "label" in inputs else 2
-        parts = split_batch(inputs, budget, sides)
+        self.seat_packed_forwards()
+        packed = any(forward.packs for forward in self._packed_forwards)
+        parts = split_batch(inputs, budget, sides, packed=packed)
         if self.accelerator.num_processes > 1:
             # Every process must take part in every gradient reduction, also one with fewer examples than the others
             # have parts: then the others' parts exceed the budget
             counts = torch.tensor([[len(parts), len(inputs["input_ids"]) // sides]], device=self.accelerator.device)
             counts = self.accelerator.gather(counts)
-            parts = split_batch(inputs, budget, sides, min(int(counts[:, 0].max()), int(counts[:, 1].min())))
+            number = min(int(counts[:, 0].max()), int(counts[:, 1].min()))
+            parts = split_batch(inputs, budget, sides, number, packed)
         rows, losses = len(inputs["input_ids"]), []
         try:
             for part in parts:

@@ -24,8 +24,8 @@ class PackedConfig:
             Whether rows of the same prompt follow each other within the shuffled order, so that there is something to
             share. It changes which rows share an optimizer step.
         max_tokens_per_batch (`int`, *optional*):
-            Unique tokens that one forward pass may hold. A batch of more is computed in parts, with the gradient of
-            the whole, for losses that are means over rows.
+            Tokens that one forward pass may read: unique ones where batches are packed, padded ones elsewhere. A
+            batch of more is computed in parts, with the gradient of the whole, for losses that are means over rows.
     """
 
     # A string for the command line; `__post_init__` takes both
@@ -43,8 +43,8 @@ class PackedConfig:
     max_tokens_per_batch: int | None = field(
         default=None,
         metadata={
-            "help": "Unique tokens that one forward pass may hold. A batch of more is computed in parts, with the "
-            "gradient of the whole."
+            "help": "Tokens that one forward pass may read (unique ones where batches are packed). A batch of more is "
+            "computed in parts, with the gradient of the whole."
         },
     )
 
