@@ -153,6 +153,8 @@ def run_step(trainer: DPOTrainer | KTOTrainer, batch: dict[str, torch.Tensor]) -
     if on_gpu:
         torch.cuda.synchronize()
     seconds = clock() - start
+    if not all(forward.packs for forward in getattr(trainer, "_packed_forwards", ())):
+        raise SystemExit("The packed arm fell back to padded batches (its log says why). Nothing is reported.")
     allocated = (torch.cuda.max_memory_allocated() - held) / 2**30 if on_gpu else 0.0
     gradients = [p.grad.norm() for p in trainer.model.parameters() if p.grad is not None]
     for parameter in trainer.model.parameters():
@@ -259,7 +261,7 @@ def measure(setting: Setting, batches: int, warm_up: int, real: Path | None) -> 
                 result.memory[name] = max(step.allocated, result.memory.get(name, 0.0))
         _count(counts, batch)
     limit, norm_limit = (2 * result.rounding + 5e-3, 5e-2) if setting.bf16 else (1e-4, 1e-3)
-    result.memory.pop("TRL, precomputed", None)
+    result.memory = {name: result.memory[name] for name in (first, "packed") if name in result.memory}
     if not (result.loss_difference <= limit and result.norm_difference <= norm_limit):  # NaN must not pass
         raise SystemExit(
             f"{setting.name}: the arms differ by {result.loss_difference:.1e} in loss and "

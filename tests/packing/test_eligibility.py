@@ -89,6 +89,26 @@ def test_configs_that_cannot_branch_are_refused(overrides, word):
     assert word in reason_against_packing(model)
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_self_test_allows_what_the_precision_rounds(autocast):
+    """Weights in float32 under autocast compute in bfloat16, and real models then differ by hundredths of a nat."""
+    model = tiny("llama")
+    add_fused_lm_head(model)
+    forward = PackedForward(model, pack=True).install()
+    calls = []
+
+    def blurred(module, args, output):
+        calls.append(None)
+        output.log_probs = output.log_probs + 0.03 * (len(calls) % 2)
+        return output
+
+    model.register_forward_hook(blurred)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        reason = self_test(forward)
+    assert len(calls) == 2
+    assert reason is None if autocast else "differ" in reason
+
+
 def test_dropout_is_refused_until_it_is_off():
     model = get_peft_model(tiny("llama"), LoraConfig(task_type=TaskType.CAUSAL_LM, lora_dropout=0.1))
     assert "dropout" in reason_against_packing(model)

@@ -121,6 +121,7 @@ def packed_attention(
         # As autocast does inside SDPA, but before keys are gathered, and for kernels that autocast does not know
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    row.dtypes_seen.add(query.dtype)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     kernel = varlen_kernel(query, softcap)
     if kernel is not None:

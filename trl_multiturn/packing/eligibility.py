@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from .forward import PackedForward
+from .row import PackedRow
 
 
 _PACKABLE_LAYERS = {"full_attention", "sliding_attention"}
@@ -81,7 +82,7 @@ def self_test(forward: PackedForward) -> str | None:
             module.training = True
         forward.plans.clear()
         forward.calls.update(packed=0, padded=0)
-    return _disagreement(padded, packed, forward.causal_lm.dtype) or _missing_windows(row.windows_seen, config)
+    return _disagreement(padded, packed, _precision(row)) or _missing_windows(row.windows_seen, config)
 
 
 def _forked_batch(vocab_size: int, device: torch.device) -> dict[str, Tensor]:
@@ -94,9 +95,15 @@ def _forked_batch(vocab_size: int, device: torch.device) -> dict[str, Tensor]:
     return {name: x.to(device) for name, x in (("input_ids", ids), ("attention_mask", mask), ("labels", labels))}
 
 
-def _disagreement(padded: Tensor, packed: Tensor, dtype: torch.dtype) -> str | None:
+def _precision(row: PackedRow) -> float:
+    """Relative rounding error of what the row was computed in, which autocast makes coarser than the weights'."""
+    eps = max((torch.finfo(dtype).eps for dtype in row.dtypes_seen), default=0.0)
+    tf32 = row.input_ids.is_cuda and torch.backends.cuda.matmul.allow_tf32
+    return max(eps, 2.0**-10) if tf32 else eps
+
+
+def _disagreement(padded: Tensor, packed: Tensor, eps: float) -> str | None:
     """Rounding may put a single token far off, but not all of them; a wrong path does."""
-    eps = torch.finfo(dtype).eps
     difference = (padded.float() - packed.float()).abs()
     largest, mean = difference.max().item(), difference[difference > 0].mean().nan_to_num().item()
     if largest <= max(1e-3, 32 * eps) and mean <= max(1e-3, 16 * eps):

@@ -69,8 +69,9 @@ class PackedRow:
         self.segment_lengths = segment_lengths
         self.raw_tokens = raw_tokens
         self._masks: dict[tuple[int, int, int | None], Tensor] = {}
-        # Windows that the attention layers asked for in the last pass; the self-test compares them with the config
+        # What the attention layers asked for and computed in, in the last pass, for the self-test
         self.windows_seen: list[int | None] = []
+        self.dtypes_seen: set[torch.dtype] = set()
 
     def __len__(self) -> int:
         return self.input_ids.shape[1]
