@@ -2,9 +2,9 @@
 The packed row on CUDA: one variable-length flash-attention call per layer, keys and values gathered along the paths.
 
 Queries are the row as it is, one sequence per chunk. A chunk's keys are its whole path, so they are longer than its
-queries, and the kernels align the causal diagonal at the bottom right, which is what a path needs. PyTorch does not say
-so of its own kernel; tests/packing/test_cuda.py checks it, and the windows, against the dense definition on a GPU (passed
-on an H200 with PyTorch 2.11; flash-attn has not been run). Without a GPU the index arithmetic is checked.
+queries, and the kernels align the causal diagonal at the bottom right, which is what a path needs. PyTorch does not
+say so of its own kernel; tests/packing/test_cuda.py checks it, and the windows, against the dense definition on a GPU
+(passed on an H200 with PyTorch 2.11; flash-attn has not been run). Without a GPU the index arithmetic is checked.
 """
 
 from __future__ import annotations
