@@ -11,6 +11,21 @@ and let them choose among samples (the least reward of a trajectory's steps, the
 python examples/process_rewards.py
 ```
 
+Measured so (2026-11-20; 13 minutes of a shared core, 9 of them for 21,488 completions of the prefixes of 600
+trajectories; reward models of 114 steps each), on 100 held-out prompts:
+
+    greedy                                           36.0 ± 4.8 %
+    one sample                                       16.2 ± 2.1 %
+    best of 4 by outcome reward                      21.0 ± 4.1 %
+    best of 4 by the least process reward            21.0 ± 4.1 %
+    search by process reward, beam 2, 4 candidates   19.0 ± 3.9 %
+    any of 4, the most that choosing can reach       45.0 ± 5.0 %
+
+That shows the machinery, not a gain: choosing is no worse than a random sample, within the errors no better either,
+and below greedy decoding, because this policy's samples at temperature 1 are mostly wrong. The reward models have
+seen 600 trajectories, 166 of them correct, and their losses come down little (from 0.52 to 0.45 and from 0.58 to 0.42
+nats). More prompts and epochs (`--num_prompts 600 --num_train_epochs 10`) should help; that has not been measured.
+
 # Full training (M-DPO paper 2409.02392, examples 2 and 3)
 ```bash
 accelerate launch examples/process_rewards.py \
