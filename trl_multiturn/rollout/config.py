@@ -14,8 +14,9 @@ from .engine import SamplingParams
 class RolloutConfig:
     """Configuration of the rollout loop. Defaults are those of the M-DPO paper (2409.02392, section 3.1).
 
-    It is a plain dataclass, so [`~trl.TrlParser`] reads it from a command line or a YAML file. Trainers' configurations
-    have a `seed`, too, and a parser takes each name once; a script that parses both leaves this one out, and sets it:
+    It is a plain dataclass, so [`~trl.TrlParser`] reads it from a command line or a YAML file. Trainers'
+    configurations have a `seed`, too, and a parser takes each name once; a script that parses both leaves this one
+    out, and sets it:
 
     ```python
     @dataclass
