@@ -249,13 +249,14 @@ def measure(setting: Setting, batches: int, warm_up: int, real: Path | None) -> 
         if i < warm_up:
             continue
         expected = exact(batch) if exact else steps[first].loss
-        result.rounding = max(result.rounding, abs(steps[first].loss - expected))
+        result.rounding = max(result.rounding, abs(steps[first].loss - expected) / max(1.0, abs(expected)))
         for name, step in steps.items():
             result.ratios[name].append(steps[first].seconds / step.seconds)
             times[name].append(step.seconds)
             norm = abs(step.gradient_norm / steps[first].gradient_norm - 1)
             if name != first:
-                result.loss_difference = max(abs(step.loss - expected), result.loss_difference)
+                difference = abs(step.loss - expected) / max(1.0, abs(expected))  # DQO's sums over tokens are large
+                result.loss_difference = max(difference, result.loss_difference)
             result.norm_difference = max(norm, result.norm_difference)
             if setting.device == "cuda":
                 result.memory[name] = max(step.allocated, result.memory.get(name, 0.0))
