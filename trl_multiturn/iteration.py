@@ -166,12 +166,10 @@ def roll_out(
             )
 
     with Journal(folder / "journal") as journal:
-        sample("current", config.num_generations - explore, sample_offset=0)
-        if explore:
+        if explore:  # first, so that the engine goes on with the present policy
             with policy_weights(policy, policy_file(run_folder, iteration - 1)):
                 sample("previous", explore, sample_offset=config.num_generations - explore)
-            with ready_to_sample(engine, trainer, run_folder):
-                pass  # with the present policy again
+        sample("current", config.num_generations - explore, sample_offset=0)
     trainer.accelerator.wait_for_everyone()
 
 
