@@ -64,7 +64,7 @@ The rows that train are gold solutions of 6,000 training problems and as many wi
 2,640 recorded solutions of four models to 660 other problems. A warm-up of the value model that outlasts the training
 leaves the policy as it is: see below why.
 
-Measured with these commands (2026-11-21; 288,440 parameters, 12,000 rows; 20 minutes of a shared CPU core), none of the
+Measured with these commands (2026-11-21; 288,440 parameters, 12,000 rows; 20 minutes of a shared core), none of the
 660 problems seen in training, 95 % intervals from a bootstrap over problems: AUC 0.609 (0.580–0.637) over all
 trajectories, and 0.586 (0.549–0.623) between correct and incorrect trajectories of the *same* problem, better than
 chance in both. The run before it, the first with these settings, whose policy `tiny_policy.warm_start` had made in the
