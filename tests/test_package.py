@@ -28,10 +28,11 @@ LAYERS = {
     "templates": {"_upstream"},
     "tools": {"trajectory", "version"},
     "verify": {"trajectory", "steps", "version"},
-    "packing": {"_upstream"},
+    "precision": set(),
+    "packing": {"_upstream", "precision"},
     "modeling": {"_upstream"},
     "data": {"trajectory", "templates", "steps", "_upstream", "version", "verify"},
-    "rollout": {"trajectory", "templates", "steps", "_upstream", "version", "tools", "verify"},
+    "rollout": {"trajectory", "templates", "steps", "_upstream", "version", "tools", "verify", "precision"},
     "trainer": {"data", "losses", "modeling", "packing", "templates", "_upstream", "trajectory"},
 }
 TOP = set(LAYERS)

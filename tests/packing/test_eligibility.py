@@ -22,6 +22,7 @@ from tests.packing.families import FAMILIES, tiny
 from trl_multiturn._upstream import add_fused_lm_head
 from trl_multiturn.packing.eligibility import reason_against_hooks, reason_against_packing, self_test
 from trl_multiturn.packing.forward import PackedForward
+from trl_multiturn.precision import matmul_uses_tf32
 
 
 def seated(model):
@@ -162,3 +163,24 @@ def test_attention_sinks_are_seen():
     torch.manual_seed(0)
     model = GptOssForCausalLM(config)
     assert "s_aux" in self_test(seated(model))
+
+
+def test_what_matrix_products_are_rounded_to_is_known_however_it_was_set():
+    from transformers.utils.import_utils import enable_tf32
+
+    assert not matmul_uses_tf32()
+    try:
+        enable_tf32(True)
+        assert matmul_uses_tf32()
+        assert self_test(seated(tiny("llama"))) is None
+        enable_tf32(False)
+        assert not matmul_uses_tf32()
+    finally:
+        if hasattr(torch.backends, "fp32_precision"):
+            torch.backends.fp32_precision = "none"
+    try:
+        torch.backends.cuda.matmul.allow_tf32 = True
+        assert matmul_uses_tf32()
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False
+    assert not matmul_uses_tf32()

@@ -180,6 +180,17 @@ def test_damage_in_the_middle_is_refused(tmp_path, damage):
     assert shard.read_bytes() == before
 
 
+def test_lines_written_after_shards_were_moved_away_come_last(tmp_path):
+    for i in range(5):
+        with Journal(tmp_path) as journal:
+            journal.append(SCOPE, trajectory(i))
+    for number in (1, 2, 3):
+        (tmp_path / f"shard-{number:06d}.jsonl").unlink()
+    with Journal(tmp_path) as journal:
+        journal.judge(SCOPE, trajectory(4).judged(Verdict.CORRECT, 1.0))
+    assert [each.verdict for each in Journal(tmp_path).read()] == [Verdict.UNDECIDED, Verdict.CORRECT]
+
+
 def test_other_settings_are_refused_and_named(tmp_path):
     Journal(tmp_path).claim(SCOPE, {"temperature": 1.0, "tools": {"python": "1"}})
     Journal(tmp_path).claim(SCOPE, {"tools": {"python": "1"}, "temperature": 1.0})

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..precision import matmul_uses_tf32
 from .forward import PackedForward
 from .row import PackedRow
 
@@ -74,6 +75,7 @@ def self_test(forward: PackedForward) -> str | None:
                 padded = model(**batch, fused_lm_head=True).log_probs
             row = forward.plan({**batch, "fused_lm_head": True}).row
             packed = model(**batch, fused_lm_head=True).log_probs
+        eps = _precision(row, forward.causal_lm)
     except Exception as error:  # of whatever kind: the model is not ours, and the run can do without packing
         return f"the self-test raised {type(error).__name__}: {error}"
     finally:
@@ -82,7 +84,7 @@ def self_test(forward: PackedForward) -> str | None:
             module.training = True
         forward.plans.clear()
         forward.calls.update(packed=0, padded=0)
-    return _disagreement(padded, packed, _precision(row)) or _missing_windows(row.windows_seen, config)
+    return _disagreement(padded, packed, eps) or _missing_windows(row.windows_seen, config)
 
 
 def _forked_batch(vocab_size: int, device: torch.device) -> dict[str, Tensor]:
@@ -95,11 +97,10 @@ def _forked_batch(vocab_size: int, device: torch.device) -> dict[str, Tensor]:
     return {name: x.to(device) for name, x in (("input_ids", ids), ("attention_mask", mask), ("labels", labels))}
 
 
-def _precision(row: PackedRow) -> float:
-    """Relative rounding error of what the row was computed in, which autocast makes coarser than the weights'."""
-    eps = max((torch.finfo(dtype).eps for dtype in row.dtypes_seen), default=0.0)
-    tf32 = row.input_ids.is_cuda and torch.backends.cuda.matmul.allow_tf32
-    return max(eps, 2.0**-10) if tf32 else eps
+def _precision(row: PackedRow, model: PreTrainedModel) -> float:
+    """Relative rounding error of the pass: the weights', or that of attention, which autocast makes coarser."""
+    eps = max(torch.finfo(dtype).eps for dtype in {model.dtype, *row.dtypes_seen})
+    return max(eps, 2.0**-10) if row.input_ids.is_cuda and matmul_uses_tf32() else eps
 
 
 def _disagreement(padded: Tensor, packed: Tensor, eps: float) -> str | None:

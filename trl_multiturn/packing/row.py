@@ -69,7 +69,7 @@ class PackedRow:
         self.segment_lengths = segment_lengths
         self.raw_tokens = raw_tokens
         self._masks: dict[tuple[int, int, int | None], Tensor] = {}
-        # What the attention layers asked for and computed in, in the last pass, for the self-test
+        # What attention layers asked for and computed in, since the row was made; for the self-test
         self.windows_seen: list[int | None] = []
         self.dtypes_seen: set[torch.dtype] = set()
 

@@ -30,8 +30,8 @@ class PackedTrainerMixin:
 
     Two further fields concern batches, packed or not. `args.group_by_prompt` keeps a prompt's rows together within the
     shuffled order, so that there is something to share. `args.max_tokens_per_batch` bounds the tokens that one forward
-    pass reads (unique ones where batches are packed, padded ones elsewhere): a larger batch is computed in parts, with
-    the gradient of the whole. Metrics then are means over parts.
+    pass reads (unique ones where batches may be packed, padded ones elsewhere): a larger batch is computed in parts,
+    with the gradient of the whole. Metrics then are means over parts.
     """
 
     # Weight of the part of a batch that is being computed: its share of the batch's rows

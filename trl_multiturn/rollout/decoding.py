@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..precision import matmul_uses_tf32
 from .compatibility import attention_windows, refuse_different_logits, refuse_uncertain_window
 from .engine import Generation, SamplingParams
 from .kv_cache import RetainedCaches, SlotCache, round_up
@@ -329,5 +330,5 @@ class DecodingBatch:
 
 def _computes_in_float32(model: nn.Module, policy: PreTrainedModel) -> bool:
     mixed = any(hasattr(module, "_original_forward") for module in (model, policy))  # Accelerate's mixed precision
-    coarse = mixed or getattr(policy, "is_quantized", False) or torch.backends.cuda.matmul.allow_tf32
+    coarse = mixed or getattr(policy, "is_quantized", False) or matmul_uses_tf32()
     return policy.dtype == torch.float32 and not coarse

@@ -176,7 +176,8 @@ class Journal:
         """A new shard: one that was written by another run may end in a torn line."""
         if self._descriptor is None:
             self.folder.mkdir(parents=True, exist_ok=True)
-            number = len(self._shards())
+            # After the last one, also where damaged ones were taken away: later lines say more
+            number = max((int(shard.stem.removeprefix("shard-")) + 1 for shard in self._shards()), default=0)
             while self._descriptor is None:
                 shard = self.folder / f"shard-{number:06d}.jsonl"
                 try:

@@ -39,8 +39,8 @@ def slot_attention(
     count, live = query.shape[0], key.shape[0]
     if live == count:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    per_row = {name: each[:live] for name, each in kwargs.items() if isinstance(each, Tensor) and len(each) == count}
-    kwargs |= per_row  # e.g. a bias per row
+    per_row = {name for name, each in kwargs.items() if isinstance(each, Tensor) and each.shape[:1] == (count,)}
+    kwargs |= {name: kwargs[name][:live] for name in per_row}  # e.g. a bias per row
     output, _ = sdpa_attention_forward(module, query[:live], key, value, attention_mask[:live], **kwargs)
     return F.pad(output, (0, 0) * 3 + (0, count - live)), None
 

@@ -10,14 +10,14 @@ from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
-from packaging.version import Version
+from packaging.version import InvalidVersion, Version
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from .engine import Generation, SamplingParams
 
 
 # Earlier ones look for the names that layers bear without LoRA, and leave the engine with half of its weights.
-RELOADS_UNDER_LORA = Version("0.28")
+RELOADS_UNDER_LORA = (0, 28)
 
 
 class VLLMEngine:
@@ -256,10 +256,10 @@ class VLLMEngine:
 
     async def _reload_weights(self, path: str) -> None:
         version = self._vllm.__version__
-        if self._settings.get("enable_lora") and Version(version) < RELOADS_UNDER_LORA:
+        if self._settings.get("enable_lora") and _release(version) < RELOADS_UNDER_LORA:
             raise ValueError(
                 f"{path} holds a whole checkpoint, which vLLM {version} cannot load in place in an engine started "
-                f"with LoRA. Install vLLM {RELOADS_UNDER_LORA} or later, start the engine without `enable_lora`, or "
+                f"with LoRA. Install vLLM 0.28 or later, start the engine without `enable_lora`, or "
                 "save an adapter."
             )
         await self._aborted()
@@ -288,6 +288,14 @@ class VLLMEngine:
         adapter, self._adapter = self._adapter, None
         if adapter is not None:
             await self._llm.remove_lora(adapter.lora_int_id)
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """Of a build from source, whose version may say nothing, the newest is assumed."""
+    try:
+        return Version(version).release
+    except InvalidVersion:
+        return RELOADS_UNDER_LORA
 
 
 def _finish_reason(output: Any) -> str:
