@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.packing.test_trainers import PackedDPOTrainer, build, policy, preference_rows, tokenizer  # noqa: F401
+from trl_multiturn.packing import trainer_mixin
 from trl_multiturn.packing.batching import PromptGroupedSampler, split_batch
 
 
@@ -101,9 +102,18 @@ def test_where_nothing_is_packed_padding_counts():
     assert all(int(part["attention_mask"].sum()) <= 60 for part in split_batch(batch, 60, sides=1))
 
 
-def test_a_trainer_that_cannot_pack_counts_padding(tokenizer, tmp_path):  # noqa: F811
+def test_a_trainer_that_cannot_pack_counts_padding(tokenizer, tmp_path, monkeypatch):  # noqa: F811
+    cuts = []
+
+    def recorded(batch, *args, **kwargs):
+        cuts.append((kwargs["packed"], [part["input_ids"].numel() for part in split_batch(batch, *args, **kwargs)]))
+        return split_batch(batch, *args, **kwargs)
+
     whole, expected_losses, expected = trained("dpo", tokenizer, tmp_path, None, packed=False)
-    parts, losses, weights = trained("dpo", tokenizer, tmp_path, 4 * 70, packed=False)
+    monkeypatch.setattr(trainer_mixin, "split_batch", recorded)
+    parts, losses, weights = trained("dpo", tokenizer, tmp_path, 280, packed=False)
+    assert len(cuts) == 4
+    assert all(not packed and len(sizes) > 1 and max(sizes) <= 280 for packed, sizes in cuts)
     assert losses == pytest.approx(expected_losses, abs=2e-4)
     for name, value in expected.items():
         torch.testing.assert_close(weights[name], value, atol=2e-5, rtol=1e-3)
