@@ -20,6 +20,7 @@ def work(rank, folder, late_rank_dies, ready, outcomes):
     ready.wait()  # importing may take one of them longer
     timeout = datetime.timedelta(seconds=LIMIT_SECONDS)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", world_size=2, rank=rank, timeout=timeout)
+    ready.wait()  # one process's connection stands a moment before the other's, which a death in between would break
     try:
         with at_own_pace(LIMIT_SECONDS):
             if rank == 1:
