@@ -19,6 +19,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from os.path import commonprefix
 from typing import Any
 
 from jinja2 import TemplateError
@@ -138,7 +139,7 @@ class TurnTemplate:
         if completion[0].get("role") == "assistant":
             boundary = spans[0].start
         else:
-            boundary = _common_prefix(self._render(prompt), text)
+            boundary = len(commonprefix([self._render(prompt), text]))
         pieces, turns = _split(text, boundary, spans)
         ids = self._encode_pieces(pieces)
         output = {
@@ -266,7 +267,7 @@ class TurnTemplate:
             turn = len(spans)
             header = self._render(messages[:index], generation_prompt=True)
             if not text.startswith(header):
-                at = _common_prefix(header, text)
+                at = len(commonprefix([header, text]))
                 raise ValueError(
                     f"Assistant turn {turn} (message {index}): the prompt that the policy continues ends with "
                     f"{header[at:][-60:]!r}, but the rendered conversation goes on with {text[at : at + 60]!r}. The "
@@ -314,7 +315,7 @@ class TurnTemplate:
             for other in self._history_endings:
                 if text.startswith(other, len(body)):
                     return len(body) + len(other)
-        at = _common_prefix(alone, text)
+        at = len(commonprefix([alone, text]))
         raise ValueError(
             f"{where} (message {len(messages) - 1}) renders as {alone[at : at + 60]!r} while it is the last turn, and "
             f"as {text[at : at + 60]!r} once other messages follow: the chat template rewrites earlier turns, so the "
@@ -442,15 +443,5 @@ def _split(text: str, boundary: int, spans: list[_Span]) -> tuple[list[str], lis
     return pieces, turns
 
 
-def _common_prefix(first: str, second: str) -> int:
-    length = 0
-    for a, b in zip(first, second, strict=False):
-        if a != b:
-            break
-        length += 1
-    return length
-
-
 def _common_suffix(first: str, second: str) -> str:
-    length = _common_prefix(first[::-1], second[::-1])
-    return first[len(first) - length :] if length else ""
+    return commonprefix([first[::-1], second[::-1]])[::-1]
