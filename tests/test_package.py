@@ -21,19 +21,20 @@ MODULES = sorted(module.name for module in pkgutil.walk_packages([str(ROOT)], "t
 LAYERS = {
     "trajectory": set(),
     "version": set(),
+    "durable": set(),
     "_upstream": set(),
     "losses": set(),
     "steps": set(),
-    "report": set(),
+    "report": {"durable"},
     "templates": {"_upstream"},
     "tools": {"trajectory", "version"},
     "verify": {"trajectory", "steps", "version"},
     "precision": set(),
     "packing": {"_upstream", "precision"},
     "modeling": {"_upstream"},
-    "data": {"trajectory", "templates", "steps", "_upstream", "version", "verify"},
-    "rollout": {"trajectory", "templates", "steps", "_upstream", "version", "tools", "verify", "precision"},
-    "trainer": {"data", "losses", "modeling", "packing", "templates", "_upstream", "trajectory"},
+    "data": {"trajectory", "templates", "steps", "_upstream", "version", "verify", "durable"},
+    "rollout": {"trajectory", "templates", "steps", "_upstream", "version", "tools", "verify", "precision", "durable"},
+    "trainer": {"data", "losses", "modeling", "packing", "templates", "_upstream", "trajectory", "durable"},
 }
 TOP = set(LAYERS)
 

@@ -11,6 +11,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from .durable import write_whole
+
 
 REPORT_FILE, START_FILE = "report.json", "start.json"
 
@@ -104,10 +106,7 @@ def save_start(run_folder: str | os.PathLike, start: dict[str, Any]) -> None:
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(value, indent=2), encoding="utf-8")
-    os.replace(partial, path)
+    write_whole(path, json.dumps(value, indent=2).encode())
 
 
 def _pass_at_1(evaluation: dict[str, float] | None) -> str:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import pyarrow as pa
 from datasets import Dataset, Features
 
+from ..durable import put_in_place
 from .pairing import (
     OPTIONAL_COLUMNS,
     common_columns,
@@ -77,7 +78,7 @@ def save_rows(rows: Dataset, folder: Path) -> None:
     rows.save_to_disk(partial, num_shards=1)  # without a number, an empty dataset is written as no shard at all
     if folder.exists():
         shutil.rmtree(folder)
-    partial.rename(folder)
+    put_in_place(partial, folder)
 
 
 def _batches(rows: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:

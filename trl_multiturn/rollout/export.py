@@ -10,6 +10,7 @@ from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 
+from ..durable import put_in_place
 from ..trajectory import Trajectory
 from .journal import Journal, write_parquet
 
@@ -50,7 +51,7 @@ def dropped_writer(folder: Path) -> Iterator[Callable[[Trajectory, str], None]]:
             file.write(json.dumps(line) + "\n")
 
         yield write
-    partial.replace(path)
+    put_in_place(partial, path)
 
 
 def _read_dropped(folder: Path) -> Iterator[tuple[float, dict[str, str]]]:
@@ -88,5 +89,5 @@ def _write_jsonl(trajectories: Iterator[Trajectory], path: Path) -> int:
     with open(partial, "w", encoding="utf-8") as file:
         for count, trajectory in enumerate(trajectories, 1):  # noqa: B007
             file.write(json.dumps(trajectory.to_dict(), ensure_ascii=False) + "\n")
-    partial.replace(path)
+    put_in_place(partial, path)
     return count

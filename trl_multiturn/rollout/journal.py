@@ -24,6 +24,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from ..durable import put_in_place, sync_entry, write_whole
 from ..trajectory import Trajectory, Verdict
 from .journal_index import LineIndex, ShardReader
 from .journal_sync import BackgroundSync
@@ -78,8 +79,7 @@ class Journal:
             self._refuse_other_settings(path, settings)
             return
         with _explained(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, json.dumps(settings, indent=2, sort_keys=True).encode())
+            write_whole(path, json.dumps(settings, indent=2, sort_keys=True).encode())
 
     def append(self, scope: str, trajectory: Trajectory) -> None:
         """Writes a finished trajectory, whose `info` holds `prompt_index` and `sample_index`.
@@ -185,7 +185,7 @@ class Journal:
                 except FileExistsError:  # another process was quicker
                     number += 1
             self._size, self._sync = 0, BackgroundSync(self._descriptor, self.sync_seconds)
-            _sync_file(self.folder)
+            sync_entry(self.folder)
         return self._descriptor
 
     def _shards(self) -> list[Path]:
@@ -279,8 +279,7 @@ def write_parquet(trajectories: Iterable[Trajectory], path: Path) -> int:
                     rows.clear()
             if rows:
                 writer.write_table(pa.Table.from_pylist(rows, schema))
-        _sync_file(partial)
-        os.replace(partial, path)
+        put_in_place(partial, path)
     return count
 
 
@@ -296,14 +295,6 @@ def _trajectory(line: bytes, verdict_line: bytes | None) -> Trajectory:
     verdict = json.loads(verdict_line)["record"]
     info = {**trajectory.info, "rewards": verdict["rewards"]} if "rewards" in verdict else trajectory.info
     return replace(trajectory, verdict=Verdict(verdict["verdict"]), reward=verdict["reward"], info=info)
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file that is either whole or not there, also after a crash."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_bytes(content)
-    _sync_file(partial)
-    os.replace(partial, path)
 
 
 def _checked(line: bytes) -> re.Match | None:
@@ -338,14 +329,6 @@ def _to_row(trajectory: Trajectory) -> dict[str, Any]:
 def _brief(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 200 else text[:200] + "…"
-
-
-def _sync_file(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class _explained:

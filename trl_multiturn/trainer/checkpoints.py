@@ -15,6 +15,8 @@ from accelerate.utils import gather_object
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
+from ..durable import sync, sync_entry
+
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +52,7 @@ def being_written(trainer: Any, checkpoint: Path) -> Iterator[None]:
     if writes:
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
         _marker(checkpoint).touch()
+        sync_entry(checkpoint.parent)
     trainer.accelerator.wait_for_everyone()
     trainer.args.save_total_limit = None
     try:
@@ -60,7 +63,9 @@ def being_written(trainer: Any, checkpoint: Path) -> Iterator[None]:
     if writes:
         if (arguments := checkpoint / TRAINING_ARGS_NAME).exists():
             torch.save(trainer.args, arguments)  # the body wrote them without the limit
+        sync(checkpoint)
         _marker(checkpoint).unlink()
+        sync_entry(checkpoint.parent)
         best = trainer.state.best_model_checkpoint
         rotate_checkpoints(checkpoint.parent, save_total_limit=limit, best_model_checkpoint=best, use_mtime=True)
 

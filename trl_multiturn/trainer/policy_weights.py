@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from ..durable import put_in_place
 from .main_process import on_main
 from .sharding import kept_parameters, trainable_names, whole_parameters, write_parameters
 
@@ -49,7 +50,7 @@ def save_policy_weights(model: nn.Module, path: str | os.PathLike) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(target.name + ".partial")
         save_file(weights, partial)
-        os.replace(partial, target)
+        put_in_place(partial, target)
 
     on_main(write)
 

@@ -1,0 +1,94 @@
+"""Files that outlive a power failure: what a name stands for is on the disk before the name is."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+
+import pytest
+from datasets import Dataset
+
+from trl_multiturn import durable
+from trl_multiturn.data.row_files import save_rows
+from trl_multiturn.durable import put_in_place, write_whole
+from trl_multiturn.report import IterationReport
+
+
+@pytest.fixture
+def disk(monkeypatch):
+    """What happens to the disk, in order: `("sync", path)` and `("rename", path)`."""
+    happened = []
+    fsync, replace = os.fsync, os.replace
+
+    def synced(descriptor):
+        happened.append(("sync", os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    def renamed(source, target):
+        happened.append(("rename", str(target)))
+        replace(source, target)
+
+    monkeypatch.setattr(durable.os, "fsync", synced)
+    monkeypatch.setattr(durable.os, "replace", renamed)
+    return happened
+
+
+needs_proc = pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="needs Linux's /proc")
+
+
+@needs_proc
+def test_a_file_is_synced_then_named_then_its_name_is_synced(tmp_path, disk):
+    write_whole(tmp_path / "new" / "a.json", b"1")
+    (_, partial), *rest = disk
+    assert partial.startswith(str(tmp_path / "new" / "a.json.")) and disk[0][0] == "sync"
+    assert rest == [("rename", str(tmp_path / "new" / "a.json")), ("sync", str(tmp_path / "new"))]
+    write_whole(tmp_path / "new" / "a.json", b"22")
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["a.json"]
+    assert (tmp_path / "new" / "a.json").read_bytes() == b"22"
+    assert stat.S_IMODE((tmp_path / "new" / "a.json").stat().st_mode) & 0o200  # an ordinary file's rights
+
+
+@needs_proc
+def test_a_folder_is_synced_with_all_that_it_holds(tmp_path, disk):
+    (tmp_path / "partial" / "deep").mkdir(parents=True)
+    (tmp_path / "partial" / "one").write_text("1")
+    (tmp_path / "partial" / "deep" / "two").write_text("2")
+    put_in_place(tmp_path / "partial", tmp_path / "whole")
+    renamed = disk.index(("rename", str(tmp_path / "whole")))
+    partial = str(tmp_path / "partial")
+    expected = [partial, f"{partial}/deep", f"{partial}/deep/two", f"{partial}/one"]
+    assert sorted(path for _, path in disk[:renamed]) == expected
+    assert disk[renamed + 1 :] == [("sync", str(tmp_path))]
+
+
+@needs_proc
+def test_rows_and_reports_go_this_way(tmp_path, disk):
+    """A report that says `ready` is written after the rows; a power failure must not leave it alone."""
+    save_rows(Dataset.from_dict({"a": [1]}), tmp_path / "rows")
+    IterationReport(0).save(tmp_path)
+    renames = [path for what, path in disk if what == "rename"]
+    assert renames == [str(tmp_path / "rows"), str(tmp_path / "report.json")]
+    before = {path for _, path in disk[: disk.index(("rename", renames[0]))]}
+    assert {os.path.basename(path) for path in before} >= {"data-00000-of-00001.arrow", "state.json", "rows.partial"}
+
+
+def test_a_file_system_that_cannot_sync_folders_will_do(tmp_path, monkeypatch):
+    fsync = os.fsync
+
+    def refuse_folders(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        fsync(descriptor)
+
+    monkeypatch.setattr(durable.os, "fsync", refuse_folders)
+    write_whole(tmp_path / "a", b"1")
+    assert (tmp_path / "a").read_bytes() == b"1"
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(durable.os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_whole(tmp_path / "a", b"2")
+    assert (tmp_path / "a").read_bytes() == b"1"  # what was there stays

@@ -1,0 +1,49 @@
+"""Files that are whole or not there, also after a power failure: on the disk first, then under their own name."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+from secrets import token_hex
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Writes a file, and the folders above it, in place of what was there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{token_hex(4)}.partial")  # several processes may write the same
+    partial.write_bytes(content)
+    put_in_place(partial, path)
+
+
+def put_in_place(partial: Path, path: Path) -> None:
+    """Gives what was written as `partial`, a file or a whole folder, its own name, once it is on the disk.
+
+    A file takes the place of an older one. A folder's name must be free.
+    """
+    sync(partial)
+    os.replace(partial, path)
+    sync_entry(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Waits until a file, or a folder with all that it holds, is on the disk."""
+    for folder, _, files in os.walk(path):  # of a file, nothing
+        for name in files:
+            sync_entry(Path(folder, name))
+        if Path(folder) != path:
+            sync_entry(Path(folder))
+    sync_entry(path)
+
+
+def sync_entry(path: Path) -> None:
+    """Waits until a file's content, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some file systems cannot sync a folder, and keep its names in another way
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
+            raise
+    finally:
+        os.close(descriptor)
