@@ -432,6 +432,14 @@ class TestRows:
         trainer = make_trainer(tmp_path, dataset=rows.add_column("action_mask", masks))
         assert len(trainer.train_dataset) == 3
 
+    def test_process_rewards_are_not_read_and_the_log_says_so(self, tmp_path, caplog):
+        trainer = make_trainer(tmp_path, dataset=token_rows(turn_rewards=[[5.0, 5.0]] * 4))
+        assert "['turn_rewards'], which OREO does not read" in caplog.text
+        loss = trainer.compute_loss(trainer.model, whole_batch(trainer)).item()
+        caplog.clear()
+        plain = make_trainer(tmp_path)
+        assert not caplog.text and plain.compute_loss(plain.model, whole_batch(plain)).item() == loss
+
     @pytest.mark.parametrize(
         ("rows", "message"),
         [
@@ -440,6 +448,8 @@ class TestRows:
             (token_rows().remove_columns("reward").add_column("reward", [1.0, math.nan, 0.0, 0.0]), "reward is nan"),
             (token_rows(behavior_logps=[[0.0]] * 4), "`behavior_logps` has 1 entries but `completion_ids` has 9"),
             (token_rows(turn_rewards=[[1.0]] * 4), "`turn_rewards` has 1 entries, but the mask shows 2 turns"),
+            (token_rows(turn_rewards=[[1.0, None]] * 4), "Row 0: `turn_rewards` holds None at position 1"),
+            (token_rows().remove_columns("action_mask"), r"`completion_ids` but no \['action_mask'\]"),
         ],
     )
     def test_wrong_rows_are_refused(self, tmp_path, rows, message):
@@ -470,6 +480,14 @@ class TestFace:
             ({"loss_type": "kto"}, "`loss_type='kto'`"),
             ({"sync_ref_model": True}, "`sync_ref_model=True`"),
             ({"step_delimiter": "word"}, "`step_delimiter`"),
+            ({"beta": 0.0}, "`beta=0.0` must be above 0"),
+            ({"beta": math.nan}, "`beta=nan`"),
+            ({"kl_coef": -0.1}, "`kl_coef=-0.1` must be at least 0"),
+            ({"kl_chunk_size": 0}, "`kl_chunk_size=0`"),
+            ({"value_lora_rank": 0}, "`value_lora_rank=0`"),
+            ({"value_learning_rate": -1e-3}, "`value_learning_rate=-0.001`"),
+            ({"value_warmup_steps": 0.5}, "`value_warmup_steps=0.5` must be a whole number"),
+            ({"value_max_grad_norm": -1.0}, "`value_max_grad_norm=-1.0`"),
         ],
     )
     def test_wrong_settings_are_refused(self, tmp_path, kwargs, message):

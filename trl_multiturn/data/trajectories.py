@@ -24,6 +24,9 @@ ALIGNED_COLUMNS = {
 }
 
 
+_LARGEST_LOGP = 1e-2  # a little above 0: half-precision engines round
+
+
 @dataclass
 class DataCollatorForTrajectories(DataCollatorForMultiTurnUnpairedPreference):
     """
@@ -91,7 +94,8 @@ def finish_rows(
         The rows, and for a [`~datasets.Dataset`] its counts under `data/…` (empty for a streamed one).
 
     Raises:
-        `ValueError`: if a row has no prompt or no outcome, a column is not aligned with its tokens, or no row is left.
+        `ValueError`: if a row has no prompt or no outcome, a column is not aligned with its tokens or holds what is no
+            number at an action, or no row is left.
     """
     streamed = isinstance(dataset, IterableDataset)
     map_kwargs = {} if streamed else {"num_proc": num_proc, "desc": desc}
@@ -128,7 +132,15 @@ def outcome(example: dict[str, Any], index: int) -> float:
             f"Row {index}: neither `reward` nor `label` is set, so the trajectory has no outcome to learn from. Give "
             "it one, or drop it: an undecided trajectory is not a failed one."
         )
-    reward = float(label if reward is None else reward)
+    if reward is None and not isinstance(label, bool) and label not in (0, 1):
+        raise ValueError(
+            f"Row {index}: the label is {label!r}, but it says whether the trajectory is good (True or 1) or not "
+            "(False or 0). Pass one of these, or a number as `reward`."
+        )
+    try:
+        reward = float(label if reward is None else reward)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"Row {index}: the reward is {reward!r}, but an outcome is one number.") from error
     if not math.isfinite(reward):
         raise ValueError(f"Row {index}: the reward is {reward}, which no value can regress to. Drop or mend the row.")
     return reward
@@ -143,7 +155,6 @@ def _finish_row(
             "no log-probability and its state no value. Begin the prompt with at least one token (e.g. the "
             "tokenizer's `bos_token_id`), or drop the row."
         )
-    mask = [int(bool(x)) for x in example["action_mask"]]
     count = len(example["completion_ids"])
     for name in ("action_mask", "behavior_logps", "ref_logps", "process_rewards"):
         if name in example and (example[name] is None or len(example[name]) != count):
@@ -152,6 +163,8 @@ def _finish_row(
                 f"Row {index}: `{name}` has {entries} but `completion_ids` has {count}, so it is unknown which token "
                 f"each belongs to. Write one entry per token, or remove the column `{name}` from all rows."
             )
+    mask = [int(bool(x)) for x in example["action_mask"]]
+    _refuse_numbers(example, mask, index)
     reward = outcome(example, index)
     label = example.get("label")
     output = {"action_mask": mask, "reward": reward, "label": reward > 0 if label is None else bool(label)}
@@ -165,6 +178,25 @@ def _finish_row(
     if step_delimiter is not None:
         output["step_ids"] = step_ids(tokenizer, example["completion_ids"], mask, step_delimiter)
     return output
+
+
+def _refuse_numbers(example: dict[str, Any], mask: list[int], index: int) -> None:
+    """Raises where a number that a loss reads is none. Outside the mask the per-token columns may hold anything."""
+    for name in ("behavior_logps", "ref_logps", "process_rewards", "turn_rewards"):
+        numbers = example.get(name) or []
+        for position, number in enumerate(numbers):
+            if name != "turn_rewards" and not mask[position]:
+                continue
+            if number is None or not math.isfinite(number):
+                raise ValueError(
+                    f"Row {index}: `{name}` holds {number} at position {position}, and one such number makes the loss "
+                    "of its whole batch NaN. Mend or drop the row."
+                )
+            if name.endswith("logps") and number > _LARGEST_LOGP:
+                raise ValueError(
+                    f"Row {index}: `{name}` holds {number} at position {position}, but the logarithm of a probability "
+                    "is never positive. Pass logarithms, not probabilities or negated ones."
+                )
 
 
 def _token_rewards(mask: list[int], reward: float, turn_rewards: list[float] | None, index: int) -> list[float]:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from .value_config import ValueBasedConfig
+from .value_config import ValueBasedConfig, check_numbers
 
 
 @dataclass
@@ -63,4 +63,5 @@ class DQOConfig(ValueBasedConfig):
             raise ValueError(f"`lam` must lie in [0, 1], got {self.lam}.")
         if self.horizon not in ("token", "turn", "response"):
             raise ValueError(f"`horizon` must be 'token', 'turn' or 'response', got {self.horizon!r}.")
+        check_numbers(self, importance_log_cap=(False, "a number of nats; infinity caps nothing"))
         super().__post_init__()

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from .value_config import ValueBasedConfig
+from .value_config import ValueBasedConfig, check_numbers
 
 
 _KL_COEF = {"token": 0.01, "step": 0.1, "response": 0.3}
@@ -77,4 +77,9 @@ class OREOConfig(ValueBasedConfig):
             raise ValueError(f"`step_delimiter` must be 'turn', 'line' or 'sentence', got {self.step_delimiter!r}.")
         if self.kl_coef is None:
             self.kl_coef = _KL_COEF[self.level]
+        check_numbers(
+            self,
+            kl_coef=(self.kl_coef < 0, "at least 0: a negative weight would drive the policy away from its reference"),
+            kl_chunk_size=(self.kl_chunk_size < 1, "at least 1"),
+        )
         super().__post_init__()

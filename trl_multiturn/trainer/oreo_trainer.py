@@ -1,12 +1,17 @@
 from __future__ import annotations
 
 import textwrap
+from typing import Any
 
+from accelerate.logging import get_logger
 from torch import Tensor
 
 from ..losses import kl_loss, oreo_policy_loss, oreo_value_loss, turn_ids
 from .oreo_config import OREOConfig
 from .value_based import TrajectoryBatch, ValueBasedTrainer
+
+
+logger = get_logger(__name__)
 
 
 class OREOTrainer(ValueBasedTrainer):
@@ -26,7 +31,9 @@ class OREOTrainer(ValueBasedTrainer):
 
     Arguments, their order and the rows are those of [`~trl.KTOTrainer`]; `args` is an [`OREOConfig`]. A row has a
     `reward` or a `label` (1 and 0), and instead of text it may carry `prompt_ids`, `completion_ids`, `action_mask`.
-    A column `ref_logps` (aligned with `completion_ids`) replaces the reference's log-probabilities.
+    A column `ref_logps` (aligned with `completion_ids`) replaces the reference's log-probabilities. Process rewards
+    (`turn_rewards`, `process_rewards`) are not read, as the method knows one outcome per trajectory: [`DQOTrainer`]
+    learns from them.
 
     Checkpoints are the policy's own; the value model lies in their folder `value_model` and loads with
     `ValueModel.from_pretrained`.
@@ -61,6 +68,16 @@ class OREOTrainer(ValueBasedTrainer):
                 eprint       = {arXiv:2412.16145},
             }"""),
     }
+
+    def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
+        first: dict[str, Any] = next(iter(dataset))
+        unread = [name for name in ("turn_rewards", "process_rewards") if first.get(name) is not None]
+        if unread:
+            logger.warning(
+                f"The {dataset_name} dataset has the columns {unread}, which OREO does not read: it learns from the "
+                "outcome alone. Use `DQOTrainer`, or add them to `reward`."
+            )
+        return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
 
     @property
     def _needs_reference_distributions(self) -> bool:

@@ -176,6 +176,7 @@ class ValueBasedTrainer(TokenReferenceMixin, MultiTurnKTOTrainer):
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         first = next(iter(dataset))
+        _refuse_half_token_rows(first, dataset_name)
         if "label" not in first and "chosen" not in first:
             map_kwargs = {"num_proc": args.dataset_num_proc} if isinstance(dataset, Dataset) else {}
             dataset = dataset.map(_add_label, with_indices=True, **map_kwargs)
@@ -357,6 +358,15 @@ class _ValueWarmup(TrainerCallback):
         for parameter in self.trainer.model.parameters():
             if id(parameter) not in ids:
                 parameter.grad = None
+
+
+def _refuse_half_token_rows(first: dict[str, Any], dataset_name: str) -> None:
+    missing = [name for name in ("prompt_ids", "completion_ids", "action_mask") if name not in first]
+    if "completion_ids" in first and missing and not {"completion", "chosen"} & first.keys():
+        raise ValueError(
+            f"The rows of the {dataset_name} dataset have `completion_ids` but no {missing}, so it is unknown which "
+            "tokens the policy sampled. Add the columns, or pass text rows (`prompt`, `completion`)."
+        )
 
 
 def _add_label(example: dict[str, Any], index: int) -> dict[str, bool]:

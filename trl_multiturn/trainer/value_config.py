@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
+from typing import Any
 
 from trl import KTOConfig
 
@@ -100,9 +102,32 @@ class ValueBasedConfig(PackedConfig, KTOConfig):
                 "`sync_ref_model=True` would move the reference during an epoch, and with it every value that was "
                 "learned against it. Refresh the reference between iterations instead (`refresh_reference`)."
             )
+        check_numbers(
+            self,
+            beta=(not self.beta > 0, "above 0: it is the reward per nat, without which the policy learns nothing"),
+            value_learning_rate=(_negative(self.value_learning_rate), "at least 0"),
+            value_lora_rank=(self.value_lora_rank < 1, "at least 1"),
+            value_warmup_steps=(
+                self.value_warmup_steps < 0 or self.value_warmup_steps % 1 != 0,
+                "a whole number of optimizer steps, at least 0",
+            ),
+            value_max_grad_norm=(_negative(self.value_max_grad_norm), "at least 0"),
+        )
         super().__post_init__()
         if self.value_learning_rate is None:
             rates = {"full": self.learning_rate, "adapter": 1e-4, "head": 1e-3}
             self.value_learning_rate = rates[self.value_model]
         if self.value_max_grad_norm is None:
             self.value_max_grad_norm = self.max_grad_norm
+
+
+def check_numbers(config: Any, **checks: tuple[bool, str]) -> None:
+    """Raises `ValueError` for the first field whose check is true or that is NaN; the text says what it must be."""
+    for name, (wrong, must_be) in checks.items():
+        value = getattr(config, name)
+        if wrong or (value is not None and math.isnan(value)):
+            raise ValueError(f"`{name}={value}` must be {must_be}.")
+
+
+def _negative(number: float | None) -> bool:
+    return number is not None and number < 0
