@@ -190,6 +190,7 @@ def test_rows_on_disk_are_those_of_the_whole_journal_at_once(tmp_path, tool, pai
         found, expected = load_from_disk(folder / "rows"), build(trajectories, generator.settings.pairing)
         assert found.features == expected.features and found.to_list() == expected.to_list()
         assert len(found) == generator.reports[iteration].rows == (4 if pairing is None else 12)
+    assert not list(generator.run_folder.rglob("cache-*"))  # what was computed on the way to the training rows
 
 
 def test_a_row_knows_what_dropped_it(tmp_path, tool):

@@ -21,7 +21,7 @@ from typing import Any, Literal, TypeVar
 
 from datasets import Dataset, concatenate_datasets, load_from_disk
 
-from .data.row_files import save_rows, write_rows
+from .data.row_files import forget_caches, save_rows, write_rows
 from .data.selection import PairingConfig, Selection, UnpairedConfig, select_by_prompt
 from .data.truncation import NoRowsLeftError
 from .pace import at_own_pace
@@ -112,9 +112,10 @@ def run_iteration(
     rows = load_from_disk(folder / "rows")
 
     # Train on these rows, or on all so far, against the reference of this iteration.
-    training_rows = rows if settings.history == "latest" else with_history(rows, iteration, run_folder)
-    training_rows = with_reference(training_rows, trainer, settings.reference, run_folder)
-    on_main_at_own_pace(lambda: save_rows(training_rows, folder / "training_rows"), trainer)
+    prepared = rows if settings.history == "latest" else with_history(rows, iteration, run_folder)
+    prepared = with_reference(prepared, trainer, settings.reference, run_folder)
+    on_main_at_own_pace(lambda: save_rows(prepared, folder / "training_rows"), trainer)
+    forget_caches(prepared)
     training_rows = load_from_disk(folder / "training_rows")
 
     report.iteration, report.first_step, report.policy_revision = iteration, trainer.state.global_step, revision

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import random
 from itertools import groupby
+from pathlib import Path
 
+import numpy as np
 import pytest
-from datasets import Dataset, load_from_disk
+from datasets import Dataset, List, Value, load_from_disk
 
 import trl_multiturn.data.row_files as row_files
 from tests.data.test_pairing import fresh, trajectory
 from trl_multiturn.data.pairing import build_preference_dataset, build_unpaired_dataset
-from trl_multiturn.data.row_files import save_rows, write_rows
+from trl_multiturn.data.row_files import forget_caches, list_lengths, save_rows, with_list_column, write_rows
 from trl_multiturn.data.selection import PairingConfig, UnpairedConfig, select, select_by_prompt
 from trl_multiturn.trajectory import StopReason
 from trl_multiturn.verify import AUTHORS_FILTERS
@@ -144,3 +146,34 @@ def test_groups_that_are_torn_or_out_of_order_are_refused():
     for groups in ([two, one], [one[:1], one[1:]], [one + two]):
         with pytest.raises(ValueError, match="Pass all trajectories of one prompt in each group"):
             list(select_by_prompt(groups))
+
+
+def test_a_column_is_written_as_it_comes(tmp_path, monkeypatch):
+    """Beside the rows where these are files, in memory where they are there; float32 to the last bit."""
+    monkeypatch.setattr(row_files, "_ROWS_PER_BATCH", 3)
+    values = [np.random.default_rng(i).standard_normal(i % 4).astype(np.float32) for i in range(11)]
+    in_memory = Dataset.from_dict({"ids": [list(range(len(v))) for v in values]})
+    save_rows(in_memory, tmp_path / "rows")
+    on_disk = load_from_disk(tmp_path / "rows")
+
+    def computed(where):
+        for number, each in enumerate(values):
+            if where is on_disk and number == 7:  # six rows are on the disk before the eighth is computed
+                (cache,) = (tmp_path / "rows").glob("cache-*.arrow")
+                assert cache.stat().st_size > 6 * 4
+            yield each
+
+    for rows, order in ((in_memory, range(11)), (on_disk, range(11)), (on_disk.select([5, 2, 9]), (5, 2, 9))):
+        assert list_lengths(rows, "ids").tolist() == [len(values[i]) for i in order]
+        found = with_list_column(rows, "logps", computed(rows) if rows is on_disk else (values[i] for i in order))
+        assert found.features["logps"] == List(Value("float32")) and found["ids"][:] == rows["ids"][:]
+        for row, i in zip(found, order, strict=True):
+            assert np.asarray(row["logps"], np.float32).tobytes() == values[i].tobytes()
+    assert [Path(file["filename"]).parent for file in found.cache_files] == [tmp_path / "rows"] * 2
+    forget_caches(found)
+    forget_caches(found)
+    forget_caches(in_memory)
+    assert sorted(path.name for path in (tmp_path / "rows").iterdir()) == [
+        "data-00000-of-00001.arrow", "dataset_info.json", "state.json"
+    ]  # fmt: skip
+    assert list_lengths(in_memory.select([]), "ids").tolist() == []

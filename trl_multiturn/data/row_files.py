@@ -6,10 +6,13 @@ import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from secrets import token_hex
+from typing import Any, Literal, TypeVar
 
+import numpy as np
 import pyarrow as pa
-from datasets import Dataset, Features
+import pyarrow.compute
+from datasets import Dataset, Features, List, Value, concatenate_datasets
 
 from ..durable import put_in_place
 from .pairing import (
@@ -24,6 +27,8 @@ from .pairing import (
 )
 from .selection import Selection
 
+
+T = TypeVar("T")
 
 _ROWS_PER_BATCH = 256
 
@@ -81,8 +86,53 @@ def save_rows(rows: Dataset, folder: Path) -> None:
     put_in_place(partial, folder)
 
 
-def _batches(rows: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    batch: list[dict[str, Any]] = []
+def with_list_column(rows: Dataset, name: str, values: Iterable[np.ndarray]) -> Dataset:
+    """
+    The rows with one more column, a list of float32 per row, written as it is computed.
+
+    Where the rows are files the column is one, too, beside them, like what `Dataset.map` computes
+    ([`forget_caches`] deletes both); where they are in memory it takes 4 bytes a number there.
+
+    Args:
+        rows ([`~datasets.Dataset`]):
+            Any rows.
+        name (`str`):
+            Of the new column.
+        values (`Iterable[np.ndarray]`):
+            One array per row, in order.
+    """
+    features = Features({name: List(Value("float32"))})
+    folder = Path(rows.cache_files[0]["filename"]).parent if rows.cache_files else None
+    memory = pa.BufferOutputStream()
+    path = folder and folder / f"cache-{token_hex(8)}.arrow"
+    with (
+        pa.OSFile(str(path), "wb") if path else memory as sink,
+        pa.ipc.new_stream(sink, features.arrow_schema) as stream,
+    ):
+        for batch in _batches(values):
+            offsets = np.cumsum([0, *map(len, batch)], dtype=np.int32)
+            lists = pa.ListArray.from_arrays(offsets, np.concatenate(batch).astype(np.float32, copy=False))
+            stream.write_batch(pa.record_batch([lists], schema=features.arrow_schema))
+    column = Dataset.from_file(str(path)) if path else Dataset.from_buffer(memory.getvalue())
+    return concatenate_datasets([rows, column], axis=1)
+
+
+def list_lengths(rows: Dataset, name: str) -> np.ndarray:
+    """How many entries the lists of a column have, int64, one per row."""
+    tables = rows.select_columns([name]).with_format("arrow").iter(_ROWS_PER_BATCH)
+    lengths = [pa.compute.list_value_length(table[name]).to_numpy() for table in tables]
+    return np.concatenate([np.empty(0, np.int64), *lengths]).astype(np.int64)
+
+
+def forget_caches(rows: Dataset) -> None:
+    """Deletes what was computed, and not saved, beside the files of rows; rows that rest on it stay as they are."""
+    for folder in {Path(file["filename"]).parent for file in rows.cache_files}:
+        for cache in folder.glob("cache-*.arrow"):
+            cache.unlink(missing_ok=True)  # another process was quicker
+
+
+def _batches(rows: Iterable[T]) -> Iterator[list[T]]:
+    batch: list[T] = []
     for row in rows:
         batch.append(row)
         if len(batch) == _ROWS_PER_BATCH:

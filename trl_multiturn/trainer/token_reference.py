@@ -10,18 +10,21 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model, tqdm
-from datasets import Dataset, IterableDataset, concatenate_datasets
+from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from .. import _upstream
+from ..data.row_files import list_lengths, with_list_column
 from ..losses import LMHead
 from ..modeling import decoder
 from ..packing.decoder import capture_hidden_states
@@ -120,17 +123,20 @@ class TokenReferenceMixin:
         batch_size = batch_size or self.args.precompute_ref_batch_size or self.args.per_device_train_batch_size
         loader = DataLoader(dataset, batch_size=batch_size, collate_fn=self.data_collator, shuffle=False)
         loader = self.accelerator.prepare(loader)
-        rows: list[list[float]] = []
-        disable = bool(os.environ.get("TQDM_DISABLE", ""))
         with self._reference_forward(reference) as model:
-            for batch in tqdm(iterable=loader, desc=desc, disable=disable):
-                logps, _, _ = self._score_by_reference(model, batch)
-                logps = self.accelerator.pad_across_processes(logps.float(), dim=1)
-                rows += self.accelerator.gather_for_metrics(logps).cpu().tolist()
-        spans = zip(rows, dataset["prompt_ids"], dataset["completion_ids"], strict=True)
+            return with_list_column(dataset, "ref_logps", self._reference_rows(model, dataset, loader, desc))
+
+    def _reference_rows(self, model: nn.Module, dataset: Dataset, loader: DataLoader, desc: str) -> Iterator[Any]:
+        """`ref_logps` of one row after another, as arrays."""
         # Column t scores token t + 1, so the completion's first token is scored by column len(prompt) - 1
-        column = [row[len(prompt) - 1 : len(prompt) - 1 + len(ids)] for row, prompt, ids in spans]
-        return concatenate_datasets([dataset, Dataset.from_dict({"ref_logps": column})], axis=1)
+        starts = list_lengths(dataset, "prompt_ids") - 1
+        spans = zip(starts, starts + list_lengths(dataset, "completion_ids"), strict=True)
+        for batch in tqdm(iterable=loader, desc=desc, disable=bool(os.environ.get("TQDM_DISABLE", ""))):
+            logps, _, _ = self._score_by_reference(model, batch)
+            logps = self.accelerator.pad_across_processes(logps.float(), dim=1)
+            logps = self.accelerator.gather_for_metrics(logps).cpu().numpy()
+            for row, (start, end) in zip(logps, itertools.islice(spans, len(logps)), strict=True):
+                yield row[start:end]
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         if isinstance(dataset, Dataset) and "ref_logps" in dataset.column_names:
