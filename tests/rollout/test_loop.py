@@ -245,13 +245,15 @@ def test_no_trajectory_waits_for_anothers_tools():
 
 
 def test_64_sleeping_trajectories_sleep_together():
-    sleeping, most = 0, 0
+    sleeping, together = 0, asyncio.Event()
 
     async def sleep(number):
-        nonlocal sleeping, most
+        nonlocal sleeping
         sleeping += 1
-        most = max(most, sleeping)
-        await asyncio.sleep(0.05)
+        if sleeping == 64:
+            together.set()
+        await asyncio.wait_for(together.wait(), 60)  # the first would wake in vain if it were waited for
+        await asyncio.sleep(0.01)
         sleeping -= 1
         return "x"
 
@@ -261,18 +263,21 @@ def test_64_sleeping_trajectories_sleep_together():
 
     trajectories, _ = roll(script, [Echo(sleep)], rows(64))
     assert [t.info["tool_calls"] for t in trajectories] == [i % 6 + 1 for i in range(64)]
-    assert most == 64
+    assert [t.info["tool_statuses"].count("ok") for t in trajectories] == [i % 6 + 1 for i in range(64)]
 
 
 @pytest.mark.parametrize(("limit", "value"), [("max_concurrent_trajectories", 3), ("max_concurrent_tools", 2)])
 def test_concurrency_limits_hold(limit, value):
-    running, most = 0, 0
+    running, most, full = 0, 0, asyncio.Event()
 
     async def reply(number):
         nonlocal running, most
         running += 1
         most = max(most, running)
-        await asyncio.sleep(0.001)
+        if running == value:
+            full.set()
+        await asyncio.wait_for(full.wait(), 60)
+        await asyncio.sleep(0.01)  # whoever comes beyond the limit comes now
         running -= 1
         return "x"
 

@@ -38,6 +38,24 @@ def run(engine: TransformersEngine, *requests: tuple, session: str | None = None
     return asyncio.run(gather())
 
 
+def run_held(engine: TransformersEngine, *requests: tuple):
+    """[`run`], but the model computes nothing before it has been asked for all of them."""
+    asked = threading.Event()
+    hold = engine.model.register_forward_pre_hook(lambda *_: None if asked.wait(30) else pytest.fail("not asked"))
+
+    async def gather():
+        tasks = [asyncio.create_task(engine.generate(ids, params)) for ids, params in requests]
+        await asyncio.sleep(0)
+        assert len(engine._in_flight) == len(requests)
+        asked.set()
+        return await asyncio.gather(*tasks)
+
+    try:
+        return asyncio.run(gather())
+    finally:
+        hold.remove()
+
+
 @torch.no_grad()
 def score(model, prompt_ids, token_ids, temperature=1.0):
     """Log-probabilities and most probable tokens after each prefix, from one pass over the whole sequence."""
@@ -252,8 +270,8 @@ def test_a_fork_goes_on_from_what_was_read_and_costs_no_memory(model, engine):
 def test_equal_prompts_are_read_once(model):
     engine = TransformersEngine(model, TOKENIZER)
     ids = prompt(25)
-    generations = run(engine, *((ids, SamplingParams(4, seed=seed)) for seed in range(10)))
-    # The first may be taken before the others are there; these then share one reading.
+    generations = run_held(engine, *((ids, SamplingParams(4, seed=seed)) for seed in range(10)))
+    # The first is taken before the others are there; these then share one reading.
     assert engine.stats["prefilled_tokens"] <= 2 * 24
     assert generations[7] == run(engine, (ids, SamplingParams(4, seed=7)))[0]
 
@@ -319,7 +337,7 @@ def test_long_prompts_are_read_in_chunks(model):
 def test_a_finished_request_leaves_its_slot_to_the_next(model):
     engine = TransformersEngine(model, TOKENIZER, max_batch_size=2)
     requests = [(prompt(4), SamplingParams(40, seed=0))] + [(prompt(4), SamplingParams(4, seed=i)) for i in range(10)]
-    run(engine, *requests)
+    run_held(engine, *requests)
     # Ten short ones follow each other beside the long one; in lock-step it would be 40 + 5 · 4 steps.
     assert 40 <= engine.stats["steps"] < 50
 
@@ -400,14 +418,19 @@ def test_a_cancelled_request_leaves_and_keeps_nothing(engine):
 
 
 def test_refresh_while_generating_is_refused(engine):
+    refused = threading.Event()
+    hold = engine.model.register_forward_pre_hook(lambda *_: None if refused.wait(30) else pytest.fail("waits"))
+
     async def main():
-        task = asyncio.create_task(engine.generate(prompt(5), SamplingParams(200)))
+        task = asyncio.create_task(engine.generate(prompt(5), SamplingParams(5)))
         await asyncio.sleep(0)
         with pytest.raises(RuntimeError, match="1 requests are being generated"):
             engine.refresh()
+        refused.set()
         await task
 
     asyncio.run(main())
+    hold.remove()
 
 
 def test_training_mode_is_suspended_and_restored_module_by_module():

@@ -43,7 +43,7 @@ class Slow:
     """An environment whose tool never answers."""
 
     release = threading.Event()
-    calls = 0
+    called = threading.Semaphore(0)
 
     def reset(self, **row) -> None:
         return None
@@ -54,7 +54,7 @@ class Slow:
 
     def hang(self) -> str:
         """Hangs."""
-        type(self).calls += 1
+        self.called.release()
         self.release.wait()
         return ""
 
@@ -98,7 +98,7 @@ def test_an_environment_that_hangs_is_the_machines_failure_and_not_called_again(
     with pytest.raises(ToolFailure, match="did not answer within 0.05 seconds"):
         play(Toolset(environment_factory=Slow), {}, [ToolCall("hang", {})], timeout_seconds=0.05, retries=3)
     Slow.release.set()
-    assert Slow.calls == 1
+    assert Slow.called.acquire(timeout=20) and not Slow.called.acquire(blocking=False)
 
 
 def test_an_environment_without_reset_is_refused():

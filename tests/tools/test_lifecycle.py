@@ -12,13 +12,14 @@ from pathlib import Path
 
 import pytest
 
+from trl_multiturn.tools._turns import Visit
 from trl_multiturn.tools.result import ToolFailure
 from trl_multiturn.tools.sandbox import Reply, Sandbox, SandboxConfig
 
+from .cells import BEGIN, PATIENCE_SECONDS, WAIT, eventually, has_begun, let_go
+
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the fork server is tested on Linux")
-
-_PATIENCE_SECONDS = 20.0
 
 
 def alive(pid: int) -> bool:
@@ -27,15 +28,6 @@ def alive(pid: int) -> bool:
     except OSError:
         return False
     return state != "Z"
-
-
-def eventually(condition) -> bool:
-    deadline = time.monotonic() + _PATIENCE_SECONDS
-    while time.monotonic() < deadline:
-        if condition():
-            return True
-        time.sleep(0.01)
-    return False
 
 
 def processes_and_folders(sandbox: Sandbox, *sessions) -> tuple[list[int], list[str]]:
@@ -88,12 +80,13 @@ def test_killing_the_trainer_ends_everything(cell):
             "-c",
             textwrap.dedent(
                 f"""
-                import threading, time
+                import os, threading, time
                 from trl_multiturn.tools.sandbox import Sandbox, SandboxConfig
                 sandbox = Sandbox(SandboxConfig(timeout_seconds=600.0, preload=()))
                 session = sandbox.open()
-                threading.Thread(target=session.run, args=({cell!r},), daemon=True).start()
-                time.sleep(0.2)
+                threading.Thread(target=session.run, args=({BEGIN + cell!r},), daemon=True).start()
+                while not os.path.exists(os.path.join(session._interpreter.folder, "begun")):
+                    time.sleep(0.002)
                 print(sandbox._backend.pid, session._interpreter.pid, sandbox._backend.root, flush=True)
                 time.sleep(600)
                 """
@@ -125,10 +118,17 @@ def test_killing_the_warm_interpreter_costs_nothing_but_time(sandbox):
 def test_killing_the_warm_interpreter_under_a_cell_runs_the_cell_again(sandbox):
     session = sandbox.open()
     session.run("x = 6")
-    zygote = sandbox._backend.pid
-    killer = threading.Timer(0.3, os.kill, (zygote, signal.SIGKILL))
+    zygote, first = sandbox._backend.pid, session._interpreter
+
+    def kill():
+        if eventually(lambda: has_begun(session)):
+            os.kill(zygote, signal.SIGKILL)
+            if eventually(lambda: session._interpreter is not first and has_begun(session)):
+                let_go(session)
+
+    killer = threading.Thread(target=kill)
     killer.start()
-    result = session.run("import time; time.sleep(1); x * 7")
+    result = session.run(f"{BEGIN}{WAIT}x * 7")
     killer.join()
     assert (result.output, result.status) == ("42", "ok") and sandbox._backend.pid != zygote
 
@@ -136,11 +136,11 @@ def test_killing_the_warm_interpreter_under_a_cell_runs_the_cell_again(sandbox):
 def test_closing_while_a_cell_runs(sandbox):
     session = sandbox.open()
     pid = session._interpreter.pid
-    thread = threading.Thread(target=session.run, args=("while True: pass",))
+    thread = threading.Thread(target=session.run, args=(f"{BEGIN}while True: pass",))
     thread.start()
-    time.sleep(0.1)
+    assert eventually(lambda: has_begun(session))
     session.close()
-    thread.join(_PATIENCE_SECONDS)
+    thread.join(PATIENCE_SECONDS)
     assert not thread.is_alive() and not alive(pid)
     with pytest.raises(RuntimeError, match="closed"):
         session.run("1")
@@ -161,12 +161,17 @@ def test_sessions_leak_nothing(sandbox):
                 session.run("import os; os._exit(1)")
             session.close()
 
+    gc.collect()  # what other tests have left behind would go in between
     cycle(20)
     zygote, root = sandbox._backend.pid, sandbox._backend.root
-    before = [descriptors("self"), descriptors(zygote), sorted(os.listdir(root))]
+
+    def held():
+        return [descriptors("self"), descriptors(zygote), sorted(os.listdir(root))]
+
+    before = held()
     memory = [resident("self"), resident(zygote)]
     cycle(100)
-    assert [descriptors("self"), descriptors(zygote), sorted(os.listdir(root))] == before
+    assert eventually(lambda: held() == before), (held(), before)
     assert resident("self") - memory[0] < 8 << 20 and resident(zygote) - memory[1] < 8 << 20
     assert not sandbox._backend._exits and not sandbox._backend._spawned and not sandbox._backend._open
 
@@ -215,21 +220,27 @@ def test_seeds_make_sessions_repeat_and_without_one_they_differ(sandbox):
 
 
 def test_cells_beyond_the_cores_wait_without_losing_time():
-    config = SandboxConfig(timeout_seconds=1.2, max_running_cells=1, preload=())
+    config = SandboxConfig(timeout_seconds=1.5, max_running_cells=1, preload=())
     with Sandbox(config) as sandbox:
-        sessions = [sandbox.open() for _ in range(4)]
+        sessions = [sandbox.open() for _ in range(3)]
         results = [None] * len(sessions)
 
         def run(i):
-            results[i] = sessions[i].run("import time; time.sleep(0.4)")
+            results[i] = sessions[i].run("6 * 7")
 
+        running = Visit(sandbox._admission)  # a cell that fills the machine for longer than the limit of each
+        assert sandbox._admission.try_enter(running)
         threads = [threading.Thread(target=run, args=(i,)) for i in range(len(sessions))]
         for thread in threads:
             thread.start()
+        assert eventually(lambda: len(sandbox._admission._queue) == len(sessions))
+        time.sleep(1.6)
+        assert results == [None] * len(sessions)
+        running.leave()
         for thread in threads:
             thread.join()
-        # together they take longer than the limit of each: a clock that started before admission would expire
-        assert [result.status for result in results] == ["ok"] * len(sessions)
+        # a clock that had started before admission would have expired
+        assert [(result.output, result.status) for result in results] == [("42", "ok")] * len(sessions)
 
 
 def test_an_interpreter_that_cannot_start_is_the_machines_failure():

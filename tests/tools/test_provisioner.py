@@ -43,12 +43,15 @@ class Notebook:
         self.client.stop_channels()
         await self.manager.shutdown_kernel(now=True)
 
-    async def run(self, code):
+    async def run(self, code, printed=None):
+        """What the cell prints and returns; the event `printed` is set as soon as there is something of it."""
         texts = []
 
         def hook(message):
             content = message["content"]
             texts.append(content.get("text") or content.get("data", {}).get("text/plain") or content.get("ename"))
+            if printed is not None and "text" in content:
+                printed.set()
 
         await self.client.execute_interactive(code, timeout=30, output_hook=hook, allow_stdin=False)
         return "".join(text for text in texts if text and text not in ("busy", "idle"))
@@ -77,10 +80,11 @@ def test_interrupt_restart_and_shutdown():
     async def main():
         async with Notebook("ipc") as notebook:
             await notebook.run("x = 1")
-            endless = asyncio.create_task(notebook.run("while True: pass"))
-            await asyncio.sleep(0.3)
+            printed = asyncio.Event()
+            endless = asyncio.create_task(notebook.run("print('begun', flush=True)\nwhile True: pass", printed))
+            await asyncio.wait_for(printed.wait(), 30)
             await notebook.manager.interrupt_kernel()
-            assert await endless == "KeyboardInterrupt"
+            assert await endless == "begun\nKeyboardInterrupt"
             assert await notebook.run("x") == "1"
             first = notebook.manager.provisioner.pid
             await notebook.manager.restart_kernel(now=True)

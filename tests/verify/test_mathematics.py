@@ -135,7 +135,7 @@ def test_percentages(gold, answer, equal):
 
 
 def test_a_hanging_comparison_is_killed_and_its_worker_replaced():
-    verifier = MathVerifier(timeout_seconds=1.0, num_workers=1)
+    verifier = MathVerifier(timeout_seconds=2.0, num_workers=1)
     assert verifier.verify(["2x"], ["x+x"]) == [True]
     (first,) = worker_pids(verifier)
     start = time.monotonic()
@@ -162,6 +162,18 @@ def test_a_gold_answer_that_cannot_be_compared_is_undecided(verifier):
 def test_a_comparison_that_needs_too_much_memory_is_undecided():
     with pytest.raises(WorkerDied, match="memory limit passed"):
         Worker(SCRIPT, memory_limit_mb=150).ask({"gold": "18", "answer": "2^{2^{36}}", "seconds": 120.0}, 120.0)
+
+
+def test_the_first_answer_pays_for_no_import():
+    def read(worker):
+        with open(f"/proc/{worker.pid}/io") as file:
+            return int(file.readline().removeprefix("rchar: "))
+
+    worker = Worker(SCRIPT, memory_limit_mb=2048)
+    before = read(worker)
+    assert worker.ask({"gold": "3y", "answer": "y+y+y", "seconds": 20.0}, 20.0) == {"equal": True}
+    assert read(worker) - before < 4096  # the request
+    worker.kill()
 
 
 def test_threads_share_the_workers(verifier):

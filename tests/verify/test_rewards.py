@@ -139,8 +139,9 @@ def test_a_late_function_is_undecided_and_the_others_count():
     def quick(completions, **kwargs):
         return [1.0]
 
+    # The quick one has to be so on a crowded machine, too
     start = time.monotonic()
-    judged = judge([trajectory(0)], [{}], [hangs, sleeps, quick], timeout_seconds=0.2, missing="skip")[0]
+    judged = judge([trajectory(0)], [{}], [hangs, sleeps, quick], timeout_seconds=1.5, missing="skip")[0]
     assert time.monotonic() - start < 30
     assert judged.info["rewards"] == {"hangs": None, "sleeps": None, "quick": 1.0}
     assert judge([trajectory(0)], [{}], [hangs, quick], timeout_seconds=0.2)[0].verdict is Verdict.UNDECIDED

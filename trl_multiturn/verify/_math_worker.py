@@ -26,6 +26,7 @@ def _load():
             raise ValueError("the gold answer cannot be parsed")
         return verify(gold, read(answer), timeout_seconds=None, raise_on_error=True)
 
+    equal("2x", "x+x")  # what is only imported now would be on the first answer's time
     return equal
 
 
