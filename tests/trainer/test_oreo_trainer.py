@@ -231,6 +231,12 @@ class TestTraining:
         trainer.train()
         assert any(not torch.equal(policy[name], after) for name, after in split(trainer)[0].items())
 
+    def test_a_warm_up_that_deepspeed_would_ignore_is_refused(self, tmp_path):
+        trainer = make_trainer(tmp_path, value_model="full", value_warmup_steps=2)
+        trainer.is_deepspeed_enabled = True
+        with pytest.raises(ValueError, match="`value_warmup_steps=2`.*DeepSpeed"):
+            trainer._build_value_model()
+
     def test_values_learn_which_trajectories_succeed(self, tmp_path):
         """Completions of two letters, one of which is right: values must come apart, and so must likelihoods."""
         rows = [

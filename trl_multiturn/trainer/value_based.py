@@ -150,6 +150,12 @@ class ValueBasedTrainer(TokenReferenceMixin, MultiTurnKTOTrainer):
                 "`value_model='adapter'` shares weights between two module trees, which FSDP and DeepSpeed would "
                 "shard apart. Use `value_model='full'` or `'head'`, or train with DDP."
             )
+        if args.value_warmup_steps and self.is_deepspeed_enabled:
+            raise ValueError(
+                f"`value_warmup_steps={args.value_warmup_steps}` takes the policy's gradients away before a step, but "
+                "DeepSpeed steps on gradients of its own, so the policy would train all the same. Set it to 0, or "
+                "train with DDP or FSDP2."
+            )
         base = None
         if self.ref_model is not None and not is_peft_model(self.model):
             base = self.accelerator.unwrap_model(self.ref_model)

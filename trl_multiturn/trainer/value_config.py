@@ -31,10 +31,11 @@ class ValueBasedConfig(PackedConfig, KTOConfig):
         value_lora_rank (`int`, *optional*, defaults to `64`):
             Rank of the value adapter; its alpha is the same number, so that its scale is 1.
         value_warmup_steps (`int`, *optional*, defaults to `0`):
-            Optimizer steps at the start in which only the value model learns.
+            Optimizer steps at the start in which only the value model learns. Refused with DeepSpeed.
         value_max_grad_norm (`float`, *optional*):
             Largest gradient norm of the value model, which is clipped apart from the policy: its gradients are larger,
-            and a common norm would stop the policy. Defaults to `max_grad_norm`.
+            and a common norm would stop the policy. Defaults to `max_grad_norm`. DeepSpeed clips both together, by
+            `max_grad_norm`.
     """
 
     # Parameters whose default values are overridden from KTOConfig
