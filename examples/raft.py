@@ -68,6 +68,7 @@ class RaftScriptArguments(ScriptArguments):
 
 
 def main(script_args, training_args, model_args):
+    from datasets import load_from_disk
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import SFTTrainer, get_peft_config, get_quantization_config
 
@@ -77,11 +78,13 @@ def main(script_args, training_args, model_args):
         RolloutConfig,
         TransformersEngine,
         UnpairedConfig,
-        build_unpaired_dataset,
         generate_trajectories,
         math_reward,
     )
     from trl_multiturn.data import supervised_rows
+    from trl_multiturn.data.row_files import write_rows
+    from trl_multiturn.data.selection import select_by_prompt
+    from trl_multiturn.pace import at_own_pace
 
     model = AutoModelForCausalLM.from_pretrained(
         model_args.model_name_or_path,
@@ -95,7 +98,7 @@ def main(script_args, training_args, model_args):
     # Roll out and verify: each process its share, what finished is kept in the journal
     prompts = load_prompts(script_args)
     share = range(training_args.process_index, len(prompts), training_args.world_size)
-    with Journal(Path(training_args.output_dir, "journal")) as journal:
+    with Journal(Path(training_args.output_dir, "journal")) as journal, at_own_pace(training_args.ddp_timeout):
         generate_trajectories(
             prompts.select(share),
             TransformersEngine(model, tokenizer),
@@ -112,15 +115,19 @@ def main(script_args, training_args, model_args):
             reward_funcs=[math_reward],
             prompt_indices=list(share),
             journal=journal,
+            collect=False,  # they are in the journal
         )
-        training_args.distributed_state.wait_for_everyone()
-        trajectories = list(journal.read())
 
-    # Keep at most k winners per prompt, and imitate their own words
+    # Keep at most k winners per prompt, one prompt after another, and imitate their own words
     winners = UnpairedConfig(strategy="winners", max_positives=script_args.winners_per_prompt, seed=training_args.seed)
-    rows = build_unpaired_dataset(trajectories, winners)
+    folder, count = Path(training_args.output_dir, "rows"), len(prompts) * script_args.num_generations
+    if training_args.process_index == 0:
+        found = select_by_prompt(journal.read_by_prompt(), winners)
+        write_rows((selection for _, selection in found), folder, "unpaired")
+    training_args.distributed_state.wait_for_everyone()
+    rows = load_from_disk(folder)
     if len(rows) == 0:
-        raise SystemExit(f"None of {len(trajectories)} rollouts is correct, so there is nothing to imitate.")
+        raise SystemExit(f"None of {count} rollouts is correct, so there is nothing to imitate.")
     trainer = SFTTrainer(
         model=model,
         args=training_args,
@@ -128,7 +135,7 @@ def main(script_args, training_args, model_args):
         processing_class=tokenizer,
         peft_config=get_peft_config(model_args),
     )
-    trainer.accelerator.print(f"{len(rows)} accepted answers of {len(trajectories)} rollouts.")
+    trainer.accelerator.print(f"{len(rows)} accepted answers of {count} rollouts.")
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model(training_args.output_dir)
     trainer.accelerator.print(f"💾 Model saved to {training_args.output_dir}.")

@@ -46,6 +46,7 @@ import argparse
 import functools
 import random
 import sys
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -88,18 +89,21 @@ class TextWorldScriptArguments(ScriptArguments):
 
 
 def main(script_args, training_args, model_args):
+    from datasets import load_from_disk
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import get_peft_config, get_quantization_config
 
     from trl_multiturn import (
+        Journal,
         OREOTrainer,
         RolloutConfig,
         TransformersEngine,
         UnpairedConfig,
-        build_unpaired_dataset,
         generate_trajectories,
     )
-    from trl_multiturn.rollout.journal import Journal
+    from trl_multiturn.data.row_files import write_rows
+    from trl_multiturn.data.selection import select_by_prompt
+    from trl_multiturn.pace import at_own_pace
     from trl_multiturn.tools.textworld import TextWorldEnvironment, make_games
 
     # Games: disjoint seeds, disjoint games
@@ -130,7 +134,7 @@ def main(script_args, training_args, model_args):
     tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path)
     engine = TransformersEngine(model, tokenizer)
     share = range(training_args.process_index, count, training_args.world_size)
-    with Journal(Path(training_args.output_dir, "journal")) as journal:
+    with Journal(Path(training_args.output_dir, "journal")) as journal, at_own_pace(training_args.ddp_timeout):
         generate_trajectories(
             [games[index] for index in share],
             engine,
@@ -138,13 +142,23 @@ def main(script_args, training_args, model_args):
             config=config,
             prompt_indices=list(share),
             journal=journal,
-            collect=False,
+            collect=False,  # they are in the journal
         )
-        training_args.distributed_state.wait_for_everyone()
-        trajectories = list(journal.read())
-    rows = build_unpaired_dataset(trajectories, UnpairedConfig(seed=training_args.seed))
+
+    # Choose what trains, one game after another
+    folder, counts = Path(training_args.output_dir, "rows"), Counter()
+
+    def selections():
+        for _, selection in select_by_prompt(journal.read_by_prompt(), UnpairedConfig(seed=training_args.seed)):
+            counts.update(selection.counts)
+            yield selection
+
+    if training_args.process_index == 0:
+        write_rows(selections(), folder, "unpaired")
+    training_args.distributed_state.wait_for_everyone()
+    rows = load_from_disk(folder)
     if len(rows) == 0:
-        raise SystemExit(f"None of {len(trajectories)} episodes ended, so there is nothing to learn from.")
+        raise SystemExit(f"None of {count * script_args.num_generations} episodes ended: there is nothing to learn.")
 
     trainer = OREOTrainer(
         model=model_args.model_name_or_path,
@@ -154,8 +168,7 @@ def main(script_args, training_args, model_args):
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
-    won = sum(trajectory.verdict.value == "correct" for trajectory in trajectories)
-    trainer.accelerator.print(f"{won} of {len(trajectories)} episodes won; {len(rows)} train.")
+    trainer.accelerator.print(f"{counts['correct']} of {counts['trajectories']} episodes won; {len(rows)} train.")
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model(training_args.output_dir)
     trainer.accelerator.print(f"💾 Policy saved to {training_args.output_dir}, the value model in its `value_model`.")
