@@ -1,4 +1,4 @@
-"""No test downloads anything: a name that is not local fails at once instead of waiting for a network."""
+"""No test downloads anything, takes the core of another worker, or draws other examples than yesterday."""
 
 from __future__ import annotations
 
@@ -6,6 +6,16 @@ import os
 
 
 # Read when the libraries are first imported, so set before any test module imports them
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a name that is not local fails at once instead of waiting for a network
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads that wait for a core that another worker has cost more
+
+import hypothesis  # noqa: E402
+
+
+# The same examples on every machine, however slow: `--hypothesis-profile=default` draws others
+hypothesis.settings.register_profile(
+    "same", derandomize=True, deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("same")

@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import sys
 import time
 import traceback
@@ -23,6 +22,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 
+from tests.launch import free_port
 from tests.support import byte_tokenizer, tiny_model
 from trl_multiturn import (
     MultiTurnDPOConfig,
@@ -154,10 +154,7 @@ def ranks(count: int) -> list[dict[str, str]]:
     """What tells each of several processes which one it is, as `accelerate launch` does."""
     if count == 1:
         return [{}]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(count)}
     return [{**common, "RANK": str(i), "LOCAL_RANK": str(i), "LOCAL_WORLD_SIZE": str(count)} for i in range(count)]
 
 

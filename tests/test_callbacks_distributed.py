@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-
-ROOT = Path(__file__).parents[1]
+from tests.launch import accelerate_launch, run_module
 
 
 pytestmark = pytest.mark.slow
@@ -19,13 +15,7 @@ pytestmark = pytest.mark.slow
 
 def run_twice(module, tmp_path):
     """What each of two processes of `module` wrote."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    command += ["--main_process_port", "0", "--num_cpu_threads_per_process", "1"]
-    command += ["-m", module, str(tmp_path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_module(accelerate_launch(2), module, tmp_path)
     return [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
 
 

@@ -2,32 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-
-ROOT = Path(__file__).parents[1]
-
-
-def launch(folder: Path, kind: str) -> None:
-    folder.mkdir()
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += ["-m", "tests.sharded_worker", str(folder), kind]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stderr[-6000:]
+from tests.launch import run_module, torchrun
 
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
     base = tmp_path_factory.mktemp("sharded")
     for kind in ("ddp", "fsdp2"):
-        launch(base / kind, kind)
+        (base / kind).mkdir()
+        run_module(torchrun(2), "tests.sharded_worker", base / kind, kind)
 
     def read(case: str) -> list[dict]:
         """DDP's first process, then FSDP2's two."""

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +12,7 @@ import torch
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests import launch
 from tests.support import TOOLS, byte_tokenizer, preference_rows, save_tiny
 
 
@@ -46,15 +45,10 @@ def rows(tmp_path_factory):
 
 def run(script, output, *arguments, processes=1, returncode=0):
     """Runs an example; its standard output and error in one text."""
-    command = [sys.executable]
-    if processes > 1:
-        command += ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
-        command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-        command += ["--main_process_port", "0", "--num_cpu_threads_per_process", "1"]
+    command = launch.accelerate_launch(processes) if processes > 1 else [sys.executable]
     command += [f"examples/{script}.py", "--output_dir", str(output), "--use_cpu", "--bf16", "False"]
     command += ["--report_to", "none", "--save_strategy", "no", "--logging_steps", "1", *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "COLUMNS": "200"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
+    done = launch.run(command, COLUMNS="200")
     assert done.returncode == returncode, done.stdout[-2000:] + done.stderr[-4000:]
     return done.stdout + done.stderr
 

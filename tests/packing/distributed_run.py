@@ -1,10 +1,12 @@
-"""Run by `accelerate launch` in test_distributed.py: packed or stock steps of plain gradient descent."""
+"""Run on two processes by test_distributed.py: packed and stock steps of plain gradient descent."""
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from trl import DPOConfig, DPOTrainer
 
@@ -12,12 +14,12 @@ from tests.packing.test_trainers import PLAIN, PackedDPOTrainer, policy, prefere
 from tests.support import byte_tokenizer
 
 
-def main(arm: str, output: str, budget: str) -> None:
+def outcome(arm: str, folder: Path) -> dict[str, Any]:
     tokenizer = byte_tokenizer()
     settings = {**PLAIN, "per_device_train_batch_size": 2, "optim": "sgd", "learning_rate": 0.05, "max_grad_norm": 0.0}
-    args = DPOConfig(output_dir=output, train_sampling_strategy="sequential", **settings)
-    args.packed = arm == "packed"
-    args.max_tokens_per_batch = int(budget) or None
+    args = DPOConfig(output_dir=str(folder / arm), train_sampling_strategy="sequential", **settings)
+    args.packed = arm != "stock"
+    args.max_tokens_per_batch = 50 if arm == "parts" else None
     trainer = (PackedDPOTrainer if args.packed else DPOTrainer)(
         model=policy(tokenizer),
         ref_model=policy(tokenizer, seed=1),
@@ -28,10 +30,13 @@ def main(arm: str, output: str, budget: str) -> None:
     trainer.train()
     calls = trainer._packed_forwards[0].calls if args.packed else {}
     weights = {name: p.double().sum().item() for name, p in trainer.model.named_parameters()}
-    result = {"history": trainer.state.log_history, "weights": weights, "calls": calls, "world": args.world_size}
-    Path(output, f"rank{trainer.accelerator.process_index}.json").write_text(json.dumps(result))
-    trainer.accelerator.wait_for_everyone()
+    return {"history": trainer.state.log_history, "weights": weights, "calls": calls, "world": args.world_size}
+
+
+def main(folder: Path) -> None:
+    results = {arm: outcome(arm, folder) for arm in ("stock", "packed", "parts")}
+    (folder / f"rank{os.environ['RANK']}.json").write_text(json.dumps(results))
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(Path(sys.argv[1]))

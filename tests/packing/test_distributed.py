@@ -3,40 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-
-ROOT = Path(__file__).parents[2]
-
-
-def launch(arm: str, output: Path, budget: int = 0) -> list[dict]:
-    output.mkdir()
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--multi_gpu"]
-    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    command += ["--num_cpu_threads_per_process", "1", "-m", "tests.packing.distributed_run"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [*command, arm, str(output), str(budget)],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return [json.loads((output / f"rank{rank}.json").read_text()) for rank in range(2)]
+from tests.launch import accelerate_launch, run_module
 
 
 @pytest.mark.slow
 def test_two_processes(tmp_path):
-    stock = launch("stock", tmp_path / "stock")
-    packed = launch("packed", tmp_path / "packed")
-    parts = launch("packed", tmp_path / "parts", budget=50)
+    run_module(accelerate_launch(2), "tests.packing.distributed_run", tmp_path)
+    ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
+    stock, packed, parts = ([found[arm] for found in ranks] for arm in ("stock", "packed", "parts"))
     assert stock[0]["world"] == 2
     assert [run["calls"]["packed"] for run in packed] == [3, 3]
     # Both processes compute in the same number of parts, whatever their own batches would need

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
+from tests.launch import free_port
 from tests.rollout.test_vllm_engine import SIZES, TOKENIZER, expected_logps, needs_vllm, prompt, run
 from tests.support import save_tiny, tiny_model
 from trl_multiturn.rollout.engine import Engine, SamplingParams
@@ -26,9 +26,7 @@ from trl_multiturn.rollout.vllm_server import VLLMServerEngine
 def server(tmp_path_factory):
     """Address of a server with the weights of seed 0."""
     folder = save_tiny(tmp_path_factory.mktemp("policy"), TOKENIZER, seed=0, **SIZES)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     options = "--dtype float32 --max-model-len 512 --enforce-eager --kv-cache-memory-bytes 67108864"
     options += " --enable-lora --max-lora-rank 8 --logprobs-mode processed_logprobs"
     # `vllm serve` itself looks for a distribution of the name `vllm`, which the CPU build has not.

@@ -2,36 +2,21 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-from .value_ddp_worker import CASES
+from tests.launch import run_module, torchrun
 
-
-ROOT = Path(__file__).parents[2]
-
-
-def launch(folder: Path, processes: int) -> None:
-    folder.mkdir()
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    if processes == 1:
-        command = [sys.executable]
-    command += ["-m", "tests.trainer.value_ddp_worker", str(folder)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stderr[-4000:]
+from .value_ddp_worker import CASES, main
 
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
     base = tmp_path_factory.mktemp("ddp")
     for processes in (1, 2):
-        launch(base / str(processes), processes)
+        (base / str(processes)).mkdir()
+    main(base / "1")
+    run_module(torchrun(2), "tests.trainer.value_ddp_worker", base / "2")
     return base
 
 
