@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections import Counter
 
 import pytest
@@ -33,6 +34,7 @@ from trl_multiturn.iteration import policy_file
 from trl_multiturn.rollout import Journal
 from trl_multiturn.rollout.export import run_trajectories
 from trl_multiturn.trainer.policy_weights import load_policy_weights, policy_revision
+from trl_multiturn.verify import Filter
 
 
 TOKENIZER = byte_tokenizer("qwen2_5")
@@ -288,6 +290,65 @@ def test_other_settings_are_refused_by_name(tmp_path, tool):
     assert sorted(tmp_path.rglob("*.json")) == before  # nothing overwritten
 
 
+def settings_with(reward=math_reward, drops=None, **changes):
+    """What a generator says of itself whose filter drops what `drops` says."""
+    filters = [] if drops is None else [Filter("mine", "For this test.", drops)]
+    pairing = PairingConfig(filters=["over_length", *filters])
+    return ToolRolloutGenerator(problems(2), reward_funcs=reward, pairing=pairing, **changes).settings.describe()
+
+
+def test_settings_are_the_same_in_another_process_and_others_where_the_code_is():
+    """A function's address is another in each process, its source is not."""
+
+    def make(number):
+        def drops(trajectory):
+            return False
+
+        def reward(completions, **columns):
+            return [0.0] * len(completions)
+
+        def other(completions, **columns):
+            return [1.0] * len(completions)
+
+        other.__name__ = "reward"
+        return drops, reward, (lambda trajectory: True), other
+
+    (drops, reward, more, other), (same_drops, same_reward, _, _) = make(0), make(1)
+    assert drops is not same_drops and settings_with(reward, drops) == settings_with(same_reward, same_drops)
+    assert settings_with(drops=drops)["pairing"] != settings_with(drops=more)["pairing"]
+    assert settings_with(reward)["reward_funcs"] != settings_with(other)["reward_funcs"]
+    assert settings_with("math_reward") == settings_with()
+    for changes in (dict(correct_threshold=0.9), dict(missing_reward="skip"), dict(environment_factory=dict)):
+        assert settings_with(**changes) != settings_with()
+    assert settings_with(reward_timeout_seconds=9.0) == settings_with()
+
+
+def test_a_verifier_that_hangs_holds_up_an_iteration_for_its_limit_only(tmp_path, tool):
+    released = threading.Event()
+
+    def hangs(completions, **columns):
+        released.wait(60)
+        return [1.0] * len(completions)
+
+    trainer, generator, _ = make_run(
+        tmp_path, tool, iterations=1, eval_prompts=problems(1, first=50), reward_timeout_seconds=0.1
+    )
+    generator.settings.reward_funcs = [hangs]
+    trainer.train()
+    assert not released.is_set()
+    released.set()
+    assert (generator.reports[0].undecided, generator.reports[0].rows) == (12, 0)
+    assert generator.start_evaluation["undecided"] == 1
+
+
+def test_a_threshold_decides_in_rollouts_and_evaluations(tmp_path, tool):
+    trainer, generator, _ = make_run(
+        tmp_path, tool, iterations=1, eval_prompts=problems(1, first=50), correct_threshold=1.5
+    )
+    trainer.train()
+    assert (generator.reports[0].incorrect, generator.start_evaluation["pass@1"]) == (12, 0.0)
+
+
 def test_another_initial_policy_is_refused(tmp_path, tool):
     make_run(tmp_path, tool, iterations=1)[0].train()
     other, _, engine = make_run(tmp_path, tool, iterations=1, model=tiny_model(TOKENIZER, seed=1))
@@ -308,6 +369,31 @@ def test_iterations_after_a_policy_that_turned_out_differently_are_set_aside(tmp
     assert (generator.run_folder / "stale_iteration_002_1" / "training_rows").exists()
     assert [r.iteration for r in generator.reports] == [0, 1, 2]
     assert "another policy" in caplog.text
+
+
+def test_a_shorter_run_in_the_same_folder_ends_with_a_policy_of_its_own(tmp_path, tool):
+    """The best of the longer run's policies is not the shorter one's, whose own is not written over that one's."""
+    evaluations = []
+
+    def script(prompt_text, sampling, session):
+        if "evaluation" in session:
+            evaluations.append(session)
+            return solve(prompt_text, sampling, "x/0" if len(evaluations) > 6 else "x/1")  # the last goes well
+        return solve(prompt_text, sampling, session)
+
+    longer, first, _ = make_run(tmp_path, tool, script, iterations=3, eval_prompts=problems(1, first=50))
+    longer.train()
+    assert first.best_policy == 3
+    snapshots = {path.parent.name: path.read_bytes() for path in first.run_folder.glob("*/policy.safetensors")}
+    evaluations.clear()
+    shorter, second, _ = make_run(tmp_path, tool, script, iterations=1, eval_prompts=problems(1, first=50))
+    shorter.args.learning_rate = 1e-3
+    shorter.train()
+    assert [report.iteration for report in second.reports] == [0] and second.best_policy == 0
+    assert policy_revision(shorter.model) == second.reports[0].policy_revision
+    for number in (2, 3):
+        aside = second.run_folder / f"stale_iteration_00{number}_1" / "policy.safetensors"
+        assert aside.read_bytes() == snapshots[f"iteration_00{number}"]
 
 
 def test_rollouts_cut_off_by_a_policy_that_turned_out_differently_start_anew(tmp_path, tool):
@@ -447,6 +533,12 @@ def test_kto_takes_the_same_rollouts_unpaired(tmp_path, tool):
         (dict(history="some"), "`history='some'` is unknown"),
         (dict(lr_schedule="epoch"), "`lr_schedule='epoch'` is unknown"),
         (dict(prompts_per_iteration=9), "not between 1 and the 3 prompts"),
+        (dict(prompts=problems(3).select([])), "`prompts` is empty"),
+        (dict(eval_prompts=problems(0)), "`eval_prompts`"),
+        (dict(eval_prompts=problems(3).select([])), "`eval_prompts` is empty"),
+        (dict(reward_funcs="no_such_reward"), "'no_such_reward', which could not be loaded"),
+        (dict(reward_weights=[1.0, 2.0]), "2 entries for 1 reward functions"),
+        (dict(missing_reward="drop"), "`missing_reward='drop'` is unknown"),
     ],
 )
 def test_mistakes_are_refused_at_once(arguments, message):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from trl_multiturn.cli import main
 from trl_multiturn.data import load_rows, supervised_rows
 from trl_multiturn.data.check import check_dataset
 from trl_multiturn.report import save_start
+from trl_multiturn.rollout import read_dataset
 
 
 TOKENIZER = byte_tokenizer("qwen2_5")
@@ -124,6 +126,46 @@ def test_stats_prints_the_table_of_a_run(run, capsys):
     assert all(text in out for text in ("25.0 ± 4.0", "50.0 ± 5.0", "75.0 ± 5.0", "duplicate 1"))
 
 
+def test_stats_counts_what_an_iteration_under_way_has_finished(run, capsys):
+    with Journal(run / "rollouts" / "iteration_002" / "journal") as journal:
+        for sample in range(3):
+            journal.append("2/current", trajectory(0, sample))
+        journal.judge("2/current", trajectory(0, 1).judged(Verdict.CORRECT, 1.0))
+    IterationReport(2, ready=False).save(run / "rollouts" / "iteration_002")
+    (run / "rollouts" / "iteration_003").mkdir()  # the next policy's snapshot lies there
+    assert main(["stats", str(run)]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "under way" in line]
+    assert [cell.strip() for cell in line.strip("│").split("│")][:3] == ["3, under way", "3", "33.3"]
+
+
+@pytest.mark.parametrize("content", [b"", b'{"iteration": 1', b"[]", b'{"unknown": 1}', b"\xff"])
+@pytest.mark.parametrize("name", ["iteration_001/report.json", "start.json"])
+def test_a_damaged_report_is_named(run, capsys, name, content):
+    (run / "rollouts" / name).write_bytes(content)
+    assert main(["stats", str(run)]) == 2
+    err = capsys.readouterr().err
+    assert f"{run / 'rollouts' / name} is damaged, or of another version" in err and "Restore it" in err
+
+
+def test_a_damaged_list_of_dropped_trajectories_is_named(run, tmp_path, capsys):
+    path = run / "rollouts" / "iteration_000" / "dropped.jsonl"
+    path.write_text('[0, "0/cur')
+    assert main(["export", str(run), "--output", str(tmp_path / "all.parquet")]) == 2
+    assert f"{path} is damaged" in one_line(capsys)
+
+
+def test_what_a_policy_cannot_have_meant_is_exported_all_the_same(run, tmp_path):
+    r"""Arguments of a call are JSON, in which `"\ud800"` is half a character."""
+    odd = replace(trajectory(7, 0), completion=[call("\ud800", 2)])
+    with Journal(run / "rollouts" / "iteration_001" / "journal") as journal:
+        journal.append("1/current", odd)
+    for name in ("all.jsonl", "all.parquet"):
+        assert main(["export", str(run), "--output", str(tmp_path / name)]) == 0
+    (*_, row) = [json.loads(line) for line in (tmp_path / "all.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert row["completion"][0]["tool_calls"][0]["function"]["arguments"] == {"a": "?", "b": 2}
+    assert read_dataset(tmp_path / "all.parquet")[-1] == odd
+
+
 def test_export_writes_every_trajectory_in_order(run, tmp_path):
     assert main(["export", str(run), "--output", str(tmp_path / "all.jsonl")]) == 0
     rows = [json.loads(line) for line in (tmp_path / "all.jsonl").read_text().splitlines()]
@@ -153,6 +195,9 @@ def test_export_says_what_cannot_be_written(run, tmp_path, capsys):
     for name in ("all.jsonl", "all.parquet"):
         assert main(["export", str(run), "--output", str(tmp_path / "file" / name)]) == 2
         assert str(tmp_path / "file") in one_line(capsys)
+    (tmp_path / "folder.jsonl").mkdir()
+    assert main(["export", str(run), "--output", str(tmp_path / "folder.jsonl")]) == 2
+    assert "Is a directory" in one_line(capsys) and not list(tmp_path.glob("*.partial"))
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's device that is always full")

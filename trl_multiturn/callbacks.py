@@ -20,7 +20,6 @@ from .evaluation import evaluate_policy, summarize
 from .iteration import (
     IterationSettings,
     iteration_folder,
-    keep_policy,
     policy_file,
     ready_to_sample,
     refresh,
@@ -32,11 +31,13 @@ from .iteration import (
 from .report import IterationReport, load_reports, load_start, print_iterations, save_start
 from .rollout.config import RolloutConfig
 from .rollout.engine import Engine
+from .rollout.judging import Judge
 from .rollout.provenance import fingerprint
 from .trainer.main_process import on_main
-from .trainer.policy_weights import load_policy_weights, policy_revision
+from .trainer.policy_weights import load_policy_weights, policy_revision, save_policy_weights
 from .trainer.sharding import weights_of
 from .trainer.value_based import ValueBasedTrainer
+from .verify.rewards import resolve_reward_funcs
 
 
 logger = logging.getLogger(__name__)
@@ -84,6 +85,14 @@ class ToolRolloutGenerator(TrainerCallback):
             Weights of the reward functions.
         environment_factory (`Callable`, *optional*):
             As in [`~trl.GRPOTrainer`].
+        correct_threshold (`float`, *optional*, defaults to `0.5`):
+            Smallest reward of a correct rollout.
+        missing_reward (`str`, *optional*, defaults to `"undecided"`):
+            What a reward function's `None` means beside the values of others: no verdict, or (`"skip"`) that it does
+            not apply to this row.
+        reward_timeout_seconds (`float`, *optional*):
+            Limit on each call of a reward function; one that is late decides nothing. By default a function that hangs
+            holds up no rollout, but the end of the iteration.
         engine ([`Engine`] or `Callable`, *optional*):
             What samples, or a function of the model and the tokenizer that builds it; by default a
             [`TransformersEngine`] on the model that is being trained.
@@ -107,6 +116,9 @@ class ToolRolloutGenerator(TrainerCallback):
         lr_schedule: Literal["run", "iteration"] = "run",
         reward_weights: list[float] | None = None,
         environment_factory: Any = None,
+        correct_threshold: float = 0.5,
+        missing_reward: Literal["undecided", "skip"] = "undecided",
+        reward_timeout_seconds: float | None = None,
         engine: Engine | Callable[[Any, Any], Engine] | None = None,
         run_folder: str | None = None,
     ):
@@ -115,11 +127,17 @@ class ToolRolloutGenerator(TrainerCallback):
                 "No `reward_funcs` were given, so no rollout could be told from another and no row could be built. "
                 "Pass for example `reward_funcs=[math_reward]`."
             )
+        reward_funcs = resolve_reward_funcs(reward_funcs)
+        Judge(reward_funcs, reward_weights, correct_threshold, missing=missing_reward)  # raises where they do not fit
         for name, dataset in (("prompts", prompts), ("eval_prompts", eval_prompts)):
             if dataset is not None and "prompt" not in dataset.column_names:
                 raise ValueError(
                     f"`{name}` has the columns {dataset.column_names} but no `prompt`, so there is nothing to roll "
                     "out from. Add a `prompt` column of messages."
+                )
+            if dataset is not None and len(dataset) == 0:
+                raise ValueError(
+                    f"`{name}` is empty, so there is nothing to roll out from. Check how it was filtered."
                 )
         for name, value, choices in (
             ("reference", reference, ("previous", "initial")),
@@ -140,13 +158,16 @@ class ToolRolloutGenerator(TrainerCallback):
         self.engine = engine
         self.settings = IterationSettings(
             tools=list(tools or []),
-            reward_funcs=reward_funcs if isinstance(reward_funcs, list) else [reward_funcs],
+            reward_funcs=reward_funcs,
             rollout=config or RolloutConfig(),
             pairing=pairing,
             reference=reference,
             history=history,
             reward_weights=reward_weights,
             environment_factory=environment_factory,
+            correct_threshold=correct_threshold,
+            missing_reward=missing_reward,
+            reward_timeout_seconds=reward_timeout_seconds,
         )
         self.run_folder = Path(run_folder) if run_folder else None
         self.trainer: Any = None
@@ -265,9 +286,11 @@ class ToolRolloutGenerator(TrainerCallback):
             self.trainer.log(_prefixed(report.evaluation))
         report.last_step = state.global_step
         # The policy after this iteration is the one with which the next would start; kept now, in case it is the best.
-        keep_policy(self.trainer, report.iteration + 1, self.run_folder)
+        policy, following = weights_of(self.trainer), report.iteration + 1
+        self._set_aside_but(following, policy_revision(policy), state.global_step)
+        save_policy_weights(policy, policy_file(self.run_folder, following))
         self._save(report)
-        self._forget_policies(report.iteration + 1)
+        self._forget_policies(following)
         control.should_save = args.save_strategy != SaveStrategy.NO  # so that a stopped run loses no iteration
 
     def on_train_end(
@@ -289,7 +312,8 @@ class ToolRolloutGenerator(TrainerCallback):
     @property
     def reports(self) -> list[IterationReport]:
         """The reports of the iterations so far."""
-        return load_reports(self.run_folder)
+        last = math.inf if self._report is None else self._report.iteration  # later ones are of an earlier, longer run
+        return [report for report in load_reports(self.run_folder) if report.iteration <= last]
 
     @property
     def start_evaluation(self) -> dict[str, float] | None:
@@ -362,10 +386,9 @@ class ToolRolloutGenerator(TrainerCallback):
                     self.settings.reward_funcs,
                     n=self.eval_generations,
                     config=self.settings.rollout,
-                    reward_weights=self.settings.reward_weights,
-                    environment_factory=self.settings.environment_factory,
                     prompt_indices=list(share),
                     progress=args.process_index == 0 and not args.disable_tqdm,
+                    **self.settings.rollout_arguments(),
                 ).trajectories
         parts = [(trajectories[: len(share)], trajectories[len(share) :])]
         if args.world_size > 1:
@@ -392,6 +415,12 @@ class ToolRolloutGenerator(TrainerCallback):
                     folder.rename(aside)
 
         on_main(set_aside)
+
+    def _set_aside_but(self, iteration: int, revision: str, first_step: int) -> None:
+        """Sets aside what is on disk from this iteration on, unless this policy rolled it out."""
+        report = on_main(lambda: IterationReport.load(iteration_folder(self.run_folder, iteration)))
+        if report is not None and (report.policy_revision, report.first_step) != (revision, first_step):
+            self._set_aside(iteration)
 
     def _forget_policies(self, current: int) -> None:
         """Deletes the snapshots that nothing needs any more: all but the last two, the best and the initial one."""

@@ -65,11 +65,19 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 def _stats(options: argparse.Namespace) -> int:
-    from .report import load_reports, load_start, print_iterations
+    from .report import IterationReport, load_start, print_iterations
+    from .rollout.journal import Journal
 
-    folder = _rollouts(options.run_folder)
-    start = load_start(folder)
-    print_iterations(load_reports(folder), start and start["evaluation"])
+    run = _rollouts(options.run_folder)
+    reports = []
+    for folder in sorted(run.glob("iteration_*")):
+        if (report := IterationReport.load(folder)) is not None:
+            reports.append(report)
+            if not report.ready:  # what has finished so far
+                for trajectory in Journal(folder / "journal").read():
+                    report.count(trajectory)
+    start = load_start(run)
+    print_iterations(reports, start and start["evaluation"])
     return 0
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from secrets import token_hex
 
@@ -14,6 +16,19 @@ def write_whole(path: Path, content: bytes) -> None:
     partial = path.with_name(f"{path.name}.{token_hex(4)}.partial")  # several processes may write the same
     partial.write_bytes(content)
     put_in_place(partial, path)
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Gives the body a name to write a file to. It gets its own at the end; where the body raises, it is deleted."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        yield partial
+        put_in_place(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def put_in_place(partial: Path, path: Path) -> None:

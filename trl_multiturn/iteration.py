@@ -11,7 +11,6 @@ import json
 import logging
 import shutil
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -31,6 +30,7 @@ from .rollout.engine import Engine
 from .rollout.export import dropped_writer
 from .rollout.journal import Journal
 from .rollout.loop import generate_trajectories
+from .rollout.provenance import version_of
 from .tools.base import tool_name, tool_version
 from .trainer.main_process import on_main
 from .trainer.policy_weights import policy_revision, policy_weights, save_policy_weights
@@ -55,17 +55,29 @@ class IterationSettings:
     history: Literal["latest", "all"] = "latest"
     reward_weights: list[float] | None = None
     environment_factory: Any = None
+    correct_threshold: float = 0.5
+    missing_reward: Literal["undecided", "skip"] = "undecided"
+    reward_timeout_seconds: float | None = None
+
+    def rollout_arguments(self) -> dict[str, Any]:
+        """What rollouts and evaluations are told alike."""
+        names = ("reward_weights", "environment_factory", "correct_threshold", "missing_reward")
+        return {name: getattr(self, name) for name in (*names, "reward_timeout_seconds")}
 
     def describe(self) -> dict[str, Any]:
         """What decides which rows an iteration finds, as JSON values."""
+        filters = [(f, "") if isinstance(f, str) else (f.name, tool_version(f.drops)) for f in self.pairing.filters]
         settings = {
             "tools": {tool_name(tool): tool_version(tool) for tool in self.tools},
-            "reward_funcs": [reward_name(func) for func in self.reward_funcs],
+            "environment_factory": self.environment_factory and version_of(self.environment_factory),
+            "reward_funcs": [(reward_name(func), version_of(func)) for func in self.reward_funcs],
             "reward_weights": self.reward_weights,
+            "correct_threshold": self.correct_threshold,
+            "missing_reward": self.missing_reward,
             "num_generations": self.rollout.num_generations,
             "previous_policy_generations": self.rollout.previous_policy_generations,
             **self.rollout.sampler_settings(),
-            "pairing": {"kind": type(self.pairing).__name__, **vars(self.pairing)},
+            "pairing": {"kind": type(self.pairing).__name__, **vars(self.pairing), "filters": filters},
             "reference": self.reference,
             "history": self.history,
         }
@@ -153,8 +165,6 @@ def roll_out(
                 settings.tools,
                 config,
                 reward_funcs=settings.reward_funcs,
-                reward_weights=settings.reward_weights,
-                environment_factory=settings.environment_factory,
                 num_generations=num_generations,
                 sample_offset=sample_offset,
                 prompt_indices=list(share),
@@ -164,6 +174,7 @@ def roll_out(
                 journal=journal,
                 collect=False,  # the main process reads those of all from the journal
                 progress=trainer.args.process_index == 0 and not trainer.args.disable_tqdm,
+                **settings.rollout_arguments(),
             )
 
     with Journal(folder / "journal") as journal:
@@ -184,24 +195,17 @@ def find_rows(
         The counts of the iteration's report that come from its trajectories.
     """
     report = IterationReport(iteration=0)
-    verdicts, stop_reasons, dropped = Counter(), Counter(), Counter()
 
     def selections() -> Iterator[Selection]:
         for group, selection in select_by_prompt(Journal(folder / "journal").read_by_prompt(), pairing):
             for trajectory, reason in zip(group, selection.reasons, strict=True):
-                verdicts[trajectory.verdict.value] += 1
-                stop_reasons[trajectory.stop_reason.value] += 1
-                report.tool_calls += trajectory.info.get("tool_calls", 0)
-                report.tool_failures += trajectory.info.get("tool_errors", 0)
+                report.count(trajectory, reason)
                 if reason:
-                    dropped[reason] += 1
                     write_dropped(trajectory, reason)
             yield selection
 
     with dropped_writer(folder) as write_dropped:
         write_rows(selections(), folder / "rows", row_format)
-    report.trajectories, report.stop_reasons, report.dropped = verdicts.total(), dict(stop_reasons), dict(dropped)
-    report.correct, report.incorrect, report.undecided = (verdicts[v] for v in ("correct", "incorrect", "undecided"))
     return report
 
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.table import Table
 
 from .durable import write_whole
 
+
+T = TypeVar("T")
 
 REPORT_FILE, START_FILE = "report.json", "start.json"
 
@@ -64,6 +67,17 @@ class IterationReport:
         """Share of correct rollouts among the decided ones, 0 where none is."""
         return self.correct / max(self.correct + self.incorrect, 1)
 
+    def count(self, trajectory: Any, dropped: str | None = None) -> None:
+        """Counts a trajectory, and the filter that dropped it."""
+        self.trajectories += 1
+        verdict, stop_reason = trajectory.verdict.value, trajectory.stop_reason.value
+        setattr(self, verdict, getattr(self, verdict) + 1)
+        self.stop_reasons[stop_reason] = self.stop_reasons.get(stop_reason, 0) + 1
+        self.tool_calls += trajectory.info.get("tool_calls", 0)
+        self.tool_failures += trajectory.info.get("tool_errors", 0)
+        if dropped:
+            self.dropped[dropped] = self.dropped.get(dropped, 0) + 1
+
     def metrics(self) -> dict[str, float]:
         """The numbers under TRL's metric names."""
         return {
@@ -83,9 +97,12 @@ class IterationReport:
 
     @classmethod
     def load(cls, folder: str | os.PathLike) -> IterationReport | None:
-        """The report in an iteration's folder, or `None` where the iteration has not found its rows yet."""
-        path = Path(folder, REPORT_FILE)
-        return cls(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+        """The report in an iteration's folder, or `None` where the iteration has not begun.
+
+        Raises:
+            `ValueError`: if the file is damaged.
+        """
+        return _read_json(Path(folder, REPORT_FILE), lambda fields: cls(**fields))
 
 
 def load_reports(run_folder: str | os.PathLike) -> list[IterationReport]:
@@ -96,8 +113,7 @@ def load_reports(run_folder: str | os.PathLike) -> list[IterationReport]:
 
 def load_start(run_folder: str | os.PathLike) -> dict[str, Any] | None:
     """`policy_revision` and `evaluation` of the policy before the first iteration, where it was evaluated."""
-    path = Path(run_folder, START_FILE)
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    return _read_json(Path(run_folder, START_FILE), lambda start: {**start, "evaluation": start["evaluation"]})
 
 
 def save_start(run_folder: str | os.PathLike, start: dict[str, Any]) -> None:
@@ -107,6 +123,18 @@ def save_start(run_folder: str | os.PathLike, start: dict[str, Any]) -> None:
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
     write_whole(path, json.dumps(value, indent=2).encode())
+
+
+def _read_json(path: Path, make: Callable[[Any], T]) -> T | None:
+    if not path.exists():
+        return None
+    try:
+        return make(json.loads(path.read_text(encoding="utf-8")))
+    except (LookupError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} is damaged, or of another version ({error}), so it is unknown how far the run came. Restore it, "
+            "or start anew in another `output_dir`."
+        ) from error
 
 
 def _pass_at_1(evaluation: dict[str, float] | None) -> str:
@@ -125,7 +153,7 @@ def iteration_table(reports: list[IterationReport], start: dict[str, float] | No
         table.add_row("start", *[""] * 5, _pass_at_1(start))
     for r in reports:
         table.add_row(
-            str(r.iteration + 1),
+            str(r.iteration + 1) if r.ready else f"{r.iteration + 1}, under way",
             str(r.trajectories),
             f"{100 * r.correct_share:.1f}",
             str(r.rows),

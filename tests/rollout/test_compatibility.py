@@ -97,6 +97,12 @@ def test_models_that_take_no_shared_cache_are_refused_with_a_remedy():
         sample(transformers.BloomForCausalLM(config))
 
 
+def test_a_conversation_longer_than_the_models_positions_says_so():
+    config = transformers.GPT2Config(vocab_size=VOCAB, n_embd=16, n_layer=2, n_head=2, n_positions=40)
+    with pytest.raises(EngineError, match="has 41 tokens, the model 40 positions: lower `max_trajectory_tokens`"):
+        sample(transformers.GPT2LMHeadModel(config).eval(), length=38)
+
+
 def test_models_that_do_not_decode_causally_are_refused():
     config = transformers.BertConfig(**SIZES, is_decoder=False)
     model = transformers.BertLMHeadModel(config).eval()

@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import threading
+from functools import partial
 
 import pytest
 
@@ -365,6 +366,63 @@ def test_a_malformed_call_is_answered_or_ends_as_configured():
     assert trajectory.stop_reason is StopReason.ENDED and len(trajectory.completion) == 1
 
 
+# Whatever a tool does is data
+
+
+def odd(kind: str) -> str:
+    """
+    Misbehaves.
+
+    Args:
+        kind: How.
+    """
+    if kind == "exit":
+        raise SystemExit(3)
+    if kind == "surrogate":
+        return ToolResult("a\ud800b", "error")
+    if kind == "nothing":
+        return None
+    return "x" * 10**6
+
+
+async def odd_async(kind: str) -> str:
+    """
+    Misbehaves.
+
+    Args:
+        kind: How.
+    """
+    return odd(kind)
+
+
+@pytest.mark.parametrize("tool", [odd, odd_async], ids=["thread", "coroutine"])
+@pytest.mark.parametrize(
+    ("kind", "answer", "status"),
+    [("exit", "{'error': 'SystemExit: 3'}", "error"), ("surrogate", "a?b", "error"), ("nothing", "None", "ok")],
+)
+def test_a_tool_that_misbehaves_ends_no_run(tool, kind, answer, status):
+    call = f'<tool_call>\n{{"name": "{tool.__name__}", "arguments": {{"kind": "{kind}"}}}}\n</tool_call>'
+    (trajectory,), _ = roll([call, "done"], [tool], dialect="native")
+    assert trajectory.completion[1]["content"] == answer and trajectory.info["tool_statuses"] == [status]
+    assert trajectory.stop_reason is StopReason.ANSWERED
+
+
+def test_an_answer_of_megabytes_is_not_even_tokenized(monkeypatch):
+    """A tokenizer takes seconds for it, in which no other trajectory would go on."""
+    lengths = []
+    call = '<tool_call>\n{"name": "odd", "arguments": {"kind": "long"}}\n</tool_call>'
+    tokenized = TurnTemplate.after_turn
+
+    def after_turn(self, messages):
+        render = tokenized(self, messages)
+        return lambda observations: (lengths.append(len(str(observations))), render(observations))[1]
+
+    monkeypatch.setattr(TurnTemplate, "after_turn", after_turn)
+    (trajectory,), _ = roll([call, "done"], [odd], dialect="native")
+    assert trajectory.stop_reason is StopReason.MAX_TOKENS and len(trajectory.completion) == 1
+    assert lengths and max(lengths) < 1000
+
+
 # Failures
 
 
@@ -645,7 +703,22 @@ def test_provenance_says_what_made_the_row():
     assert (info["iteration"], info["policy"], info["policy_revision"]) == (2, "previous", "abc")
     assert info["engine"]["engine"] == "scripted" and info["sampler"]["temperature"] == 0.7
     assert info["tools"] == {"python": "echo-1"} and info["dialect"] == "fenced"
+    assert info["verifiers"] == {"rewards": {}, "weights": [], "threshold": 0.5, "missing": "undecided"}
     other = byte_tokenizer("qwen2_5")
     other.chat_template += "{# edited #}"
     (edited,), _ = roll([CODE, ANSWER], tokenizer=other)
     assert edited.info["tokenizer"] == info["tokenizer"] and edited.info["chat_template"] != info["chat_template"]
+
+
+def test_provenance_tells_one_verifier_from_another():
+    def strict(completions, **columns):
+        return [0.0] * len(completions)
+
+    def lenient(completions, tolerance=1, **columns):
+        return [float(tolerance)] * len(completions)
+
+    lenient.__name__ = "strict"
+    funcs = [strict, strict, lenient, partial(lenient, tolerance=2), partial(lenient, tolerance=3)]
+    found = [roll([ANSWER], reward_funcs=func)[0][0].info["verifiers"]["rewards"]["strict"] for func in funcs]
+    assert found[0] == found[1] and found[0].startswith("source:")
+    assert len({str(version) for version in found}) == 4

@@ -47,6 +47,7 @@ class Conversation:
         eos = self._tokenizer.eos_token_id
         self.stop_token_ids = tuple(dict.fromkeys([*self.template.end_of_turn_ids, *([] if eos is None else [eos])]))
         self.stop_strings = tuple(dict.fromkeys([*self.dialect.stop_strings, *config.stop_strings]))
+        self._longest_token = max(map(len, self._tokenizer.get_vocab()))
         # The samples of a prompt begin one after another, and most turns look alike to the template
         self._prompt_ids = lru_cache(maxsize=64)(self._render_prompt)
         self._after_turn = lru_cache(maxsize=64)(self._render_turn)
@@ -61,6 +62,10 @@ class Conversation:
         """Reads a turn that was sampled after `prefix_ids`, which reach back to the generation prompt at least."""
         ids = generation.token_ids
         return self.dialect.read(self.text(ids), ids, prefix_ids)
+
+    def longest_text(self, config: RolloutConfig) -> int:
+        """How many characters fit into a trajectory at most: no token stands for more than its own text."""
+        return config.max_trajectory_tokens * self._longest_token
 
     def text(self, sampled_ids: Sequence[int]) -> str:
         """The text of a sampled turn, without the token that ended it."""
@@ -374,6 +379,9 @@ async def answer_turn(
     if toolbox.done:
         transcript.final_observation = "\n".join(result.output for result in results)
         return StopReason.ANSWERED
+    # A tool may answer with megabytes: what cannot fit is not tokenized, which would hold up all trajectories
+    if max((len(result.output) for result in results), default=0) > conversation.longest_text(config):
+        return StopReason.MAX_TOKENS
     try:
         context_ids = conversation.observation_ids(turn, observations)
     except ValueError as error:  # the policy's doing: the template did render an ordinary call's answer

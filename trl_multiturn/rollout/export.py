@@ -10,9 +10,9 @@ from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 
-from ..durable import put_in_place
+from ..durable import written_whole
 from ..trajectory import Trajectory
-from .journal import Journal, write_parquet
+from .journal import Journal, JournalError, write_parquet
 
 
 _DROPPED_FILE = "dropped.jsonl"
@@ -42,25 +42,29 @@ def dropped_writer(folder: Path) -> Iterator[Callable[[Trajectory, str], None]]:
 
     The body calls what it is given with one trajectory and reason after another, prompt by prompt in rising order.
     """
-    path = folder / _DROPPED_FILE
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "w", encoding="utf-8") as file:
+    with written_whole(folder / _DROPPED_FILE) as partial, open(partial, "w", encoding="utf-8") as file:
 
         def write(trajectory: Trajectory, reason: str) -> None:
             line = [trajectory.info["prompt_index"], trajectory.info["trajectory_id"], reason]
             file.write(json.dumps(line) + "\n")
 
         yield write
-    put_in_place(partial, path)
 
 
 def _read_dropped(folder: Path) -> Iterator[tuple[float, dict[str, str]]]:
     """Reasons by `trajectory_id`, of one prompt after another that has any."""
     path = folder / _DROPPED_FILE
-    if path.exists():
-        with open(path, encoding="utf-8") as file:
+    if not path.exists():
+        return
+    with open(path, encoding="utf-8") as file:
+        try:
             for prompt, lines in groupby(map(json.loads, file), key=lambda line: line[0]):
                 yield prompt, {name: reason for _, name, reason in lines}
+        except (LookupError, TypeError, ValueError) as error:
+            raise JournalError(
+                f"{path} is damaged ({error}), so it is unknown what dropped which trajectory. Restore it, or delete "
+                "it to go without."
+            ) from error
 
 
 def export_trajectories(run_folder: Path, output: Path) -> int:
@@ -83,11 +87,9 @@ def export_trajectories(run_folder: Path, output: Path) -> int:
 
 
 def _write_jsonl(trajectories: Iterator[Trajectory], path: Path) -> int:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
     count = 0
-    with open(partial, "w", encoding="utf-8") as file:
+    # Half of a surrogate pair, which a policy can write into a call's arguments as JSON, is in no encoding
+    with written_whole(path) as partial, open(partial, "w", encoding="utf-8", errors="replace") as file:
         for count, trajectory in enumerate(trajectories, 1):  # noqa: B007
             file.write(json.dumps(trajectory.to_dict(), ensure_ascii=False) + "\n")
-    put_in_place(partial, path)
     return count

@@ -24,7 +24,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from ..durable import put_in_place, sync_entry, write_whole
+from ..durable import sync_entry, write_whole, written_whole
 from ..trajectory import Trajectory, Verdict
 from .journal_index import LineIndex, ShardReader
 from .journal_sync import BackgroundSync
@@ -150,7 +150,8 @@ class Journal:
                 new one is complete.
         """
         path = self.folder / "trajectories.parquet" if path is None else Path(path)
-        write_parquet(self.read(), path)
+        with _explained(self.folder):
+            write_parquet(self.read(), path)
         return path
 
     # Lines
@@ -265,21 +266,17 @@ def write_parquet(trajectories: Iterable[Trajectory], path: Path) -> int:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    partial = path.with_name(path.name + ".partial")
     schema = _schema(pa)
     rows: list[dict[str, Any]] = []
     count = 0
-    with _explained(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with pq.ParquetWriter(partial, schema) as writer:
-            for count, trajectory in enumerate(trajectories, 1):  # noqa: B007
-                rows.append(_to_row(trajectory))
-                if len(rows) == _ROWS_PER_GROUP:
-                    writer.write_table(pa.Table.from_pylist(rows, schema))
-                    rows.clear()
-            if rows:
+    with written_whole(path) as partial, pq.ParquetWriter(partial, schema) as writer:
+        for count, trajectory in enumerate(trajectories, 1):  # noqa: B007
+            rows.append(_to_row(trajectory))
+            if len(rows) == _ROWS_PER_GROUP:
                 writer.write_table(pa.Table.from_pylist(rows, schema))
-        put_in_place(partial, path)
+                rows.clear()
+        if rows:
+            writer.write_table(pa.Table.from_pylist(rows, schema))
     return count
 
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from ..trajectory import Trajectory
 from ..verify.rewards import judge_async, resolve_reward_funcs, reward_name
+from .provenance import version_of
 
 
 class Judge:
@@ -47,6 +48,8 @@ class Judge:
             raise ValueError(
                 f"`reward_weights` has {len(weights)} entries for {len(self._funcs)} reward functions. Give one each."
             )
+        if missing not in ("undecided", "skip"):
+            raise ValueError(f"`missing_reward={missing!r}` is unknown. Use 'undecided' or 'skip'.")
         self._threshold = correct_threshold
         self._timeout = timeout_seconds
         self._missing = missing
@@ -59,10 +62,10 @@ class Judge:
         return bool(self._funcs)
 
     def versions(self) -> dict[str, Any]:
-        """Name and version of every verifier and the threshold, for provenance."""
-        names = [reward_name(func) for func in self._funcs]
-        versions = {name: str(getattr(func, "version", "")) for name, func in zip(names, self._funcs, strict=True)}
-        return {"rewards": versions, "weights": self._weights, "threshold": self._threshold}
+        """Name and version of every verifier, and what makes a verdict of their values, for provenance."""
+        versions = {reward_name(func): version_of(func) for func in self._funcs}
+        settings = {"weights": self._weights, "threshold": self._threshold, "missing": self._missing}
+        return {"rewards": versions, **settings}
 
     async def judge(self, finished: Sequence[tuple[Trajectory, Mapping[str, Any]]]) -> list[Trajectory]:
         """Judges trajectories, each with its prompt's row."""
@@ -98,4 +101,5 @@ def _environment_reward(name: str) -> Callable[..., list[float | None]]:
         return environment_reward
 
     environment_reward.__name__ = name
+    environment_reward.version = ""  # the environment's own is among the tools
     return environment_reward

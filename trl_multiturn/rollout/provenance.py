@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Any
+
+from ..tools.base import tool_version
 
 
 def derive_seed(*parts: int | str) -> int:
@@ -21,6 +25,17 @@ def fingerprint(value: Any) -> str:
     """A short hash of a JSON value."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def version_of(function: Any) -> Any:
+    """What identifies a reward function's or a factory's behaviour, as JSON values: its `version`, or a hash of its
+    source; of a `partial`, with its arguments."""
+    if isinstance(function, functools.partial):
+        arguments = json.loads(json.dumps([function.args, function.keywords], default=tool_version))
+        return [version_of(function.func), *arguments]
+    if isinstance(function, Mapping):
+        return {str(name): version_of(each) for name, each in function.items()}
+    return tool_version(function)
 
 
 def describe_tokenizer(processing_class: Any) -> dict[str, str]:

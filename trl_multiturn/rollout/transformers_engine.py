@@ -250,10 +250,16 @@ class TransformersEngine:
         with self._lock:
             self._inbox.clear()
             requests = list(self._in_flight)
+        what, config = f"{type(error).__name__}: {error}", self._policy.config.get_text_config(decoder=True)
+        longest = max((len(request.prompt_ids) + len(request.token_ids) for request in requests), default=0)
+        context = getattr(config, "max_position_embeddings", None)
+        if context is not None and longest > context:  # where positions are learned, torch knows of an index only
+            what += f" (a conversation has {longest} tokens, the model {context} positions: lower "
+            what += "`max_trajectory_tokens`)"
         outcomes = []
         for request in requests:
             # One exception per caller: a shared one would collect the tracebacks of all of them.
-            failure = EngineError(f"Generation failed: {type(error).__name__}: {error}")
+            failure = EngineError(f"Generation failed: {what}")
             failure.__cause__ = error
             outcomes.append((request, failure))
         return outcomes

@@ -19,6 +19,7 @@ import threading
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Protocol, runtime_checkable
 
 from transformers.utils import get_json_schema
@@ -146,8 +147,15 @@ def tool_version(tool: Any) -> str:
     version = getattr(tool, "version", None)
     if version is not None:
         return str(version)
+    tool = getattr(tool, "__func__", tool)  # of a bound method
+    return _source_version(tool if inspect.isroutine(tool) or inspect.isclass(tool) else type(tool))
+
+
+@lru_cache(maxsize=256)
+def _source_version(defined: Any) -> str:
+    """Of the source as it was when first asked for: the file may be edited while a run goes on."""
     try:
-        source = inspect.getsource(tool if inspect.isroutine(tool) or inspect.isclass(tool) else type(tool))
+        source = inspect.getsource(defined)
     except (OSError, TypeError):
         return "unknown"
     return "source:" + hashlib.sha256(source.encode()).hexdigest()[:12]
@@ -201,8 +209,8 @@ async def run_in_thread(function: Callable[..., Any], /, *args: Any, **kwargs: A
         result, error = None, None
         try:
             result = context.run(function, *args, **kwargs)
-        except StopIteration as stop:  # a future cannot carry it
-            error = RuntimeError(f"`{function!r}` raised StopIteration: {stop}")
+        except (StopIteration, SystemExit) as stop:  # a future cannot carry the one, the other would end the program
+            error = RuntimeError(f"{type(stop).__name__}: {stop}")
         except BaseException as raised:
             error = raised
         try:

@@ -13,7 +13,7 @@ import inspect
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .base import (
@@ -142,7 +142,8 @@ class Toolbox:
             self._environment = self._kind.make()
             return await self._environment.reset(self._row)
 
-        return await self._attempt(self._kind.name, lambda: self._in_environment("reset", start))
+        observation = await self._attempt(self._kind.name, lambda: self._in_environment("reset", start))
+        return _encodable(observation) if isinstance(observation, str) else observation
 
     async def reward(self) -> float | None:
         """The environment's own reward; `None` without one."""
@@ -273,17 +274,20 @@ class _EnvironmentHangs(ToolFailure):
 
 
 async def _call(function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
-    if inspect.iscoroutinefunction(function):
+    if not inspect.iscoroutinefunction(function):
+        return await run_in_thread(function, **arguments)
+    try:
         return await function(**arguments)
-    return await run_in_thread(function, **arguments)
+    except SystemExit as stop:  # a tool that ends its own call must not end the program
+        raise RuntimeError(f"SystemExit: {stop}") from stop
 
 
 def _text(output: Any) -> ToolResult | str:
     """What the policy reads of a tool's return value."""
     if isinstance(output, ToolResult):
-        return output
-    if isinstance(output, str):  # a lone surrogate could be neither tokenised nor stored
-        return output.encode("utf-8", "replace").decode("utf-8")
+        return replace(output, output=_encodable(output.output))
+    if isinstance(output, str):
+        return _encodable(output)
     if isinstance(output, list) and output and all(isinstance(block, dict) and "type" in block for block in output):
         kinds = {block["type"] for block in output}
         if kinds != {"text"}:
@@ -292,6 +296,11 @@ def _text(output: Any) -> ToolResult | str:
             )
         output = "".join(block["text"] for block in output)
     return _text(str(output))
+
+
+def _encodable(text: str) -> str:
+    """The text with half surrogate pairs replaced, which could be neither tokenised nor stored."""
+    return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _error(message: str, seconds: float = 0.0) -> ToolResult:
