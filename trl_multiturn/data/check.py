@@ -17,6 +17,7 @@ from .. import _upstream
 from ..templates import TurnTemplate
 from .loading import load_rows
 from .preview import MaskPreview, preview_masks
+from .row_checks import check_label, check_margin, holds_messages
 from .tokenization import tokenize_preference_row, tokenize_unpaired_row
 from .truncation import PREFERENCE_SIDES, UNPAIRED_SIDES, completion_cut
 
@@ -127,15 +128,19 @@ def _check_row(
 ) -> int:
     """Tokenizes a row, adds its counts, and returns how many of its sides `max_length` cuts."""
     kind = _kind(row)
+    if kind == "preference":
+        check_margin(row.get("margin"))
+    elif kind == "unpaired":
+        check_label(row["label"])
     sides = PREFERENCE_SIDES if kind == "preference" else UNPAIRED_SIDES
     if sides[0][1] not in row:
         row = row | _tokenize(row, kind, tokenizer)
     cut, sequences = 0, []
     for ids, mask in sides:
         length = len(row["prompt_ids"]) + len(row[ids])
-        if len(row[ids]) != len(row[mask]):
+        if len(row[ids]) != len(row[mask] or []):
             raise ValueError(
-                f"`{mask}` has {len(row[mask])} entries but `{ids}` has {len(row[ids])}, so it is unknown which "
+                f"`{mask}` has {len(row[mask] or [])} entries but `{ids}` has {len(row[ids])}, so it is unknown which "
                 "tokens are trained. Write one mask entry per token."
             )
         kept = len(row[ids]) if max_length is None else completion_cut(row[mask], max_length - len(row["prompt_ids"]))
@@ -144,6 +149,12 @@ def _check_row(
             raise ValueError(
                 f"`{ids.removesuffix('_ids')}` has {length} tokens, none of them sampled by the policy{limit}, so the "
                 "row carries no gradient. Raise `max_length` or drop the row."
+            )
+        largest = max([*row["prompt_ids"], *row[ids]])
+        if largest >= len(tokenizer):
+            raise ValueError(
+                f"`{ids}` or `prompt_ids` holds the token {largest}, but the tokenizer ends at {len(tokenizer) - 1}. "
+                "The rows were written for another tokenizer: pass that one, or write them anew."
             )
         cut += kept < len(row[ids])
         sequences.append(row[ids][:kept])
@@ -168,7 +179,7 @@ def _kind(row: dict[str, Any]) -> Kind:
 def _tokenize(row: dict[str, Any], kind: Kind, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     if kind == "preference" and "prompt" not in row:
         row = row | _upstream.extract_prompt(row)
-    if not _upstream.is_conversational(row):
+    if not holds_messages(row):
         sides = ("chosen", "rejected") if kind == "preference" else ("completion",)
         encoded = {"prompt_ids": tokenizer(row["prompt"])["input_ids"]}
         for side in sides:

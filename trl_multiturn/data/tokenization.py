@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import logging
 import weakref
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from .. import _upstream
 from ..templates import TurnTemplate
 from ..version import __version__
+from .row_checks import check_messages, read_tools
 
 
 logger = logging.getLogger(__name__)
@@ -66,7 +69,7 @@ def turn_template(
     chat_template_kwargs: dict[str, Any] | None = None,
 ) -> TurnTemplate:
     """The [`TurnTemplate`] for these arguments, built once per tokenizer, template, tool set and keyword arguments."""
-    tools = json.loads(tools) if isinstance(tools, str) else tools
+    tools = read_tools(tools)
     kwargs = chat_template_kwargs or {}
     templates = _TEMPLATES.setdefault(processing_class, {})
     # The tokenizer's template is part of the key: a user may set another one on the same tokenizer
@@ -87,19 +90,30 @@ def tokenize_completion(
     reason to refuse: such a row holds no observations, so it is tokenized as TRL's own trainers do, every token after
     the prompt trained, and the defect is logged.
     """
+    for name in ("prompt", column):
+        check_messages(example[name], name)
     prompt, completion = _without_nulls(example["prompt"]), _without_nulls(example[column])
-    tools, kwargs = example.get("tools"), example.get("chat_template_kwargs") or {}
+    tools, kwargs = read_tools(example.get("tools")), example.get("chat_template_kwargs") or {}
+    if not isinstance(kwargs, Mapping):
+        raise ValueError(
+            f"`chat_template_kwargs` is {kwargs!r}, but holds keyword arguments of the chat template. Write a mapping "
+            "such as `{'enable_thinking': False}`."
+        )
     try:
         return tokenize_trajectory(processing_class, prompt, completion, tools, **kwargs)
     except ValueError as error:
         single = len(completion) == 1 and completion[0].get("role") == "assistant"
         if not single or completion[0].get("tool_calls"):
             raise ValueError(f"`{column}`: {error}") from error
+        try:
+            output = _tokenize_as_upstream(processing_class, prompt, completion, tools, kwargs)
+        except (TemplateError, TypeError, KeyError, IndexError):  # it cannot be rendered at all
+            raise ValueError(f"`{column}`: {error}") from error
         _warn_once(
             "The tokenized prompt is not a prefix of the tokenized prompt+completion, or a turn has no end. One-turn "
             f"completions are then tokenized as TRL does, all of their tokens trained. {error}"
         )
-        return _tokenize_as_upstream(processing_class, prompt, completion, tools, kwargs)
+        return output
 
 
 def _without_nulls(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -112,7 +126,7 @@ def _tokenize_as_upstream(processing_class, prompt, completion, tools, kwargs) -
         prompt = _upstream.prepare_multimodal_messages(prompt)
         completion = _upstream.prepare_multimodal_messages(completion)
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
-    kwargs = {"tools": json.loads(tools) if isinstance(tools, str) else tools, "tokenize": False, **kwargs}
+    kwargs = {"tools": tools, "tokenize": False, **kwargs}
     header = processing_class.apply_chat_template(prompt, add_generation_prompt=True, **kwargs)
     text = processing_class.apply_chat_template(prompt + completion, **kwargs)
     prompt_ids = tokenizer(header, add_special_tokens=False)["input_ids"]
@@ -121,17 +135,42 @@ def _tokenize_as_upstream(processing_class, prompt, completion, tools, kwargs) -
     return {"prompt_ids": ids[:start], "completion_ids": ids[start:], "action_mask": [1] * (len(ids) - start)}
 
 
-def row_tokenization_kwargs(processing_class: PreTrainedTokenizerBase | ProcessorMixin) -> dict[str, Any]:
-    """`fn_kwargs` for mapping the two functions below over a dataset.
+Tokenize = Callable[[dict[str, Any], PreTrainedTokenizerBase | ProcessorMixin], dict[str, list[int]]]
+
+
+def row_tokenization_kwargs(
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin, tokenize: Tokenize, row_name: str = "Row"
+) -> dict[str, Any]:
+    """`fn_kwargs` for mapping [`tokenize_numbered_row`] over a dataset.
 
     They hold the package's version too: `datasets` caches what a function of a package returned under the function's
     name and arguments, and masks from another version must not come back.
     """
-    return {"processing_class": processing_class, "version": __version__}
+    return {
+        "processing_class": processing_class,
+        "tokenize": tokenize,
+        "row_name": row_name,
+        "version": __version__,
+    }
+
+
+def tokenize_numbered_row(
+    example: dict[str, Any],
+    index: int,
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin,
+    tokenize: Tokenize,
+    row_name: str,
+    version: str,
+) -> dict[str, list[int]]:
+    """`tokenize(example, processing_class)`; what it refuses is refused with the row's number."""
+    try:
+        return tokenize(example, processing_class)
+    except ValueError as error:
+        raise ValueError(f"{row_name} {index}: {error}") from error
 
 
 def tokenize_preference_row(
-    example: dict[str, Any], processing_class: PreTrainedTokenizerBase | ProcessorMixin, version: str = __version__
+    example: dict[str, Any], processing_class: PreTrainedTokenizerBase | ProcessorMixin
 ) -> dict[str, list[int]]:
     """Token columns of a conversational preference row (`prompt`, `chosen`, `rejected`)."""
     chosen = tokenize_completion(example, "chosen", processing_class)
@@ -147,7 +186,7 @@ def tokenize_preference_row(
 
 
 def tokenize_unpaired_row(
-    example: dict[str, Any], processing_class: PreTrainedTokenizerBase | ProcessorMixin, version: str = __version__
+    example: dict[str, Any], processing_class: PreTrainedTokenizerBase | ProcessorMixin
 ) -> dict[str, list[int]]:
     """Token columns of a conversational row with one completion (`prompt`, `completion`)."""
     return tokenize_completion(example, "completion", processing_class)

@@ -134,7 +134,7 @@ def _fit_row(
     output: dict[str, Any] = {_LENGTH: 0}
     statuses, sequences = [], []
     for ids_column, mask_column in sides:
-        ids, actions = example[ids_column], list(example[mask_column])
+        ids, actions = example[ids_column] or [], list(example[mask_column] or [])
         if len(ids) != len(actions):
             raise ValueError(
                 f"Row {index}: `{mask_column}` has {len(actions)} entries but `{ids_column}` has {len(ids)}, so it is "
@@ -194,6 +194,6 @@ def _nothing_left(stats: dict[str, float], max_length: int | None) -> str:
     return (
         f"No row is left to train on: of {untrained + identical} rows, {untrained} have no token sampled by the "
         f"policy within `max_length={max_length}` on one side, and the two sides of {identical} become identical "
-        f"there (95th percentile of lengths: {stats['data/length_p95']:.0f} tokens). Raise `max_length`, or shorten "
-        "the prompts."
+        f"there (95th percentile of lengths: {stats['data/length_p95']:.0f} tokens). Raise `max_length` or shorten "
+        "the prompts; where that is not it, see that completions hold turns with the role `assistant`."
     )

@@ -11,7 +11,8 @@ from trl import DPOConfig, DPOTrainer
 
 from .. import _upstream
 from ..data.collators import DataCollatorForMultiTurnPreference
-from ..data.tokenization import row_tokenization_kwargs, tokenize_preference_row
+from ..data.row_checks import check_column, check_margin, find_format, first_row
+from ..data.tokenization import row_tokenization_kwargs, tokenize_numbered_row, tokenize_preference_row
 from ..data.truncation import PREFERENCE_SIDES
 from ..packing import PackedTrainerMixin
 from .iterative import IterativeTrainerMixin
@@ -93,15 +94,17 @@ class MultiTurnDPOTrainer(PackedTrainerMixin, IterativeTrainerMixin, TokenRowsMi
         map_kwargs: dict[str, Any] = {}
         if isinstance(dataset, Dataset):  # an IterableDataset takes neither
             map_kwargs = {"num_proc": args.dataset_num_proc, "desc": f"Tokenizing {dataset_name} dataset"}
-        first = next(iter(dataset))
-        token_rows = {"prompt_ids", *(column for side in self._sides for column in side)} <= first.keys()
-        if not token_rows and _upstream.is_conversational(first) and self._needs_turns(args):
+        first = first_row(dataset, dataset_name)
+        row_format = find_format(first, [("chosen", "rejected")], self._sides, dataset_name)
+        if "margin" in first and isinstance(dataset, Dataset):
+            check_column(dataset["margin"], check_margin)
+        if row_format == "messages" and self._needs_turns(args):
             with _upstream.global_then_local_main_first():
                 if "prompt" not in first:
                     dataset = dataset.map(_upstream.extract_prompt, **map_kwargs)
-                fn_kwargs = row_tokenization_kwargs(processing_class)
-                dataset = dataset.map(tokenize_preference_row, fn_kwargs=fn_kwargs, **map_kwargs)
-        elif not token_rows:
+                fn_kwargs = row_tokenization_kwargs(processing_class, tokenize_preference_row)
+                dataset = dataset.map(tokenize_numbered_row, with_indices=True, fn_kwargs=fn_kwargs, **map_kwargs)
+        elif row_format != "tokens":
             # Plain text has no turns, or all of them train: the parent tokenizes, and every token counts
             dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
             with _upstream.global_then_local_main_first():

@@ -10,7 +10,8 @@ from trl import KTOConfig, KTOTrainer
 
 from .. import _upstream
 from ..data.collators import DataCollatorForMultiTurnUnpairedPreference
-from ..data.tokenization import row_tokenization_kwargs, tokenize_unpaired_row
+from ..data.row_checks import check_column, check_label, find_format, first_row
+from ..data.tokenization import row_tokenization_kwargs, tokenize_numbered_row, tokenize_unpaired_row
 from ..data.truncation import UNPAIRED_SIDES
 from ..data.unpaired import add_mismatched_completions, unpair_interleaved
 from ..packing import PackedTrainerMixin
@@ -20,6 +21,8 @@ from .token_rows import TokenRowsMixin
 
 
 logger = get_logger(__name__)
+
+_TEXT_FORMATS = [("prompt", "completion", "label"), ("chosen", "rejected")]
 
 
 class MultiTurnKTOTrainer(PackedTrainerMixin, IterativeTrainerMixin, TokenRowsMixin, KTOTrainer):
@@ -67,17 +70,23 @@ class MultiTurnKTOTrainer(PackedTrainerMixin, IterativeTrainerMixin, TokenRowsMi
         map_kwargs: dict[str, Any] = {}
         if isinstance(dataset, Dataset):  # an IterableDataset takes neither
             map_kwargs = {"num_proc": args.dataset_num_proc, "desc": f"Tokenizing {dataset_name} dataset"}
-        first = next(iter(dataset))
-        token_rows = {"prompt_ids", "completion_ids", "action_mask"} <= first.keys()
+        first, row_name = first_row(dataset, dataset_name), "Row"
+        row_format = find_format(first, _TEXT_FORMATS, self._sides, dataset_name)
+        token_rows = row_format == "tokens"
+        if token_rows and "label" not in first:
+            raise ValueError(
+                f"The token rows of the {dataset_name} dataset have no `label`, so nothing says which completions are "
+                "good. Add the column, with True or False in each row."
+            )
         with _upstream.global_then_local_main_first():
             if not token_rows and {"chosen", "rejected"} <= first.keys():
                 if "prompt" not in first:
                     dataset = dataset.map(_upstream.extract_prompt, **map_kwargs)
                 dataset = unpair_interleaved(dataset, **map_kwargs)
-                first = next(iter(dataset))
-            if not token_rows and _upstream.is_conversational(first) and self._needs_turns(args):
-                fn_kwargs = row_tokenization_kwargs(processing_class)
-                dataset = dataset.map(tokenize_unpaired_row, fn_kwargs=fn_kwargs, **map_kwargs)
+                row_name = "Of the pairs taken apart, row"
+            if row_format == "messages" and self._needs_turns(args):
+                fn_kwargs = row_tokenization_kwargs(processing_class, tokenize_unpaired_row, row_name)
+                dataset = dataset.map(tokenize_numbered_row, with_indices=True, fn_kwargs=fn_kwargs, **map_kwargs)
                 token_rows = True
         if not token_rows:
             # Plain text has no turns, or all of them train: the parent tokenizes, and every token counts
@@ -94,6 +103,7 @@ class MultiTurnKTOTrainer(PackedTrainerMixin, IterativeTrainerMixin, TokenRowsMi
 
     def _warn_about_balance(self, dataset: Dataset) -> None:
         labels = dataset["label"][:]
+        check_column(labels, check_label)
         desirable = sum(labels)
         undesirable = len(labels) - desirable
         if not desirable or not undesirable:
