@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
+import signal
 import stat
 
 import pytest
+import torch
 from datasets import Dataset
 
-from trl_multiturn import durable
-from trl_multiturn.data.row_files import save_rows
+from tests.data.test_pairing import fresh
+from trl_multiturn import UnpairedConfig, durable
+from trl_multiturn.data.row_files import save_rows, write_rows
+from trl_multiturn.data.selection import select_by_prompt
 from trl_multiturn.durable import put_in_place, write_whole
 from trl_multiturn.report import IterationReport
+from trl_multiturn.trainer.policy_weights import save_policy_weights
 
 
 @pytest.fixture
@@ -89,6 +95,49 @@ def test_a_file_system_that_cannot_sync_folders_will_do(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(durable.os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match=r"/a cannot be written: No space left on device.*same command") as caught:
         write_whole(tmp_path / "a", b"2")
+    assert caught.value.errno == errno.ENOSPC
     assert (tmp_path / "a").read_bytes() == b"1"  # what was there stays
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def write_rows_of(folder):
+    save_rows(Dataset.from_dict({"a": list(range(5000))}), folder / "rows")
+
+
+def write_found_rows(folder):
+    trajectories = [fresh(0, float(sample)) for sample in range(2)] * 200
+    selections = (part for _, part in select_by_prompt([trajectories], UnpairedConfig("all", deduplicate=False)))
+    write_rows(selections, folder / "rows", "unpaired")
+
+
+def write_snapshot(folder):
+    save_policy_weights(torch.nn.Linear(100, 100), folder / "policy.safetensors")
+
+
+def write_report(folder):
+    IterationReport(0, settings={"many": "x" * 9000}).save(folder)
+
+
+@pytest.fixture
+def small_disk():
+    """Files end at 4 KiB, as on a disk that is full by then."""
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.mark.parametrize("write", [write_rows_of, write_found_rows, write_snapshot, write_report])
+def test_a_full_disk_is_named_with_what_could_not_be_written(tmp_path, small_disk, write):
+    (tmp_path / "before").write_text("is there")
+    with pytest.raises(
+        OSError, match=r"(rows|rows.found|policy.safetensors|report.json) cannot be written: .*File too"
+    ):
+        write(tmp_path)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    write(tmp_path)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names - {"before"} in ({"rows"}, {"policy.safetensors"}, {"report.json"})

@@ -10,25 +10,41 @@ from pathlib import Path
 from secrets import token_hex
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file, and the folders above it, in place of what was there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{token_hex(4)}.partial")  # several processes may write the same
-    partial.write_bytes(content)
-    put_in_place(partial, path)
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Has an operating system's error say which file it is about, and what to do.
+
+    Raises:
+        `OSError`: with the number of the one that the body raised.
+    """
+    try:
+        yield
+    except OSError as error:
+        what = (
+            f"{path} cannot be written: {error.strerror or error}. What was written before is intact: free space or "
+        )
+        what += "make the folder writable, and start again with the same command."
+        raise (OSError(what) if error.errno is None else OSError(error.errno, what)) from error
 
 
 @contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
+def written_whole(path: Path, suffix: str = ".partial") -> Iterator[Path]:
     """Gives the body a name to write a file to. It gets its own at the end; where the body raises, it is deleted."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        yield partial
-        put_in_place(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    partial = path.with_name(path.name + suffix)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield partial
+            put_in_place(partial, path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Writes a file, and the folders above it, in place of what was there; several processes may write the same."""
+    with written_whole(path, f".{token_hex(4)}.partial") as partial:
+        partial.write_bytes(content)
 
 
 def put_in_place(partial: Path, path: Path) -> None:

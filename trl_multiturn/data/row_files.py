@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 
-from ..durable import put_in_place
+from ..durable import put_in_place, writing
 from .pairing import (
     OPTIONAL_COLUMNS,
     common_columns,
@@ -63,11 +63,13 @@ def write_rows(selections: Iterable[Selection], folder: Path, row_format: Litera
 
     # Which columns all rows have is known at the end, so they are first written with every column
     found = folder.with_name(f"{folder.name}.found")
-    found.parent.mkdir(parents=True, exist_ok=True)
     features = preference_features() if row_format == "preference" else unpaired_features(OPTIONAL_COLUMNS)
-    with pa.OSFile(str(found), "wb") as file, pa.ipc.new_stream(file, Features(features).arrow_schema) as stream:
-        for batch in _batches(rows()):
-            stream.write_table(dataset_of(batch, features).data.table)
+    schema = Features(features).arrow_schema
+    with writing(found):
+        found.parent.mkdir(parents=True, exist_ok=True)
+        with pa.OSFile(str(found), "wb") as file, pa.ipc.new_stream(file, schema) as stream:
+            for batch in _batches(rows()):
+                stream.write_table(dataset_of(batch, features).data.table)
     dataset = Dataset.from_file(str(found))
     if row_format == "unpaired":
         common = common_columns(brings, count)
@@ -79,11 +81,12 @@ def write_rows(selections: Iterable[Selection], folder: Path, row_format: Litera
 def save_rows(rows: Dataset, folder: Path) -> None:
     """Saves rows to a folder, whole or not at all; what was there is replaced."""
     partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    rows.save_to_disk(partial, num_shards=1)  # without a number, an empty dataset is written as no shard at all
-    if folder.exists():
-        shutil.rmtree(folder)
-    put_in_place(partial, folder)
+    with writing(folder):
+        shutil.rmtree(partial, ignore_errors=True)
+        rows.save_to_disk(partial, num_shards=1)  # without a number, an empty dataset is written as no shard at all
+        if folder.exists():
+            shutil.rmtree(folder)
+        put_in_place(partial, folder)
 
 
 def with_list_column(rows: Dataset, name: str, values: Iterable[np.ndarray]) -> Dataset:

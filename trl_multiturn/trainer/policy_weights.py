@@ -14,11 +14,11 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from ..durable import put_in_place
+from ..durable import written_whole
 from .main_process import on_main
 from .sharding import kept_parameters, trainable_names, whole_parameters, write_parameters
 
@@ -46,11 +46,11 @@ def save_policy_weights(model: nn.Module, path: str | os.PathLike) -> None:
             weights[name] = whole.cpu().contiguous()
 
     def write() -> None:
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(target.name + ".partial")
-        save_file(weights, partial)
-        put_in_place(partial, target)
+        with written_whole(Path(path)) as partial:
+            try:
+                save_file(weights, partial)
+            except SafetensorError as error:  # such as a full disk
+                raise OSError(str(error)) from error
 
     on_main(write)
 
