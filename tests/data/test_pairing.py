@@ -75,11 +75,11 @@ def test_the_row_of_a_pair_literally():
             "chosen_ids": [7, 8, 1, 2, 9, 8],
             "chosen_action_mask": [1, 1, 0, 0, 1, 1],
             "chosen_reward": 1.0,
-            "chosen_info": '{"prompt_index": 3, "seed": 11}',
+            "chosen_info": '{"prompt_index": 3, "seed": 11, "stop_reason": "answered", "verdict": "correct"}',
             "rejected_ids": [6, 8],
             "rejected_action_mask": [1, 1],
             "rejected_reward": 0.0,
-            "rejected_info": '{"prompt_index": 3}',
+            "rejected_info": '{"prompt_index": 3, "stop_reason": "answered", "verdict": "incorrect"}',
         }
     ]
     assert dataset.features["chosen_ids"] == List(Value("int32"))
@@ -258,7 +258,7 @@ def test_the_unpaired_row_literally():
             "label": False,
             "reward": 0.25,
             "prompt_index": 2,
-            "info": '{"prompt_index": 2}',
+            "info": '{"prompt_index": 2, "stop_reason": "answered", "verdict": "incorrect"}',
             "behavior_logps": [-0.5, 0.0, -0.5],
         }
     ]

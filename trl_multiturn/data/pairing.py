@@ -82,7 +82,7 @@ def preference_row(pair: Pair, include_messages: bool = False) -> dict[str, Any]
             f"{side}_ids": trajectory.completion_ids[cut:],
             f"{side}_action_mask": trajectory.action_mask[cut:],
             f"{side}_reward": terminal_reward(trajectory),
-            f"{side}_info": json.dumps(trajectory.provenance),
+            f"{side}_info": _info(trajectory),
         }
     if include_messages:
         opening = _opening_messages(pair.chosen, pair.shared_turns)
@@ -182,7 +182,7 @@ def unpaired_row(trajectory: Trajectory) -> dict[str, Any]:
         "label": trajectory.verdict is Verdict.CORRECT,
         "reward": terminal_reward(trajectory),
         "prompt_index": _prompt_index(trajectory),
-        "info": json.dumps(trajectory.provenance),
+        "info": _info(trajectory),
         "behavior_logps": trajectory.logps,
         "turn_rewards": trajectory.info.get("turn_rewards"),
         "process_rewards": _aligned(trajectory.info.get("process_rewards", []), len(trajectory.completion_ids)),
@@ -197,6 +197,11 @@ def _aligned(rewards: list[list[float]], length: int) -> list[float]:
     for position, reward in rewards:
         aligned[int(position)] += reward
     return aligned
+
+
+def _info(trajectory: Trajectory) -> str:
+    outcome = {"stop_reason": trajectory.stop_reason.value, "verdict": trajectory.verdict.value}
+    return json.dumps({**trajectory.provenance, **outcome})
 
 
 def _prompt_index(trajectory: Trajectory) -> int:
