@@ -181,6 +181,17 @@ def test_damage_in_the_middle_is_refused(tmp_path, damage):
     assert shard.read_bytes() == before
 
 
+def test_a_shard_that_somebody_copied_is_read_and_not_written_to(tmp_path):
+    with Journal(tmp_path) as journal:
+        journal.append(SCOPE, trajectory(0))
+    for name in ("shard-000004 (copy).jsonl", "shard-old.jsonl"):
+        (tmp_path / name).write_bytes((tmp_path / "shard-000000.jsonl").read_bytes())
+    with Journal(tmp_path) as journal:
+        journal.append(SCOPE, trajectory(1))
+    assert (tmp_path / "shard-000005.jsonl").exists()
+    assert [each.info["prompt_index"] for each in Journal(tmp_path).read()] == [0, 1]
+
+
 def test_lines_written_after_shards_were_moved_away_come_last(tmp_path):
     for i in range(5):
         with Journal(tmp_path) as journal:

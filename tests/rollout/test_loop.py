@@ -20,6 +20,7 @@ from trl_multiturn.rollout import (
     generate_trajectories,
 )
 from trl_multiturn.rollout.dialects import choose_dialect
+from trl_multiturn.rollout.provenance import fingerprint
 from trl_multiturn.templates import TurnTemplate
 from trl_multiturn.tools import PythonTool, SandboxConfig, ToolFailure, ToolResult, current_rollout
 
@@ -722,3 +723,10 @@ def test_provenance_tells_one_verifier_from_another():
     found = [roll([ANSWER], reward_funcs=func)[0][0].info["verifiers"]["rewards"]["strict"] for func in funcs]
     assert found[0] == found[1] and found[0].startswith("source:")
     assert len({str(version) for version in found}) == 4
+
+
+def test_a_prompt_is_the_same_whatever_its_columns_hold():
+    class Picture:
+        """Its text holds its address, as that of a decoded image does."""
+
+    assert fingerprint({"image": Picture()}) == fingerprint({"image": Picture()}) != fingerprint({"image": object()})

@@ -178,7 +178,8 @@ class Journal:
         if self._descriptor is None:
             self.folder.mkdir(parents=True, exist_ok=True)
             # After the last one, also where damaged ones were taken away: later lines say more
-            number = max((int(shard.stem.removeprefix("shard-")) + 1 for shard in self._shards()), default=0)
+            names = (re.match(r"shard-(\d+)", shard.name) for shard in self._shards())
+            number = max((int(name[1]) + 1 for name in names if name), default=0)
             while self._descriptor is None:
                 shard = self.folder / f"shard-{number:06d}.jsonl"
                 try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,8 +23,12 @@ def derive_seed(*parts: int | str) -> int:
 
 
 def fingerprint(value: Any) -> str:
-    """A short hash of a JSON value."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
+    """A short hash of a JSON value; whatever else it holds counts as its text, without addresses in memory."""
+
+    def as_text(other: Any) -> str:
+        return re.sub(r" at 0x[0-9a-f]+", "", str(other))
+
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=as_text)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
