@@ -239,6 +239,27 @@ def test_preview_shows_kinds_turns_and_cuts():
     assert [s.kind for s in short.sequences[0][1]] == ["context", "trained", "truncated", "truncated", "truncated"]
 
 
+def test_preview_shows_where_training_begins_and_ends_without_colours():
+    row = tokenize_trajectory(TOKENIZER, PROMPT, WORKED) | {"label": True}
+    text = str(preview_masks([row], processing_class=TOKENIZER, show=False))
+    lines = [line.strip("│ ") for line in text.splitlines()]
+    assert lines[lines.index("▌turn 1▐ <tool_call>") + 1 : -1] == [
+        '{"name": "add", "arguments": {"a": 1, "b": 2}}',
+        "</tool_call><|im_end|>▌context▐",
+        "<|im_start|>user",
+        "<tool_response>",
+        "3",
+        "</tool_response><|im_end|>",
+        "<|im_start|>assistant",
+        "▌turn 2▐ It is 3.<|im_end|>▌context▐",
+        "",
+        f"{sum(row['action_mask'])} of {len(row['prompt_ids'] + row['completion_ids'])} tokens trained",
+    ]
+    first_turn = row["action_mask"].index(0)
+    cut = str(preview_masks([row], 1, TOKENIZER, max_length=len(row["prompt_ids"]) + first_turn + 3, show=False))
+    assert "</tool_call><|im_end|>▌truncated▐" in cut and "▌turn 2, truncated▐ It is 3." in cut
+
+
 def test_preview_takes_text_rows_and_trajectories_and_escapes_html():
     text = preview_masks(Dataset.from_list([preference()]), processing_class=TOKENIZER, show=False)
     assert [title for title, _ in text.sequences] == ["row 0 · chosen", "row 0 · rejected"]

@@ -126,6 +126,13 @@ def test_input_is_an_error(sandbox):
         assert session.run("input('name?')").status == "error"
 
 
+def test_a_shell_command_is_refused_in_words():
+    with Sandbox() as sandbox, sandbox.open() as session:
+        result = session.run("!ls")
+        assert (result.output, result.status) == ("PermissionError: no program can be started here", "error")
+        assert session.run("1 + 1").output == "2"
+
+
 def test_asynchronous_face_runs_sessions_side_by_side(sandbox):
     async def trajectory(i):
         session = await sandbox.aopen()

@@ -54,7 +54,7 @@ class MaskPreview:
     def _repr_html_(self) -> str:
         blocks = (
             f'<div style="border:1px solid #ccc;margin:6px 0;padding:6px;white-space:pre-wrap;font-family:monospace">'
-            f"<b>{html.escape(title)}</b>\n{''.join(map(_span, segments))}</div>"
+            f"<b>{html.escape(title)}</b>\n{''.join(map(_span, segments))}\n<i>{_count(segments)}</i></div>"
             for title, segments in self.sequences
         )
         legend = " ".join(f'<span style="{style}">{kind}</span>' for kind, style in _CSS.items())
@@ -146,19 +146,28 @@ def _segments(
 def _text(segments: list[Segment]) -> Text:
     text = Text()
     for segment in segments:
-        if segment.turn:
-            text.append(
-                f" turn {segment.turn} ", style="reverse green" if segment.kind == "trained" else "reverse red"
-            )
+        # Also readable without colours: in a log, a pipe, or as a string
+        text.append(f"▌{_label(segment)}▐", style=f"{_TERMINAL[segment.kind]} reverse")
+        text.append(" ")
         text.append(segment.text, style=_TERMINAL[segment.kind])
-    trained = sum(segment.num_tokens for segment in segments if segment.kind == "trained")
-    total = sum(segment.num_tokens for segment in segments)
-    text.append(f"\n{trained} of {total} tokens trained", style="italic")
+    text.append(f"\n{_count(segments)}", style="italic")
     return text
 
 
+def _label(segment: Segment) -> str:
+    """What a segment is, in words: `turn 1` is trained, `context` and `truncated` are not."""
+    if segment.kind == "truncated" and segment.turn:
+        return f"turn {segment.turn}, truncated"
+    return f"turn {segment.turn}" if segment.turn else segment.kind
+
+
+def _count(segments: list[Segment]) -> str:
+    trained = sum(segment.num_tokens for segment in segments if segment.kind == "trained")
+    return f"{trained} of {sum(segment.num_tokens for segment in segments)} tokens trained"
+
+
 def _span(segment: Segment) -> str:
-    label = f'<sub title="assistant turn">{segment.turn}</sub>' if segment.turn else ""
+    label = f'<sub style="color:#777">{_label(segment)} </sub>' if segment.turn else ""
     return f'{label}<span style="{_CSS[segment.kind]}">{html.escape(segment.text)}</span>'
 
 

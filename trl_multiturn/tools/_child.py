@@ -191,6 +191,13 @@ class Shell(InteractiveShell):
     def ask_exit(self) -> None:
         raise SystemExit
 
+    def system(self, cmd):
+        """`!command` and `%pip`, which IPython gives a terminal: where there is none to be had, that says nothing."""
+        try:
+            return super().system(cmd)
+        except OSError as error:
+            raise PermissionError("no program can be started here") from error
+
 
 def make_shell(folder: str) -> Shell:
     """The shell that every session inherits; built and used once in the warm interpreter."""
