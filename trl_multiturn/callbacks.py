@@ -382,13 +382,10 @@ class ToolRolloutGenerator(TrainerCallback):
                 trajectories = evaluate_policy(
                     self.eval_prompts.select(share),
                     self.engine,
-                    self.settings.tools,
-                    self.settings.reward_funcs,
+                    **self.settings.arguments(),
                     n=self.eval_generations,
-                    config=self.settings.rollout,
                     prompt_indices=list(share),
                     progress=args.process_index == 0 and not args.disable_tqdm,
-                    **self.settings.rollout_arguments(),
                 ).trajectories
         parts = [(trajectories[: len(share)], trajectories[len(share) :])]
         if args.world_size > 1:

@@ -59,10 +59,18 @@ class IterationSettings:
     missing_reward: Literal["undecided", "skip"] = "undecided"
     reward_timeout_seconds: float | None = None
 
-    def rollout_arguments(self) -> dict[str, Any]:
-        """What rollouts and evaluations are told alike."""
-        names = ("reward_weights", "environment_factory", "correct_threshold", "missing_reward")
-        return {name: getattr(self, name) for name in (*names, "reward_timeout_seconds")}
+    def arguments(self) -> dict[str, Any]:
+        """What [`generate_trajectories`] and [`evaluate_policy`] are told alike."""
+        return {
+            "tools": self.tools,
+            "environment_factory": self.environment_factory,
+            "config": self.rollout,
+            "reward_funcs": self.reward_funcs,
+            "reward_weights": self.reward_weights,
+            "correct_threshold": self.correct_threshold,
+            "missing_reward": self.missing_reward,
+            "reward_timeout_seconds": self.reward_timeout_seconds,
+        }
 
     def describe(self) -> dict[str, Any]:
         """What decides which rows an iteration finds, as JSON values."""
@@ -127,7 +135,7 @@ def run_iteration(
     prepared = rows if settings.history == "latest" else with_history(rows, iteration, run_folder)
     prepared = with_reference(prepared, trainer, settings.reference, run_folder)
     on_main_at_own_pace(lambda: save_rows(prepared, folder / "training_rows"), trainer)
-    forget_caches(prepared)
+    forget_caches(prepared)  # what was computed on the way, beside the rows
     training_rows = load_from_disk(folder / "training_rows")
 
     report.iteration, report.first_step, report.policy_revision = iteration, trainer.state.global_step, revision
@@ -162,9 +170,7 @@ def roll_out(
             generate_trajectories(
                 prompts.select(share),
                 engine,
-                settings.tools,
-                config,
-                reward_funcs=settings.reward_funcs,
+                **settings.arguments(),
                 num_generations=num_generations,
                 sample_offset=sample_offset,
                 prompt_indices=list(share),
@@ -174,7 +180,6 @@ def roll_out(
                 journal=journal,
                 collect=False,  # the main process reads those of all from the journal
                 progress=trainer.args.process_index == 0 and not trainer.args.disable_tqdm,
-                **settings.rollout_arguments(),
             )
 
     with Journal(folder / "journal") as journal:
