@@ -91,8 +91,9 @@ class IterativeScriptArguments(ScriptArguments):
     )
     num_eval_prompts: int = field(default=200, metadata={"help": "Held-out prompts for pass@1 (0: no evaluation)."})
     num_generations: int = field(default=30, metadata={"help": "Rollouts per prompt."})
-    previous_policy_generations: int = field(
-        default=10, metadata={"help": "How many of them the previous iteration's policy samples."}
+    previous_policy_generations: int | None = field(
+        default=None,
+        metadata={"help": "How many of them the previous iteration's policy samples; a third by default."},
     )
     temperature: float = field(default=1.0, metadata={"help": "Temperature of the rollouts."})
     rollout_batch_size: int = field(default=64, metadata={"help": "Trajectories that sample a token together."})

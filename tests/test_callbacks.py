@@ -171,12 +171,16 @@ def test_mixture_samples_with_the_previous_weights(tmp_path, tool):
     }
 
 
-def test_a_mixture_may_be_all_previous(tmp_path, tool):
-    trainer, generator, _ = make_run(tmp_path, tool, previous=4)
+@pytest.mark.parametrize(
+    ("previous", "expected"),
+    [(4, {"previous": 12}), (None, {"previous": 3, "current": 9}), (0, {"current": 12})],
+    ids=["all", "a third by default", "none"],
+)
+def test_a_mixture_has_the_share_that_was_asked_for(tmp_path, tool, previous, expected):
+    trainer, generator, _ = make_run(tmp_path, tool, previous=previous)
     trainer.train()
-    assert [report.trajectories for report in generator.reports] == [12, 12]
-    journal = Journal(generator.run_folder / "iteration_001" / "journal")
-    assert {trajectory.info["policy"] for trajectory in journal.read()} == {"previous"}
+    journals = [Journal(generator.run_folder / f"iteration_00{i}" / "journal") for i in range(2)]
+    assert [Counter(t.info["policy"] for t in journal.read()) for journal in journals] == [{"current": 12}, expected]
 
 
 @pytest.mark.parametrize("pairing", [None, UnpairedConfig(max_positives=1)], ids=["pairs", "balanced"])

@@ -83,7 +83,7 @@ class IterationSettings:
             "correct_threshold": self.correct_threshold,
             "missing_reward": self.missing_reward,
             "num_generations": self.rollout.num_generations,
-            "previous_policy_generations": self.rollout.previous_policy_generations,
+            "previous_policy_generations": self.rollout.explored_generations,
             **self.rollout.sampler_settings(),
             "pairing": {"kind": type(self.pairing).__name__, **vars(self.pairing), "filters": filters},
             "reference": self.reference,
@@ -159,7 +159,7 @@ def roll_out(
     """
     config, policy = settings.rollout, weights_of(trainer)
     folder = iteration_folder(run_folder, iteration)
-    explore = min(config.previous_policy_generations, config.num_generations) if iteration else 0
+    explore = config.explored_generations if iteration else 0
     share = range(trainer.args.process_index, len(prompts), trainer.args.world_size)
 
     def sample(label: str, num_generations: int, sample_offset: int) -> None:

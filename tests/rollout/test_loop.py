@@ -536,6 +536,7 @@ def test_the_users_mistakes_raise_before_anything_is_sampled(prompts, settings, 
     "settings",
     [
         {"num_generations": 0},
+        {"previous_policy_generations": 31},
         {"temperature": -1.0},
         {"temperature_variants": [0.7, -1.0]},
         {"top_p": 0.0},

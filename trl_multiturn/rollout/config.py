@@ -31,11 +31,11 @@ class RolloutConfig:
     """
 
     num_generations: int = field(default=30, metadata={"help": "Trajectories per prompt, over all policies (N)."})
-    previous_policy_generations: int = field(
-        default=10,
+    previous_policy_generations: int | None = field(
+        default=None,
         metadata={
-            "help": "How many of `num_generations` the previous iteration's policy samples (mixture sampling). Only "
-            "the online loop reads it."
+            "help": "How many of `num_generations` the previous iteration's policy samples (mixture sampling); by "
+            "default a third (10 of 30 in the paper). Only the online loop reads it."
         },
     )
     temperature: float = field(default=1.0, metadata={"help": "Softmax temperature; 0 decodes greedily."})
@@ -138,6 +138,12 @@ class RolloutConfig:
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"`{name}={getattr(self, name)!r}` is none of {', '.join(map(repr, choices))}.")
+        if (self.previous_policy_generations or 0) > self.num_generations:
+            raise ValueError(
+                f"`previous_policy_generations={self.previous_policy_generations}` is more than "
+                f"`num_generations={self.num_generations}`, which are those of both policies. Lower it, or leave it "
+                "out for a third."
+            )
         if self.tool_timeout_seconds == 0:
             raise ValueError("`tool_timeout_seconds=0` leaves a call no time. Raise it; `None` waits for ever.")
         if self.max_tool_failure_share > 1:
@@ -160,6 +166,12 @@ class RolloutConfig:
             re.compile(self.answer_pattern or "")
         except re.error as error:
             raise ValueError(f"`answer_pattern` is not a regular expression: {error}.") from error
+
+    @property
+    def explored_generations(self) -> int:
+        """`previous_policy_generations`, or its default."""
+        given = self.previous_policy_generations
+        return self.num_generations // 3 if given is None else given
 
     def sampling(self, max_new_tokens: int, sample_index: int = 0, **overrides: Any) -> SamplingParams:
         """Sampling parameters of one turn.

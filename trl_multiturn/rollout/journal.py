@@ -340,7 +340,8 @@ class _explained:
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         if isinstance(error, OSError):
+            first = error.__cause__ if isinstance(error.__cause__, OSError) else error  # in the system's own words
             raise JournalError(
-                f"The journal in {self._folder} cannot be used: {error.strerror or error}. What was written before is "
+                f"The journal in {self._folder} cannot be used: {first.strerror or first}. What was written before is "
                 "intact. Free space or make the folder writable, and start again with the same command."
             ) from error
