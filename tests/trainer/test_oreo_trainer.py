@@ -136,10 +136,9 @@ class TestLoss:
     def test_compiled_models_train_as_others_do(self, tmp_path):
         """A compiled reference is a wrapper that has no truth value."""
         losses = []
+        settings = {"kl_coef": 0.5, "max_steps": 2, "per_device_train_batch_size": 4}  # batches of one shape
         for compiled in ({}, {"torch_compile": True, "torch_compile_backend": "eager"}):
-            trainer = make_trainer(
-                tmp_path / str(len(compiled)), kl_coef=0.5, max_steps=2, logging_steps=1, **compiled
-            )
+            trainer = make_trainer(tmp_path / str(len(compiled)), **settings, **compiled)
             trainer.train()
             losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
         assert len(losses[0]) == 2
