@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 from torch import Tensor, nn
 
@@ -20,6 +20,9 @@ from .row import PackedRow
 
 # The row that a decoder is running on, while it runs on one
 ROWS_IN_FLIGHT: WeakKeyDictionary[nn.Module, PackedRow] = WeakKeyDictionary()
+
+# Decoders whose every state somebody reads
+CAPTURED: WeakSet[nn.Module] = WeakSet()
 
 
 class PackedDecoder:
@@ -92,7 +95,9 @@ def capture_hidden_states(decoder: nn.Module) -> Iterator[list[Tensor]]:
 
     # Before the packed path's own hook, which keeps only what is scored
     handle = decoder.register_forward_hook(hook, prepend=True)
+    CAPTURED.add(decoder)
     try:
         yield captured
     finally:
+        CAPTURED.discard(decoder)
         handle.remove()

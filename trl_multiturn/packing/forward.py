@@ -7,6 +7,7 @@ So nothing is replaced; PyTorch's hooks change what goes in and what comes out:
 
     before the model      batch            -> packed row, and the scored tokens as `shift_labels`
     before the backbone   no mask          -> a NaN mask, which only the packed attention ignores
+    in its last layer     all states       -> the feed-forward block on those that predict a scored token
     after the backbone    hidden states    -> those that predict a scored token
     after the model       scores           -> the padded fields of the batch that came in
 
@@ -25,7 +26,8 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from .attention import packed_arguments, switch_attention
-from .decoder import ROWS_IN_FLIGHT
+from .decoder import CAPTURED, ROWS_IN_FLIGHT
+from .last_layer import READ, LastFeedForward
 from .plan import Plan, PlanCache, chunk_overhead
 from .scored_head import FIELDS, TokenScores, score_tokens
 
@@ -78,6 +80,7 @@ class PackedForward:
         self._scores: TokenScores | None = None
         self.plans = PlanCache() if plans is None else plans
         self._handles: list[RemovableHandle] = []
+        self._last: LastFeedForward | None = None
         self._implementation_before: str | None = None
 
     def install(self) -> PackedForward:
@@ -88,6 +91,7 @@ class PackedForward:
         _SEATS[self.model] = ref(self)
         if self._pack:
             self._implementation_before = switch_attention(self.causal_lm)
+            self._last = LastFeedForward(self.backbone)
         self._handles = [
             self.model.register_forward_pre_hook(self._before_model, with_kwargs=True),
             self.backbone.register_forward_pre_hook(self._before_backbone, with_kwargs=True),
@@ -103,10 +107,7 @@ class PackedForward:
         self._handles = []
         if packed_forward_of(self.model) is self:
             del _SEATS[self.model]
-        if self._implementation_before is not None:
-            self.causal_lm.set_attn_implementation(self._implementation_before)
-            self._implementation_before = None
-        self.plans.clear()
+        self.stop_packing()
 
     @property
     def packs(self) -> bool:
@@ -131,6 +132,9 @@ class PackedForward:
         """Keep the batches padded from now on, with the attention the model came with."""
         self._pack = False
         self.plans.clear()
+        if self._last is not None:
+            self._last.remove()
+            self._last = None
         if self._implementation_before is not None:
             self.causal_lm.set_attn_implementation(self._implementation_before)
             self._implementation_before = None
@@ -170,7 +174,11 @@ class PackedForward:
             return None
         if self._plan.row is not None:
             ROWS_IN_FLIGHT[module] = self._plan.row
-            return args, packed_arguments(self._plan.row, kwargs, self.causal_lm.dtype)
+            arguments = packed_arguments(self._plan.row, kwargs, self.causal_lm.dtype)
+            whole = module in CAPTURED or kwargs.get("output_router_logits")
+            if self._last is not None and self._last.acts and not whole:
+                arguments[READ] = self._plan.read
+            return args, arguments
         if self._pack and self._plan.right_padded and not kwargs.get("output_router_logits"):
             # A token never sees the padding to its right, and without a mask attention takes its causal fast path
             return args, kwargs | {"attention_mask": None}

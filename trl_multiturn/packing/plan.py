@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -45,6 +46,11 @@ class Plan:
         if self.row is None:
             return f"{shape}: stays padded, the LM head on {len(self.targets)} trained tokens only"
         return f"{shape}, {self.row.raw_tokens} without padding, {len(self.row)} unique: packed"
+
+    @cached_property
+    def read(self) -> Tensor:
+        """The hidden states that predict a scored token, in order, each once."""
+        return self.sources.unique()
 
     def scatter(self, scores: Tensor) -> Tensor:
         """`(N,)` scores as a padded `(B, L - 1)` field, 0 outside the mask; sequences that share a token share it."""

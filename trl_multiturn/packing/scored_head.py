@@ -17,13 +17,17 @@ a gradient and what fits:
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-TILE_TOKENS = 128
+# Tokens whose logits are computed in one product, where they need not all be kept
+TILE_TOKENS = 256
+# Of logits that a core turns into scores at a time: near what its own cache holds, and few enough parallel regions
+_CACHED_BYTES = 4 * 2**20
 KEEP_BYTES = 512 * 2**20
 
 FIELDS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
@@ -69,40 +73,38 @@ def score_tokens(
 class _ScoreTokens(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, scale, softcap, fields, keep_bytes):
-        device = hidden.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        dtype = _dtype_of_products(weight)
         h, w = hidden.to(dtype), weight.to(dtype)
         b = None if bias is None else bias.to(dtype)
         n, vocab = len(h), len(w)
         mode = _backward_mode(ctx.needs_input_grad, n * vocab * h.element_size(), softcap, keep_bytes)
 
-        log_probs, log_z = (torch.empty(n, dtype=torch.float32, device=h.device) for _ in range(2))
+        log_probs, log_z, totals = (torch.empty(n, dtype=torch.float32, device=h.device) for _ in range(3))
         out = {name: torch.empty_like(log_probs) for name in fields}
         if "is_top1" in out:
             out["is_top1"] = torch.empty(n, dtype=torch.bool, device=h.device)
         kept = torch.empty(n, vocab, dtype=dtype, device=h.device) if mode == "keep" else None
+        # In float32 what is kept takes the place of the logits, so that one product makes them all
+        at_once = kept is not None and dtype == torch.float32
         grad_h = torch.empty_like(h) if mode == "frozen" else None
-        scratch = torch.empty(min(TILE_TOKENS, n), vocab, dtype=torch.float32, device=h.device)
 
-        for start in range(0, n, TILE_TOKENS):
-            tile = slice(start, min(start + TILE_TOKENS, n))
-            rows, target = h[tile], targets[tile, None]
-            z = _logits(rows, w, b, scale, softcap)
-            top = z.amax(dim=-1, keepdim=True)
-            # Exponentials stay unnormalised: 1 / sum goes into the tokens' factors instead of a pass over the tile
-            exp_out = kept[tile] if kept is not None and dtype == torch.float32 else scratch[: len(rows)]
-            exp = torch.exp(torch.sub(z, top, out=exp_out), out=exp_out)
-            total = exp.sum(dim=-1, keepdim=True)
-            log_z[tile] = (top + total.log())[:, 0]
-            z_target = z.gather(1, target)
-            log_probs[tile] = z_target[:, 0] - log_z[tile]
-            _fill_fields(out, tile, z, exp, total, top, z_target, target, log_z[tile])
-            if mode == "keep" and exp_out.dtype != dtype:
-                kept[tile] = exp
-            elif mode == "frozen":
-                grad_h[tile] = _grad_of_log_prob(z, exp.div_(total), w, target, scale, softcap)
+        for tile in _slices(n, n if at_once else TILE_TOKENS):
+            z = _logits(h[tile], w, b, scale, softcap, out=kept if at_once else None)
+            exps = None if kept is None else kept[tile]
+            if mode == "frozen":
+                exps = z if softcap is None else torch.empty_like(z)
+            for rows in _slices(len(z), _cached_rows(vocab)):
+                here = slice(tile.start + rows.start, tile.start + rows.stop)
+                exp, totals[here] = _score(z[rows], targets[here, None], here, log_probs, log_z, out)
+                if exps is not None:
+                    exps[rows] = exp
+            if mode == "frozen":
+                probs = exps.div_(totals[tile, None])
+                grad_h[tile] = _grad_of_log_prob(z, probs, w, targets[tile, None], scale, softcap)
         if mode == "keep":
-            ctx.save_for_backward(h, w, targets, kept, kept.sum(dim=-1, keepdim=True, dtype=torch.float32))
+            # Of what was kept, which bfloat16 rounds
+            totals = totals if at_once else kept.sum(dim=-1, dtype=torch.float32)
+            ctx.save_for_backward(h, w, targets, kept, totals[:, None])
         elif mode == "frozen":
             ctx.save_for_backward(grad_h)
         elif mode == "recompute":
@@ -135,6 +137,11 @@ class _ScoreTokens(torch.autograd.Function):
         )
 
 
+def _dtype_of_products(weight: Tensor) -> torch.dtype:
+    device = weight.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+
+
 def _backward_mode(needs: tuple[bool, ...], kept_bytes: int, softcap: float | None, keep_bytes: int) -> str | None:
     if not any(needs[:3]):
         return None
@@ -143,26 +150,53 @@ def _backward_mode(needs: tuple[bool, ...], kept_bytes: int, softcap: float | No
     return "keep" if softcap is None and kept_bytes <= keep_bytes else "recompute"
 
 
-def _logits(h: Tensor, w: Tensor, b: Tensor | None, scale: float, softcap: float | None) -> Tensor:
-    """`(n, V)` float32 in a buffer of their own, so that callers may work in place."""
-    z = (torch.mm(h, w.t()) if b is None else torch.addmm(b, h, w.t())).float()
+def _logits(
+    h: Tensor, w: Tensor, b: Tensor | None, scale: float, softcap: float | None, out: Tensor | None = None
+) -> Tensor:
+    """`(n, V)` float32 in a buffer of their own, or in `out`, so that callers may work in place."""
+    z = (torch.mm(h, w.t(), out=out) if b is None else torch.addmm(b, h, w.t(), out=out)).float()
     if scale != 1.0:
         z.mul_(scale)
     return z if softcap is None else z.div_(softcap).tanh_().mul_(softcap)
 
 
-def _fill_fields(out, tile, z, exp, total, top, z_target, target, log_z) -> None:
+def _slices(n: int, size: int) -> Iterator[slice]:
+    for start in range(0, n, max(size, 1)):
+        yield slice(start, min(start + size, n))
+
+
+def _cached_rows(vocab: int) -> int:
+    """Rows of float32 logits that the cores in use hold in their own caches."""
+    return max(8, _CACHED_BYTES // (4 * vocab)) * torch.get_num_threads()
+
+
+def _score(
+    z: Tensor, target: Tensor, here: slice, log_probs: Tensor, log_z: Tensor, out: dict[str, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """
+    Fills the scores of a few tokens from their logits `(n, V)`.
+
+    Returns the exponentials `(n, V)`, of logits less the largest, and their sums `(n,)`: dividing one by the other is
+    left to the tokens' factors, which spares a pass.
+    """
+    top = z.amax(dim=-1, keepdim=True)
+    exp = torch.sub(z, top).exp_()
+    total = exp.sum(dim=-1)
+    log_z[here] = top[:, 0] + total.log()
+    z_target = z.gather(1, target)
+    log_probs[here] = z_target[:, 0] - log_z[here]
     if "entropy" in out:
-        out["entropy"][tile] = log_z - torch.linalg.vecdot(exp, z) / total[:, 0]
+        out["entropy"][here] = log_z[here] - torch.linalg.vecdot(exp, z) / total
     if "log_sum_sq_probs" in out:
-        out["log_sum_sq_probs"][tile] = torch.linalg.vecdot(exp, exp).log() - 2 * total[:, 0].log()
+        out["log_sum_sq_probs"][here] = torch.linalg.vecdot(exp, exp).log() - 2 * total.log()
     if "mean_logits" in out:
-        out["mean_logits"][tile] = z.mean(dim=-1)
+        out["mean_logits"][here] = z.mean(dim=-1)
     if "is_top1" in out:
         is_top = z_target[:, 0] == top[:, 0]
         # A tie goes to the first of the most likely tokens; only the few candidates are searched
         is_top[is_top.clone()] = z[is_top].argmax(dim=-1) == target[is_top, 0]
-        out["is_top1"][tile] = is_top
+        out["is_top1"][here] = is_top
+    return exp, total
 
 
 def _grad_of_log_prob(z, probs, w, target, scale, softcap) -> Tensor:
@@ -193,12 +227,12 @@ def _backward_recomputed(h, w, b, targets, log_z, grad, scale, softcap, needs):
     grad_h = torch.empty_like(h) if needs[0] else None
     grad_w = torch.zeros(w.shape, dtype=torch.float32, device=w.device) if needs[1] else None
     grad_b = torch.zeros(len(w), dtype=torch.float32, device=w.device) if needs[2] else None
-    for start in range(0, len(h), TILE_TOKENS):
-        tile = slice(start, start + TILE_TOKENS)
+    for tile in _slices(len(h), TILE_TOKENS):
         rows = h[tile]
         z = _logits(rows, w, b, scale, softcap)
         factor = (grad[tile] * scale)[:, None]
-        grad_z = torch.exp(z - log_z[tile, None]).mul_(-factor).scatter_add_(1, targets[tile, None], factor)
+        grad_z = torch.sub(z, log_z[tile, None], out=z if softcap is None else None)
+        grad_z.exp_().mul_(-factor).scatter_add_(1, targets[tile, None], factor)
         if softcap is not None:
             grad_z.mul_(1 - (z / softcap).square_())
         if grad_b is not None:
