@@ -135,7 +135,7 @@ def run_iteration(
     prepared = rows if settings.history == "latest" else with_history(rows, iteration, run_folder)
     prepared = with_reference(prepared, trainer, settings.reference, run_folder)
     on_main_at_own_pace(lambda: save_rows(prepared, folder / "training_rows"), trainer)
-    forget_caches(prepared)  # what was computed on the way, beside the rows
+    forget_caches(prepared, run_folder)  # what was computed on the way, beside the rows
     training_rows = load_from_disk(folder / "training_rows")
 
     report.iteration, report.first_step, report.policy_revision = iteration, trainer.state.global_step, revision

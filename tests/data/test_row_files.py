@@ -170,9 +170,12 @@ def test_a_column_is_written_as_it_comes(tmp_path, monkeypatch):
         for row, i in zip(found, order, strict=True):
             assert np.asarray(row["logps"], np.float32).tobytes() == values[i].tobytes()
     assert [Path(file["filename"]).parent for file in found.cache_files] == [tmp_path / "rows"] * 2
-    forget_caches(found)
-    forget_caches(found)
-    forget_caches(in_memory)
+    caches = sorted((tmp_path / "rows").glob("cache-*.arrow"))
+    forget_caches(found, tmp_path / "another")
+    forget_caches(in_memory, tmp_path)
+    assert sorted((tmp_path / "rows").glob("cache-*.arrow")) == caches != []
+    forget_caches(found, tmp_path)
+    forget_caches(found, tmp_path)
     assert sorted(path.name for path in (tmp_path / "rows").iterdir()) == [
         "data-00000-of-00001.arrow", "dataset_info.json", "state.json"
     ]  # fmt: skip

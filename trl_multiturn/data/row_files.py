@@ -127,10 +127,10 @@ def list_lengths(rows: Dataset, name: str) -> np.ndarray:
     return np.concatenate([np.empty(0, np.int64), *lengths]).astype(np.int64)
 
 
-def forget_caches(rows: Dataset) -> None:
-    """Deletes what was computed, and not saved, beside the files of rows; rows that rest on it stay as they are."""
-    for folder in {Path(file["filename"]).parent for file in rows.cache_files}:
-        for cache in folder.glob("cache-*.arrow"):
+def forget_caches(rows: Dataset, within: Path) -> None:
+    """Deletes what was computed, and not saved, beside the files of rows in a folder; rows that rest on it stay."""
+    for folder in {Path(file["filename"]).resolve().parent for file in rows.cache_files}:
+        for cache in folder.glob("cache-*.arrow") if within.resolve() in folder.parents else ():
             cache.unlink(missing_ok=True)  # another process was quicker
 
 

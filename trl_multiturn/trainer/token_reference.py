@@ -109,7 +109,8 @@ class TokenReferenceMixin:
                 Rows per forward pass and process. Defaults to `precompute_ref_batch_size`, or the training batch size.
 
         Returns:
-            [`~datasets.Dataset`]: the rows with `ref_logps`, complete on every process.
+            [`~datasets.Dataset`]: the rows with `ref_logps`, complete on every process. Where the rows are files, the
+            column is one beside them, and memory holds a few rows of it.
         """
         if isinstance(dataset, IterableDataset):
             raise ValueError(
