@@ -134,6 +134,25 @@ def compare(found: dict[str, Any], expected: dict[str, Any]) -> None:
         assert found[name] == expected[name], name
 
 
+def disturb(
+    runner: Runner, folder: Path, events: list, span: tuple[int, int], generator: random.Random, **arguments: Any
+) -> bool:
+    """Kills a run at one of the events `span` of its undisturbed twin, and then what goes on from there.
+
+    Returns:
+        Whether either of the two was still running then.
+    """
+    gaps = [after - before for (before, _), (after, _) in zip(events, events[1:], strict=False)] + [0.1]
+    first, kills = generator.randrange(*span) + 1, 0
+    for at in (first, generator.randrange(1, len(events) - first + 2)):
+        delay = generator.uniform(0, gaps[at - 1])
+        seen, was_killed = runner.run(folder, kill=(at, delay), **arguments)
+        kills += was_killed
+        if was_killed:
+            print(f"{folder.name}: killed {delay:.3f} s after event {at}, {seen[at - 1][1]}; last: {seen[-1][1]}")
+    return kills > 0
+
+
 def check_kills(runner: Runner, folder: Path, runs: int, seed: int, **arguments: Any) -> None:
     """Kills `runs` runs twice each, at points spread over the whole of it, and compares their ends."""
     generator = random.Random(seed)
@@ -141,20 +160,14 @@ def check_kills(runner: Runner, folder: Path, runs: int, seed: int, **arguments:
     expected = outcome(folder / "undisturbed")
     assert len(expected["reports"]) == ITERATIONS and all(r["rows"] > 2 for r in expected["reports"])
     assert len({r["policy_revision"] for r in expected["reports"]}) == ITERATIONS
-    gaps = [after - before for (before, _), (after, _) in zip(events, events[1:], strict=False)] + [0.1]
-    kills = 0
     for number in range(runs):
-        killed = folder / f"killed_{number}"
-        first = generator.randrange(number * len(events) // runs, (number + 1) * len(events) // runs) + 1
-        for at in (first, generator.randrange(1, len(events) - first + 2)):
-            delay = generator.uniform(0, gaps[at - 1])
-            seen, was_killed = runner.run(killed, kill=(at, delay), **arguments)
-            kills += was_killed
-            if was_killed:
-                print(f"run {number}: killed {delay:.3f} s after event {at}, {seen[at - 1][1]}; last: {seen[-1][1]}")
+        span = number * len(events) // runs, (number + 1) * len(events) // runs
+        folders = (folder / f"killed_{number}_{attempt}" for attempt in range(10))
+        # One that was over each time before it was killed is no test: another is
+        killed = next((each for each in folders if disturb(runner, each, events, span, generator, **arguments)), None)
+        assert killed is not None, "the runs were over before they were killed"
         runner.run(killed, **arguments)
         compare(outcome(killed), expected)
-    assert kills >= runs, "the runs were over before they were killed"
 
 
 RUNS = {

@@ -123,10 +123,9 @@ def test_raft_says_when_there_is_nothing_to_imitate(tmp_path, model):
     assert not (tmp_path / "model.safetensors").exists()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-def test_raft_imitates_its_winners(tmp_path, lora):
-    """A policy that `sft.py` taught the programs of four problems by heart answers them, and goes on from there."""
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory):
+    """A policy that `sft.py` taught the programs of four problems by heart."""
     from tiny_policy import build_tokenizer
     from word_problems import ANSWER, CODE, OBSERVATION, VERBS, make_problems, tell, texts
 
@@ -142,9 +141,10 @@ def test_raft_imitates_its_winners(tmp_path, lora):
 
     problems = make_problems(4, seed=1000)  # the first that the script asks
     rows = [{"prompt": p["prompt"], "completion": solution(p), "label": True} for p in problems]
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    folder = tmp_path_factory.mktemp("taught")
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     model = save_tiny(
-        tmp_path / "model",
+        folder / "model",
         build_tokenizer(texts()),
         architecture="llama",
         hidden_size=64,
@@ -152,9 +152,16 @@ def test_raft_imitates_its_winners(tmp_path, lora):
         num_attention_heads=4,
         num_key_value_heads=4,
     )
-    taught, output = tmp_path / "taught", tmp_path / "out"
-    run("sft", taught, "--model_name_or_path", model, "--dataset_name", tmp_path / "rows.jsonl", "--max_steps", "60",
-        "--per_device_train_batch_size", "4", "--learning_rate", "0.01")  # fmt: skip
+    run("sft", folder / "policy", "--model_name_or_path", model, "--dataset_name", folder / "rows.jsonl",
+        "--max_steps", "60", "--per_device_train_batch_size", "4", "--learning_rate", "0.01")  # fmt: skip
+    return folder / "policy"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_raft_imitates_its_winners(tmp_path, taught, lora):
+    """What the policy answers, it goes on from."""
+    output = tmp_path / "out"
     text = run("raft", output, "--model_name_or_path", taught, "--num_prompts", "4", *RAFT, *SMALL,
                *(LORA if lora else ["--learning_rate", "0.01"]))  # fmt: skip
     accepted = int(re.search(r"(\d+) accepted answers of 8 rollouts", text)[1])
