@@ -100,6 +100,17 @@ def test_unknown_file_is_named(model, capsys):
     assert "nowhere.jsonl does not exist" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [("", "rows.jsonl is empty"), ('{"prompt": "a", "chosen"', "rows.jsonl cannot be read as json: ")],
+)
+def test_a_file_that_cannot_be_read_is_named(tmp_path, model, capsys, text, reason):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(text, encoding="utf-8")
+    assert main(["check", "--model", model, "--dataset", str(path)]) == 2
+    assert reason in capsys.readouterr().err
+
+
 def trajectory(prompt_index, sample_index):
     row = tokenize_trajectory(TOKENIZER, PROMPT, GUESSED)
     info = {"prompt_index": prompt_index, "sample_index": sample_index, "tool_calls": 0}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from datasets import DatasetDict, IterableDatasetDict, load_dataset, load_from_disk
+from datasets.exceptions import DatasetGenerationError
 
 
 _BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow", ".csv": "csv"}
@@ -23,7 +24,7 @@ def load_rows(name: str, config: str | None = None, streaming: bool = False) -> 
             Whether to read rows as they are needed.
 
     Raises:
-        `ValueError`: if no name is given.
+        `ValueError`: if no name is given, or a file holds no rows that can be read.
         `FileNotFoundError`: if `name` looks like a file but is none.
     """
     if not name:
@@ -32,7 +33,15 @@ def load_rows(name: str, config: str | None = None, streaming: bool = False) -> 
     if path.suffix in _BUILDERS:
         if not path.exists():
             raise FileNotFoundError(f"{name} does not exist. Give the path of a file, or a dataset's name on the Hub.")
-        return load_dataset(_BUILDERS[path.suffix], data_files=str(path), streaming=streaming)
+        if not path.stat().st_size:
+            raise ValueError(f"{name} is empty. Give a file with rows.")
+        try:
+            return load_dataset(_BUILDERS[path.suffix], data_files=str(path), streaming=streaming)
+        except DatasetGenerationError as error:
+            raise ValueError(
+                f"{name} cannot be read as {_BUILDERS[path.suffix]}: {error.__cause__ or error}. Mend the file; in "
+                "a JSONL file each line is one object."
+            ) from error
     if (path / "state.json").exists():
         return DatasetDict(train=load_from_disk(path))
     if (path / "dataset_dict.json").exists():
