@@ -87,6 +87,18 @@ def test_parts_have_the_gradient_of_the_whole(loss_type, tokenizer, tmp_path):  
     moved = torch.stack([(expected[name] - start[name]).norm() for name in expected]).norm()
     apart = torch.stack([(expected[name] - weights[name]).norm() for name in expected]).norm()
     assert moved > 1e-3 and apart < 1e-3 * moved
+    for ours, theirs in zip(parts.state.log_history[:2], whole.state.log_history[:2], strict=True):
+        for name in ("rewards/chosen", "rewards/margins", "rewards/accuracies", "logps/rejected"):
+            assert ours[name] == pytest.approx(theirs[name], abs=2e-3, rel=2e-3), name
+
+
+def test_what_a_part_logs_weighs_as_many_rows_as_it_has():
+    values = [9.0, 1.0, 5.0]
+    trainer_mixin._join(values, 1, [0.75, 0.25])
+    assert values == [9.0, 2.0]
+    sometimes = [9.0, 1.0]  # only one of the parts had a row of this kind
+    trainer_mixin._join(sometimes, 1, [0.75, 0.25])
+    assert sometimes == [9.0, 1.0]
 
 
 def test_where_nothing_is_packed_padding_counts():

@@ -1,10 +1,10 @@
 """
 Exact attention over a packed row, through transformers' public extension points and without a `T x T` mask.
 
-A call that carries `packed_row` attends along the row's paths; every other call (generation, evaluation, a padded
-batch) runs what the model ran before. A packed call needs no mask, and it must not be given a usable one: a layer that
-is not on this implementation would attend across trajectories without a sign of it. So the mask it gets is NaN, and
-such a layer returns NaN.
+A call that carries `packed_row` attends along the row's paths; every other call (generation, a padded batch) runs what
+the model ran before, or `sdpa` where that was a flash-attention package, whose masks are of another kind. A packed
+call needs no mask, and it must not be given a usable one: a layer that is not on this implementation would attend
+across trajectories without a sign of it. So the mask it gets is NaN, and such a layer returns NaN.
 """
 
 from __future__ import annotations

@@ -30,8 +30,9 @@ class PackedTrainerMixin:
 
     Two further fields concern batches, packed or not. `args.group_by_prompt` keeps a prompt's rows together within the
     shuffled order, so that there is something to share. `args.max_tokens_per_batch` bounds the tokens that one forward
-    pass reads (unique ones where batches may be packed, padded ones elsewhere): a larger batch is computed in parts,
-    with the gradient of the whole. Metrics then are means over parts.
+    pass of training reads (unique ones where batches may be packed, padded ones elsewhere): a larger batch is computed
+    in parts, with the gradient of the whole. Means over rows are logged as the whole batch's; means over tokens
+    count each part by its rows.
     """
 
     # Weight of the part of a batch that is being computed: its share of the batch's rows
@@ -69,13 +70,16 @@ class PackedTrainerMixin:
             counts = self.accelerator.gather(counts)
             number = min(int(counts[:, 0].max()), int(counts[:, 1].min()))
             parts = split_batch(inputs, budget, sides, number, packed)
-        rows, losses = len(inputs["input_ids"]), []
+        weights = [len(part["input_ids"]) / len(inputs["input_ids"]) for part in parts]
+        logged = {name: len(values) for name, values in self._metrics["train"].items()}
+        losses = []
         try:
-            for part in parts:
-                self._part_weight = len(part["input_ids"]) / rows
+            for part, self._part_weight in zip(parts, weights, strict=True):
                 losses.append(super().training_step(model, part, *args, **kwargs))
         finally:
             self._part_weight = 1.0
+        for name, values in self._metrics["train"].items():
+            _join(values, logged.get(name, 0), weights)
         return torch.stack(losses).sum()
 
     def _get_train_sampler(self, train_dataset=None):
@@ -167,6 +171,12 @@ class PackedTrainerMixin:
             # The noise is scaled by the length of what is embedded, and a shared token would get one draw for all
             return "`neftune_noise_alpha` is set, and its noise depends on the length of the row that is embedded"
         return None
+
+
+def _join(values: list[float], start: int, weights: list[float]) -> None:
+    """Replace what the parts of a batch logged by the mean over its rows, where each part logged something."""
+    if len(values) - start == len(weights):
+        values[start:] = [sum(weight * value for weight, value in zip(weights, values[start:], strict=True))]
 
 
 def _first(reasons: Iterable[str | None]) -> str | None:

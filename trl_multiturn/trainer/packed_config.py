@@ -24,9 +24,10 @@ class PackedConfig:
             Whether rows of the same prompt follow each other within the shuffled order, so that there is something to
             share. It changes which rows share an optimizer step.
         max_tokens_per_batch (`int`, *optional*):
-            Tokens that one forward pass may read: unique ones where batches may be packed (also of a batch that then
-            stays padded, as little is shared), padded ones where the model cannot be. A batch of more is computed in
-            parts, with the gradient of the whole, for losses that are means over rows.
+            Tokens that one forward pass of training may read: unique ones where batches may be packed (also of a batch
+            that then stays padded, as little is shared), padded ones where the model cannot be. A batch of more is
+            computed in parts, with the gradient of the whole, for losses that are means over rows; an example of more
+            is a part by itself. Evaluation and reference columns, which keep no activations, are not cut.
     """
 
     # A string for the command line; `__post_init__` takes both
