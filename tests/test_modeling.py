@@ -123,6 +123,16 @@ class TestFiles:
                 n for n, p in saved.named_parameters() if p.requires_grad
             }
 
+    def test_a_loaded_head_trains_alone_and_leaves_its_policy_as_it_is(self, tmp_path):
+        model = policy().requires_grad_(True)
+        saved = ValueModel.from_policy(model, "head")
+        torch.nn.init.normal_(saved.head.weight)
+        saved.save_pretrained(tmp_path)
+        loaded = ValueModel.from_pretrained(tmp_path, policy=model, is_trainable=True)
+        loaded(IDS, torch.ones_like(IDS)).square().sum().backward()
+        assert loaded.head.weight.grad.abs().max() > 0
+        assert all(parameter.grad is None for parameter in model.parameters())
+
     def test_what_is_no_value_model_is_refused(self, tmp_path):
         with pytest.raises(ValueError, match="the `value_model` folder inside a checkpoint"):
             ValueModel.from_pretrained(tmp_path)

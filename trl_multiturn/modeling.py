@@ -79,7 +79,9 @@ class ValueModel(nn.Module):
         if hidden_states is not None:
             hidden_states = hidden_states.detach()
         else:
-            outputs = self.backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+            # Below a head lies the policy, which no value loss may move
+            with torch.set_grad_enabled(torch.is_grad_enabled() and self.kind != "head"):
+                outputs = self.backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
             hidden_states = outputs.last_hidden_state
         # A regression: bfloat16 would round values near 1 to steps of 1/128
         with torch.autocast(hidden_states.device.type, enabled=False):
