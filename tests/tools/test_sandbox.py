@@ -18,8 +18,7 @@ def config_for(backend, **settings):
 
 @pytest.fixture(scope="module", params=["forkserver", pytest.param("jupyter", marks=pytest.mark.slow)])
 def sandbox(request):
-    # a kernel's own traceback of a trivial error can take a second on a busy machine
-    with Sandbox(config_for(request.param, timeout_seconds=6.0 if request.param == "jupyter" else 2.0)) as sandbox:
+    with Sandbox(config_for(request.param)) as sandbox:
         yield sandbox
 
 
@@ -91,7 +90,8 @@ def test_the_last_value_and_printers_of_the_notebook_are_there(sandbox):
 
 
 def test_a_timeout_keeps_what_earlier_cells_made(sandbox):
-    with sandbox.open() as session:
+    hurried = config_for(sandbox.config.backend, timeout_seconds=2.0, preload=())
+    with Sandbox(hurried) as sandbox, sandbox.open() as session:
         session.run("x = 5")
         result = session.run("while True: pass")
         assert result.status == "timeout" and result.output.startswith("TimeoutError")
