@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import threading
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -13,11 +14,13 @@ import pytest
 from tests.support import TOOLS, assistant, byte_tokenizer, render_actions, user
 from trl_multiturn import StopReason, Verdict
 from trl_multiturn.rollout import (
+    Journal,
     RolloutConfig,
     ScriptedEngine,
     TooManyToolFailures,
     agenerate_trajectories,
     generate_trajectories,
+    read_dataset,
 )
 from trl_multiturn.rollout.dialects import choose_dialect
 from trl_multiturn.rollout.provenance import fingerprint
@@ -406,6 +409,28 @@ def test_a_tool_that_misbehaves_ends_no_run(tool, kind, answer, status):
     (trajectory,), _ = roll([call, "done"], [tool], dialect="native")
     assert trajectory.completion[1]["content"] == answer and trajectory.info["tool_statuses"] == [status]
     assert trajectory.stop_reason is StopReason.ANSWERED
+
+
+@pytest.mark.parametrize(
+    ("call", "answer", "malformed"),
+    [
+        ('{"name": "odd", "arguments": {"kind": ' + "[" * 3000 + "]" * 3000 + "}}", "could not be read", 1),
+        ('{"name": "odd", "arguments": {"kind": ' + "[" * 100 + "]" * 100 + "}}", "could not be read", 1),
+        ('{"name": "odd", "arguments": "' + "[" * 3000 + '"}', "not valid JSON: maximum recursion", 0),
+        ('{"name": "odd", "arguments": {"kind": "", "n": ' + "9" * 5000 + "}}", "could not be read", 1),
+        (r'{"name": "\ud800", "arguments": {"\udfff": "\ud800"}}', "Tool ? not found.", 0),
+        (r'{"name": "odd", "arguments": {"\udfff": "\ud800", "kind": "exit"}}', "Unknown argument(s): ?", 0),
+    ],
+    ids=["nested", "nested, readable", "nested in text", "long number", "name in no encoding", "argument in none"],
+)
+def test_a_call_that_no_parser_follows_ends_no_run(tmp_path, call, answer, malformed):
+    """What a policy writes when it degenerates is its own mistake."""
+    turns = [f"<tool_call>\n{call}\n</tool_call>", "done"]
+    limits = dict(max_turn_tokens=9000, max_trajectory_tokens=20_000)
+    (trajectory,), _ = roll(turns, [odd], dialect="native", journal=tmp_path, **limits)
+    assert answer in trajectory.completion[1]["content"] and trajectory.info["malformed_calls"] == malformed
+    assert trajectory.stop_reason is StopReason.ANSWERED
+    assert read_dataset(Journal(tmp_path).write_dataset()) == [replace(trajectory, info=trajectory.provenance)]
 
 
 def test_an_answer_of_megabytes_is_not_even_tokenized(monkeypatch):

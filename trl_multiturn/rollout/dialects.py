@@ -16,10 +16,12 @@ from transformers import PreTrainedTokenizerBase
 
 from .. import _upstream
 from ..tools.base import ToolCall
-from ..tools.result import ToolResult
+from ..tools.result import ToolResult, encodable
 
 
 Message = dict[str, Any]
+
+_MOST_LEVELS = 64
 
 BOXED = r"\\boxed\s*\{"
 
@@ -139,9 +141,14 @@ class NativeDialect:
         written = {"role": "assistant", "content": text}
         if self._opening is None or not sampled_ids:
             return Turn(written, [], answered=self._answer.search(text) is not None)
-        message = _upstream.parse_response(
-            self._tokenizer, list(sampled_ids), prefix=list(prefix_ids), tools=self.template_tools
-        )
+        try:
+            message = _plain(
+                _upstream.parse_response(
+                    self._tokenizer, list(sampled_ids), prefix=list(prefix_ids), tools=self.template_tools
+                )
+            )
+        except RecursionError:  # a policy that degenerates writes brackets in brackets
+            message = dict(written)
         # Some parsers leave the end of a tool call's turn in the content
         message["content"] = message["content"].removesuffix(self._tokenizer.decode(sampled_ids)[len(text) :])
         opened = self._opening in text
@@ -253,6 +260,24 @@ def _text_parameter(schema: dict[str, Any]) -> str | None:
     if len(required) == 1 and parameters.get("properties", {}).get(required[0], {}).get("type") == "string":
         return required[0]
     return None
+
+
+def _plain(value: Any, levels: int = _MOST_LEVELS) -> Any:
+    """
+    A value read from JSON, without the half surrogate pairs that JSON can spell and no tokenizer and no file can hold.
+
+    Raises:
+        `RecursionError`: if it is nested so deeply that what reads it later, deeper in the stack, could fail.
+    """
+    if isinstance(value, str):
+        return encodable(value)
+    if not isinstance(value, (dict, list)):
+        return value
+    if levels == 0:
+        raise RecursionError(f"The value is nested in more than {_MOST_LEVELS} levels.")
+    if isinstance(value, list):
+        return [_plain(each, levels - 1) for each in value]
+    return {_plain(name): _plain(each, levels - 1) for name, each in value.items()}
 
 
 def _tool_call(call: dict[str, Any]) -> ToolCall:

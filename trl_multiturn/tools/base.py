@@ -170,7 +170,7 @@ def parse_arguments(arguments: Any, schema: Mapping[str, Any]) -> dict[str, Any]
     if isinstance(arguments, str):  # some templates carry arguments as JSON text
         try:
             arguments = json.loads(arguments)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # the other: brackets in brackets
             raise ValueError(f"The arguments are not valid JSON: {error}.") from None
     if arguments is None:
         arguments = {}

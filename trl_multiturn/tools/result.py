@@ -43,3 +43,8 @@ class ToolFailure(Exception):
 
     A rollout that meets it stops with `StopReason.TOOL_FAILED` and never becomes training data.
     """
+
+
+def encodable(text: str) -> str:
+    """The text with half surrogate pairs replaced, which could be neither tokenised nor stored."""
+    return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")

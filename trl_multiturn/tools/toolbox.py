@@ -28,7 +28,7 @@ from .base import (
     tool_version,
 )
 from .environments import Environment, EnvironmentSet, EnvironmentType
-from .result import ToolFailure, ToolResult
+from .result import ToolFailure, ToolResult, encodable
 
 
 logger = logging.getLogger(__name__)
@@ -143,7 +143,7 @@ class Toolbox:
             return await self._environment.reset(self._row)
 
         observation = await self._attempt(self._kind.name, lambda: self._in_environment("reset", start))
-        return _encodable(observation) if isinstance(observation, str) else observation
+        return encodable(observation) if isinstance(observation, str) else observation
 
     async def reward(self) -> float | None:
         """The environment's own reward; `None` without one."""
@@ -285,9 +285,9 @@ async def _call(function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
 def _text(output: Any) -> ToolResult | str:
     """What the policy reads of a tool's return value."""
     if isinstance(output, ToolResult):
-        return replace(output, output=_encodable(output.output))
+        return replace(output, output=encodable(output.output))
     if isinstance(output, str):
-        return _encodable(output)
+        return encodable(output)
     if isinstance(output, list) and output and all(isinstance(block, dict) and "type" in block for block in output):
         kinds = {block["type"] for block in output}
         if kinds != {"text"}:
@@ -296,11 +296,6 @@ def _text(output: Any) -> ToolResult | str:
             )
         output = "".join(block["text"] for block in output)
     return _text(str(output))
-
-
-def _encodable(text: str) -> str:
-    """The text with half surrogate pairs replaced, which could be neither tokenised nor stored."""
-    return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _error(message: str, seconds: float = 0.0) -> ToolResult:
