@@ -4,7 +4,8 @@
 in several, forked from this one, so that the imports are paid once. Several find each other by the variables that
 `accelerate launch` sets. For every file that a run opens, moves or deletes under its folder it reports the time, which
 is how the test knows what a run is doing. With an argument it runs that alone:
-`accelerate launch -m tests.killed_run '{"folder": …}'`.
+`accelerate launch -m tests.killed_run '{"folder": …}'`; a further argument names the file at which process 1 kills
+itself.
 """
 
 from __future__ import annotations
@@ -133,6 +134,17 @@ def _report_files(folder: str, pipe: int) -> None:
     sys.addaudithook(hook)
 
 
+def _die_at(name: str) -> None:
+    """SIGKILL, in process 1 of several, when it first opens a file whose path contains `name`."""
+
+    def hook(event: str, arguments: tuple) -> None:
+        if event == "open" and name in str(arguments[0]):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    if os.environ.get("RANK") == "1":
+        sys.addaudithook(hook)
+
+
 def start(arguments: dict[str, Any], pipe: str, environment: dict[str, str]) -> int:
     """Forks a process that runs [`train`]; its id."""
     process = os.fork()
@@ -175,4 +187,6 @@ def serve() -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) > 2:
+        _die_at(sys.argv[2])
     train(**json.loads(sys.argv[1])) if len(sys.argv) > 1 else serve()

@@ -24,6 +24,8 @@ import torch
 from datasets import load_from_disk
 
 from tests.killed_run import ITERATIONS
+from tests.launch import accelerate_launch
+from tests.launch import run as launch
 from trl_multiturn.report import load_reports
 from trl_multiturn.rollout import Journal
 
@@ -174,10 +176,28 @@ RUNS = {
     "all weights, history of all": {"history": "all"},
     "adapter, dropout": {"lora": True, "save_total_limit": 2},
     "OREO: value model, two optimizers, a reference": {"method": "OREO"},
-    "two processes": {"processes": 2},
 }
+if KILLS > 2:  # else the launched run below stands for it
+    RUNS["two processes"] = {"processes": 2}
 
 
 @pytest.mark.parametrize("arguments", RUNS.values(), ids=RUNS)
 def test_a_killed_run_ends_as_an_undisturbed_one(runner, tmp_path, arguments):
     check_kills(runner, tmp_path, runs=max(1, KILLS // 2), seed=KILLS, **arguments)
+
+
+def test_a_launched_run_whose_process_is_killed_ends_as_an_undisturbed_one(runner, tmp_path):
+    """By `accelerate launch` itself, which ends the other process; then by the same command once more."""
+    runner.run(tmp_path / "undisturbed", processes=2)
+
+    def start(*arguments: str) -> subprocess.CompletedProcess:
+        folder = json.dumps({"folder": str(tmp_path / "killed")})
+        return launch([*accelerate_launch(2), "-m", "tests.killed_run", folder, *arguments])
+
+    # Process 1 dies at the second iteration's rollouts, when it is about to write the first one to its shard
+    killed = start("iteration_001/journal/shard-")
+    assert killed.returncode != 0 and "Signal 9 (SIGKILL)" in killed.stderr, killed.stderr[-4000:]
+    assert [report.iteration for report in load_reports(tmp_path / "killed" / "rollouts")] == [0]
+    done = start()
+    assert done.returncode == 0, done.stderr[-4000:]
+    compare(outcome(tmp_path / "killed"), outcome(tmp_path / "undisturbed"))
