@@ -48,7 +48,11 @@ def server(tmp_path_factory):
         yield url
     finally:
         process.terminate()
-        process.wait(60)
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:  # what it is to answer has been answered
+            process.kill()
+            process.wait()
 
 
 class TestVLLMServerEngine:
