@@ -8,6 +8,8 @@ from peft import LoraConfig, PromptTuningConfig, TaskType, get_peft_model
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
+    DogeConfig,
+    DogeForCausalLM,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
     GptOssConfig,
@@ -163,6 +165,16 @@ def test_attention_sinks_are_seen():
     torch.manual_seed(0)
     model = GptOssForCausalLM(config)
     assert "s_aux" in self_test(seated(model))
+
+
+def test_a_mask_that_the_layers_make_themselves_is_seen():
+    """Doge learns a bias of each key and hands it over in the mask; at first it is the same for all: scores agree."""
+    config = DogeConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, initializer_range=0.3, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    assert "mask" in self_test(seated(DogeForCausalLM(config)))
 
 
 def test_what_matrix_products_are_rounded_to_is_known_however_it_was_set():

@@ -70,12 +70,14 @@ def _sdpa(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attentio
     row = kwargs.pop("packed_row", None)
     if row is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    _refuse_own_mask(attention_mask)
     return packed_attention(module, query, key, value, row, **kwargs), None
 
 
 def _eager(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs):
     row = kwargs.pop("packed_row", None)
     if row is not None:
+        _refuse_own_mask(attention_mask)
         return packed_attention(module, query, key, value, row, **kwargs), None
     _refuse_unsupported(kwargs)
     scaling = kwargs.get("scaling") or module.head_dim**-0.5
@@ -199,3 +201,9 @@ def _refuse_unsupported(kwargs: dict) -> None:
     for name in _UNSUPPORTED:
         if kwargs.get(name) is not None:
             raise NotImplementedError(f"attention with `{name}`")
+
+
+def _refuse_own_mask(mask: Tensor | None) -> None:
+    """A layer that adds something to its mask (a learned bias, a choice of tokens) no longer has the one of NaN."""
+    if mask is not None and mask.numel() > 1:
+        raise NotImplementedError("attention with a mask that the layer makes itself")
