@@ -519,6 +519,46 @@ def test_evaluation_sees_the_environment(tmp_path):
     assert generator.start_evaluation["pass@1"] == 0
 
 
+def test_an_environment_that_owns_its_reward_needs_no_other(tmp_path):
+    class Parity:
+        """The one right answer is 4."""
+
+        done = False
+
+        def reset(self, **row):
+            self.reward = None
+
+        def answer(self, number: int) -> str:
+            """Answers.
+
+            Args:
+                number: The answer.
+            """
+            self.done, self.reward = True, float(number == 4)
+            return "thanks"
+
+        def get_reward(self):
+            return self.reward
+
+    def script(prompt_text, sampling, session):
+        number = 3 + int(session.rpartition("/")[2]) % 2
+        return f'<tool_call>\n{{"name": "answer", "arguments": {{"number": {number}}}}}\n</tool_call>'
+
+    args = MultiTurnDPOConfig(str(tmp_path), num_train_epochs=1, use_cpu=True, bf16=False, report_to="none")
+    generator = ToolRolloutGenerator(
+        problems(2),
+        config=RolloutConfig(num_generations=4, max_turn_tokens=80),
+        environment_factory=Parity,
+        eval_prompts=problems(1, first=50),
+        pairing=PairingConfig(filters=[]),
+        engine=lambda model, tokenizer: ScriptedEngine(script, tokenizer),
+    )
+    MultiTurnDPOTrainer(tiny_model(TOKENIZER), args=args, processing_class=TOKENIZER, callbacks=[generator]).train()
+    (report,) = generator.reports
+    assert (report.correct, report.incorrect, report.rows) == (4, 4, 2)
+    assert generator.start_evaluation["pass@1"] == 0
+
+
 def test_kto_takes_the_same_rollouts_unpaired(tmp_path, tool):
     trainer, generator, _ = make_run(
         tmp_path, tool, trainer_class=MultiTurnKTOTrainer, config=MultiTurnKTOConfig, pairing=PairingConfig()

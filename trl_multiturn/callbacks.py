@@ -33,6 +33,7 @@ from .rollout.config import RolloutConfig
 from .rollout.engine import Engine
 from .rollout.judging import Judge
 from .rollout.provenance import fingerprint
+from .tools.environments import owns_reward
 from .trainer.main_process import on_main
 from .trainer.policy_weights import load_policy_weights, policy_revision, save_policy_weights
 from .trainer.sharding import weights_of
@@ -60,7 +61,7 @@ class ToolRolloutGenerator(TrainerCallback):
             [`~trl.GRPOTrainer`] takes.
         reward_funcs (`Callable` or `list[Callable]`):
             Reward functions with TRL's signature, such as [`math_reward`]. `None` for a row means undecided, and
-            undecided rollouts are never trained on.
+            undecided rollouts are never trained on. Not needed where the environment has a `get_reward`.
         config ([`RolloutConfig`], *optional*):
             Sampling and limits.
         pairing ([`PairingConfig`] or [`UnpairedConfig`], *optional*):
@@ -122,13 +123,14 @@ class ToolRolloutGenerator(TrainerCallback):
         engine: Engine | Callable[[Any, Any], Engine] | None = None,
         run_folder: str | None = None,
     ):
-        if not reward_funcs:
+        reward_funcs = resolve_reward_funcs(reward_funcs) if reward_funcs else []
+        if not reward_funcs and not owns_reward(environment_factory):
             raise ValueError(
-                "No `reward_funcs` were given, so no rollout could be told from another and no row could be built. "
-                "Pass for example `reward_funcs=[math_reward]`."
+                "No `reward_funcs` were given, and no environment with a `get_reward`, so no rollout could be told "
+                "from another and no row could be built. Pass for example `reward_funcs=[math_reward]`."
             )
-        reward_funcs = resolve_reward_funcs(reward_funcs)
-        Judge(reward_funcs, reward_weights, correct_threshold, missing=missing_reward)  # raises where they do not fit
+        # Raises where functions, weights and settings do not fit together
+        Judge(reward_funcs or None, reward_weights, correct_threshold, missing=missing_reward)
         for name, dataset in (("prompts", prompts), ("eval_prompts", eval_prompts)):
             if dataset is not None and "prompt" not in dataset.column_names:
                 raise ValueError(

@@ -65,7 +65,7 @@ class IterationSettings:
             "tools": self.tools,
             "environment_factory": self.environment_factory,
             "config": self.rollout,
-            "reward_funcs": self.reward_funcs,
+            "reward_funcs": self.reward_funcs or None,  # an environment may own its reward
             "reward_weights": self.reward_weights,
             "correct_threshold": self.correct_threshold,
             "missing_reward": self.missing_reward,

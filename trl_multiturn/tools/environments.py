@@ -125,6 +125,11 @@ class EnvironmentSet:
         return {name: value for name, value in row.items() if not (self.by_column and name == "environment")}
 
 
+def owns_reward(factory: Callable[[], Any] | Mapping[str, Callable[[], Any]] | None) -> bool:
+    """Whether an `environment_factory` makes environments with a `get_reward`."""
+    return any(kind.has_reward for kind in EnvironmentSet(factory).types.values())
+
+
 def append_observation(messages: list[dict[str, Any]], observation: str | list | None) -> list[dict[str, Any]]:
     """`messages` with what `reset` returned appended to the last message, as [`~trl.GRPOTrainer`] does it."""
     if observation is None:
