@@ -411,6 +411,30 @@ def test_a_tool_that_misbehaves_ends_no_run(tool, kind, answer, status):
     assert trajectory.stop_reason is StopReason.ANSWERED
 
 
+async def waits(seconds: float) -> str:
+    """
+    Waits.
+
+    Args:
+        seconds: How long.
+    """
+    await asyncio.sleep(seconds)
+    return f"waited {seconds:g}"
+
+
+@pytest.mark.parametrize(
+    ("own", "limit", "answer"),
+    [(0.05, 300.0, "Timed out after 0.05 seconds."), (300.0, 0.05, "waited 0.2"), (None, 300.0, "waited 0.2")],
+)
+def test_a_tool_may_have_a_time_limit_of_its_own(monkeypatch, own, limit, answer):
+    monkeypatch.setattr(waits, "timeout_seconds", own, raising=False)
+    seconds = 300 if "Timed" in answer else 0.2
+    call = f'<tool_call>\n{{"name": "waits", "arguments": {{"seconds": {seconds}}}}}\n</tool_call>'
+    (trajectory,), _ = roll([call, "done"], [waits], dialect="native", tool_timeout_seconds=limit)
+    assert trajectory.completion[1]["content"] == answer
+    assert trajectory.info["tools"]["waits"].endswith(" s") == (own is not None)
+
+
 @pytest.mark.parametrize(
     ("call", "answer", "malformed"),
     [

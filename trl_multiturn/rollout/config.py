@@ -111,8 +111,9 @@ class RolloutConfig:
     tool_timeout_seconds: float | None = field(
         default=30.0,
         metadata={
-            "help": "Longest wait for a plain callable or an environment. Session tools such as `PythonTool` keep "
-            "their own limit, which does not run while a call queues for a core."
+            "help": "Longest wait for an environment, or for a function that has no attribute `timeout_seconds` of its "
+            "own. Session tools such as `PythonTool` keep their own limit, which does not run while a call queues for "
+            "a core."
         },
     )
     tool_retries: int = field(

@@ -42,8 +42,8 @@ class ToolLimits:
 
     Args:
         timeout_seconds (`float`, *optional*):
-            Longest wait for a plain callable or an environment's method. Session tools keep their own clock, which
-            does not run while a call queues for a core.
+            Longest wait for an environment's method, or for a function that has no attribute `timeout_seconds` of its
+            own. Session tools keep their own clock, which does not run while a call queues for a core.
         retries (`int`, *optional*, defaults to `2`):
             How often a call is tried again after a [`ToolFailure`].
         max_concurrent (`int`, *optional*, defaults to `64`):
@@ -96,6 +96,9 @@ class Toolset:
     def versions(self) -> dict[str, str]:
         """Name to version of every tool and environment, for provenance."""
         versions = {name: tool_version(tool) for name, tool in {**self.sessions, **self.functions}.items()}
+        for name, function in self.functions.items():
+            if (limit := _own_limit(function)) is not None:
+                versions[name] += f", {limit:g} s"
         versions.update({kind.name: kind.version for kind in self.environments.types.values()})
         return versions
 
@@ -205,9 +208,8 @@ class Toolbox:
             start = time.monotonic()
             try:
                 output = await self._attempt(call.name, lambda: self._invoke(call.name, arguments))
-            except _OutOfTime:
-                limit = self._limits.timeout_seconds
-                return ToolResult(f"Timed out after {limit:g} seconds.", "timeout", time.monotonic() - start)
+            except _OutOfTime as error:
+                return ToolResult(f"Timed out after {error.seconds:g} seconds.", "timeout", time.monotonic() - start)
             except (ToolFailure, UnsupportedOutput):
                 raise
             except Exception as error:
@@ -223,7 +225,8 @@ class Toolbox:
         if self._environment is not None and name in self._environment.methods:
             method = self._environment.methods[name]
             return _text(await self._in_environment(name, lambda: _call(method, arguments)))
-        return _text(await self._clocked(lambda: _call(self._toolset.functions[name], arguments)))
+        function = self._toolset.functions[name]
+        return _text(await self._clocked(lambda: _call(function, arguments), _own_limit(function)))
 
     async def _session(self, name: str) -> ToolSession:
         if name not in self._sessions:
@@ -236,17 +239,18 @@ class Toolbox:
             return await self._clocked(call)
         except _OutOfTime as error:
             raise _EnvironmentHangs(
-                f"The environment's `{name}` did not answer within {self._limits.timeout_seconds:g} seconds."
+                f"The environment's `{name}` did not answer within {error.seconds:g} seconds."
             ) from error
 
-    async def _clocked(self, call: Callable[[], Any]) -> Any:
+    async def _clocked(self, call: Callable[[], Any], own_limit: float | None = None) -> Any:
         """Awaits `call()` within the time limit; [`_OutOfTime`] is ours, a `TimeoutError` the tool's own."""
+        seconds = self._limits.timeout_seconds if own_limit is None else own_limit
         try:
-            async with asyncio.timeout(self._limits.timeout_seconds) as clock:
+            async with asyncio.timeout(seconds) as clock:
                 return await call()
         except TimeoutError as error:
             if clock.expired():
-                raise _OutOfTime from error
+                raise _OutOfTime(seconds) from error
             raise
 
     async def _attempt(self, name: str, call: Callable[[], Any]) -> Any:
@@ -266,11 +270,20 @@ class UnsupportedOutput(TypeError):
 
 
 class _OutOfTime(Exception):
-    """The time limit of this toolbox passed."""
+    """The time limit of this toolbox, or of the tool, passed."""
+
+    def __init__(self, seconds: float):
+        super().__init__(seconds)
+        self.seconds = seconds
 
 
 class _EnvironmentHangs(ToolFailure):
     """Not tried again: the first call may still be running inside the environment."""
+
+
+def _own_limit(function: Callable[..., Any]) -> float | None:
+    """A tool's own time limit, set as an attribute of the function."""
+    return getattr(function, "timeout_seconds", None)
 
 
 async def _call(function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
