@@ -111,7 +111,7 @@ class RolloutConfig:
     tool_timeout_seconds: float | None = field(
         default=30.0,
         metadata={
-            "help": "Longest wait for an environment, or for a function that has no attribute `timeout_seconds` of its "
+            "help": "Longest wait for an environment, or for a function without an attribute `timeout_seconds` of its "
             "own. Session tools such as `PythonTool` keep their own limit, which does not run while a call queues for "
             "a core."
         },
