@@ -66,6 +66,10 @@ def value_guided_search(
     interpreter sessions of its own; they are brought to its state by running its earlier calls again (plain functions,
     which keep no state, are not run again), and closed when it is dropped.
 
+    The search is as good as its score. Since equal candidates count once, what the policy says most often has no more
+    weight than what it says once: with scores that know nothing it finds worse trajectories than greedy decoding and a
+    majority vote do, the more so the more it draws. `examples/iterative_oreo.py` prints the table that tells.
+
     A candidate that stops without an answer (cut at a token or turn limit, ended early) does not compete with those
     that go on; one such is returned only where no candidate answered. If none did and the machine failed for one, the
     result has stopped with `TOOL_FAILED`: it is unknown whether that one would have answered.
