@@ -28,9 +28,9 @@ held-out prompts 37.5 ± 3.4 % before, then 71.5 ± 3.2, 77.0 ± 3.0 and 76.5 ±
 The values choose better than chance, and not well enough to beat greedy decoding. What limits them, by checks beside
 this script on the same policy and day:
 
-- *The value model, first of all.* After the loop alone (`--value_epochs 0`; one pass, the values explain about 0 % of
-  the outcomes' variance) its last states tell correct from incorrect samples of the same prompt with an AUC of 0.59
-  (0.52-0.65), and the search gave 59.5 %. Twelve passes more: 0.80 (0.76-0.84) there, 0.82 (0.78-0.85) on 400
+- *The value model, first of all.* After the loop alone (`--value_epochs 0`; one pass, in which the values explain 1
+  to 5 % of the outcomes' variance) its last states tell correct from incorrect samples of the same prompt with an AUC
+  of 0.59 (0.52-0.65), and the search gave 59.5 %. Twelve passes more: 0.80 (0.76-0.84) there, 0.82 (0.78-0.85) on 400
   prompts. What the policy takes up in one pass (which operation a verb means) a value model must learn to *compare*
   with what was written; fitted from the start on the same rows it comes to 0.60 in one pass, 0.65 in two, 0.80 in
   eight.

@@ -24,7 +24,8 @@ trajectories; reward models of 114 steps each), on 100 held-out prompts:
 That shows the machinery, not a gain: choosing is no worse than a random sample, within the errors no better either,
 and below greedy decoding, because this policy's samples at temperature 1 are mostly wrong. The reward models have
 seen 600 trajectories, 166 of them correct, and their losses come down little (from 0.52 to 0.45 and from 0.58 to 0.42
-nats). More prompts and epochs (`--num_prompts 600 --num_train_epochs 10`) should help; that has not been measured.
+nats). More prompts and epochs (`--num_prompts 600 --num_train_epochs 10`) should help; that has not been measured. In
+`iterative_oreo.py` a value model of this size told hardly more than chance after 400 steps, and much after 3,000.
 
 # Full training (M-DPO paper 2409.02392, examples 2 and 3)
 ```bash
