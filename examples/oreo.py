@@ -80,15 +80,16 @@ policy takes up, the values, which are fitted to the rest, need not hold. That i
 runs of that are reported.
 
 The same run with a policy that moves (`--learning_rate 1e-4` in place of `--value_warmup_steps 100000`; 2026-11-21, on
-the same initial policy, rows and order) gave 0.524 (0.495–0.554) over all trajectories and 0.531 (0.488–0.573) within a
-problem. Left alone, again on that day, it gave 0.609 and 0.586 as above, to the digit. The difference, by a bootstrap
-over problems in pairs: 0.085 (0.047–0.124) over all and 0.055 (0.005–0.109) within a problem.
+the same initial policy, rows and order) gave 0.524 (0.495–0.554) over all trajectories and 0.531 (0.488–0.573) within
+a problem. Left alone, again on that day, it gave 0.609 and 0.586 as above, to the digit. The difference, by a
+bootstrap over problems in pairs: 0.085 (0.047–0.124) over all and 0.055 (0.005–0.109) within a problem.
 
 Recorded rows themselves are too few: the CPU command above gives 0.617 (0.544–0.697) and 0.550 (0.454–0.643) on 99
-held-out problems, and three folds of five with the policy left alone 0.58–0.64 and 0.46–0.50: such a model learns that short solutions belong to easy problems
-(shortness alone gives 0.652 and 0.450). For comparison, a linear regression on seven numbers (steps, length, steps
-whose result is no integer, and of the answer its size and whether it is negative, below 1 or no integer), fitted to
-rows with one mistake, gives 0.667 within a problem: there is more to know, and a pretrained model should know it.
+held-out problems, and three folds of five with the policy left alone 0.58–0.64 and 0.46–0.50: such a model learns that
+short solutions belong to easy problems (shortness alone gives 0.652 and 0.450). For comparison, a linear regression on
+seven numbers (steps, length, steps whose result is no integer, and of the answer its size and whether it is negative,
+below 1 or no integer), fitted to rows with one mistake, gives 0.667 within a problem: there is more to know, and a
+pretrained model should know it.
 
 With `--folds 5` every problem of the rows is held out once; `--fold 2` trains one fold, so that folds may run beside
 each other, and each prints the figures of all that are finished. On a GPU leave out `--use_cpu --bf16 False`; with a
