@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import operator
 import os
+import random
+import sys
+
+import pytest
 
 
 # Read when the libraries are first imported, so set before any test module imports them
@@ -19,3 +24,21 @@ hypothesis.settings.register_profile(
     "same", derandomize=True, deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
 hypothesis.settings.load_profile("same")
+
+
+def _seed() -> None:
+    random.seed(0)
+    for name, seed in (("numpy", "random.seed"), ("torch", "manual_seed")):
+        if name in sys.modules:  # tests of the sandbox need neither
+            operator.attrgetter(seed)(sys.modules[name])(0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _same_random_numbers_in_the_modules_fixtures():
+    _seed()
+
+
+@pytest.fixture(autouse=True)
+def _same_random_numbers():
+    """Whatever else this worker has run: some weights (LoRA's, a value head's) are drawn before a trainer seeds."""
+    _seed()
