@@ -253,7 +253,7 @@ def test_an_iteration_without_rows_is_skipped_with_a_warning(tmp_path, tool, cap
     assert "found no row to train on" in caplog.text
 
 
-def test_stopped_run_goes_on_and_ends_where_an_undisturbed_one_does(tmp_path, tool):
+def test_stopped_run_goes_on_and_ends_where_an_undisturbed_one_does(tmp_path, tool, capsys):
     whole, reference_run, _ = make_run(tmp_path / "whole", tool, iterations=3)
     whole.train()
 
@@ -270,7 +270,9 @@ def test_stopped_run_goes_on_and_ends_where_an_undisturbed_one_does(tmp_path, to
         stopped.train()
 
     resumed, generator, engine = make_run(tmp_path / "stopped", tool, iterations=3)
+    resumed.args.disable_tqdm = False
     resumed.train(resume_from_checkpoint=True)
+    assert "Iteration 2 goes on with the rollouts in" in capsys.readouterr().out
     assert not [call for call in engine.calls if call.session.startswith("0/")]  # nothing is rolled out twice
     assert policy_revision(resumed.model) == policy_revision(whole.model)
     for mine, theirs in zip(generator.reports, reference_run.reports, strict=True):

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from accelerate.utils import gather_object
 from datasets import Dataset, load_from_disk
+from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
@@ -223,7 +224,9 @@ class ToolRolloutGenerator(TrainerCallback):
         settings = {"prompts": self._prompts_fingerprint(iteration), **self.settings.describe()}
         revision = policy_revision(weights_of(self.trainer))
         first_step = self.trainer.state.global_step
-        plan = on_main(lambda: self._plan(iteration, resumed_inside, settings, revision, first_step))
+        plan, notice = on_main(lambda: self._plan(iteration, resumed_inside, settings, revision, first_step))
+        if notice and self.trainer.args.process_index == 0 and not self.trainer.args.disable_tqdm:
+            tqdm.write(notice)
         if plan == "set aside":
             self._set_aside(iteration)
         if plan != "load":
@@ -235,7 +238,6 @@ class ToolRolloutGenerator(TrainerCallback):
             self._report.settings = settings
             self._save(self._report)
         else:
-            logger.info("Iteration %d goes on with the rows in %s.", iteration + 1, folder)
             rest(self.engine)
             self._report = IterationReport.load(folder)
             rows = load_from_disk(folder / "training_rows")
@@ -343,8 +345,8 @@ class ToolRolloutGenerator(TrainerCallback):
 
     def _plan(
         self, iteration: int, resumed_inside: bool, settings: dict[str, Any], revision: str, first_step: int
-    ) -> Literal["roll out", "load", "set aside"]:
-        """What to do with what is on disk of this iteration."""
+    ) -> tuple[Literal["roll out", "load", "set aside"], str | None]:
+        """What to do with what is on disk of this iteration, and what to tell of it."""
         folder = iteration_folder(self.run_folder, iteration)
         report = IterationReport.load(folder)
         if resumed_inside:
@@ -353,9 +355,9 @@ class ToolRolloutGenerator(TrainerCallback):
                     f"The checkpoint lies inside iteration {iteration + 1}, but {folder} does not hold its rows. "
                     "Restore the folder, or resume from a checkpoint at the end of an iteration."
                 )
-            return "load"
+            return "load", f"Iteration {iteration + 1} goes on inside its epoch, with the rows in {folder}."
         if report is None:
-            return "roll out"
+            return "roll out", None
         changed = [name for name in settings if settings[name] != report.settings.get(name)]
         if changed:
             name = changed[0]
@@ -365,14 +367,16 @@ class ToolRolloutGenerator(TrainerCallback):
                 "mixed. Use the earlier settings, or another `output_dir`."
             )
         if report.policy_revision == revision and report.first_step == first_step:
-            return "load" if report.ready else "roll out"
+            if report.ready:
+                return "load", f"Iteration {iteration + 1} has its rows already: {folder}."
+            return "roll out", f"Iteration {iteration + 1} goes on with the rollouts in {folder}."
         if first_step == 0:
             raise ValueError(
                 f"{folder} was begun from another policy than the present one (revision {report.policy_revision} "
                 f"before, {revision} now), so its rollouts cannot go on. Use the earlier model, resume from a "
                 "checkpoint, or use another `output_dir`."
             )
-        return "set aside"
+        return "set aside", None
 
     def _evaluate(self) -> dict[str, float]:
         """Evaluates the policy as it is now; with several processes each evaluates its share of the prompts."""

@@ -235,3 +235,19 @@ def test_kto_takes_a_row_source(tmp_path):
     trainer.train()
     assert trainer.state.global_step == 4
     assert trainer.ref_model is None
+
+
+@pytest.mark.parametrize(
+    ("datasets", "name"),
+    [
+        (dict(train_dataset=preference_rows(0)), "train_dataset"),
+        (dict(train_dataset=preference_rows(1), eval_dataset=preference_rows(0)), "eval_dataset"),
+        (
+            dict(train_dataset=preference_rows(1), eval_dataset={"a": preference_rows(1), "b": preference_rows(0)}),
+            r"eval_dataset\['b'\]",
+        ),
+    ],
+)
+def test_a_dataset_without_rows_is_named(tmp_path, datasets, name):
+    with pytest.raises(ValueError, match=f"`{name}` has no rows"):
+        MultiTurnDPOTrainer("unused", args=cpu_config(tmp_path), **datasets)

@@ -250,7 +250,9 @@ class _Rollouts:
             self._resume(journal, queue)
         total = len(self.rows) * len(self.samples)
         self.counts: Counter[str] = Counter()
-        self.bar = tqdm(total=total, initial=self.settled, desc=f"Rollouts {self._scope()}", disable=not progress)
+        self.bar = tqdm(
+            total=total, initial=self.settled, desc=f"Rollouts ({self.provenance['policy']})", disable=not progress
+        )
         with self.bar:
             try:
                 async with asyncio.TaskGroup() as group:

@@ -60,6 +60,7 @@ class IterativeTrainerMixin:
         self._rows_come_later = bool(sources)
         if sources:
             self._expect_rows_from(sources, call.arguments)
+        _refuse_no_rows(call.arguments)
         super().__init__(*call.args, **call.kwargs)
         if sources:
             self._row_source = sources[0]
@@ -204,3 +205,19 @@ class IterativeTrainerMixin:
         folder = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
         with being_written(self, folder):
             super()._save_checkpoint(model, trial)
+
+
+def _refuse_no_rows(arguments: dict[str, Any]) -> None:
+    evaluation = arguments.get("eval_dataset")
+    parts = {"train_dataset": arguments.get("train_dataset")}
+    parts.update(
+        {f"eval_dataset[{name!r}]": part for name, part in evaluation.items()}
+        if isinstance(evaluation, dict)
+        else {"eval_dataset": evaluation}
+    )
+    for name, rows in parts.items():
+        if isinstance(rows, Dataset) and len(rows) == 0:
+            raise ValueError(
+                f"`{name}` has no rows, so there is nothing to prepare. Look at what filtered or split it, or leave "
+                "the argument out."
+            )
