@@ -81,8 +81,9 @@ runs of that are reported.
 
 The same run with a policy that moves (`--learning_rate 1e-4` in place of `--value_warmup_steps 100000`; 2026-11-21, on
 the same initial policy, rows and order) gave 0.524 (0.495–0.554) over all trajectories and 0.531 (0.488–0.573) within
-a problem. Left alone, again on that day, it gave 0.609 and 0.586 as above, to the digit. The difference, by a
-bootstrap over problems in pairs: 0.085 (0.047–0.124) over all and 0.055 (0.005–0.109) within a problem.
+a problem. Without the flag alone, so at the default `--learning_rate 5e-6`, it gave 0.563 (0.533–0.593) and 0.554
+(0.510–0.591). Left alone, again on that day, it gave 0.609 and 0.586 as above, to the digit. The difference to 1e-4,
+by a bootstrap over problems in pairs: 0.085 (0.047–0.124) over all and 0.055 (0.005–0.109) within a problem.
 
 Recorded rows themselves are too few: the CPU command above gives 0.617 (0.544–0.697) and 0.550 (0.454–0.643) on 99
 held-out problems, and three folds of five with the policy left alone 0.58–0.64 and 0.46–0.50: such a model learns that
