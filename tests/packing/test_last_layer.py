@@ -118,3 +118,19 @@ def test_an_adapter_on_the_block_changes_nothing():
     forward = PackedForward(model, pack=True).install()
     assert forward._last.acts
     assert_same(run(model, batch), stock)
+
+
+def test_the_hooks_of_an_earlier_trainer_stand_aside():
+    """As where one trainer had the model without an adapter, and the next one gives it one."""
+    model, first, batch, _ = seated()
+    _, read = counts(first, batch)
+    settings = LoraConfig(task_type=TaskType.CAUSAL_LM, r=4, target_modules="all-linear", init_lora_weights=False)
+    adapted = get_peft_model(model, settings)
+    first.enabled = False
+    stock = run(adapted, batch)
+    first.enabled = True
+    PackedForward(adapted, pack=True).install()
+    lengths = []
+    model.base_model.layers[-1].mlp.register_forward_pre_hook(lambda module, args: lengths.append(args[0].shape[1]))
+    assert_same(run(adapted, batch), stock)
+    assert lengths == [read]

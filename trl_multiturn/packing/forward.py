@@ -177,7 +177,7 @@ class PackedForward:
             arguments = packed_arguments(self._plan.row, kwargs, self.causal_lm.dtype)
             whole = module in CAPTURED or kwargs.get("output_router_logits")
             if self._last is not None and self._last.acts and not whole:
-                arguments[READ] = self._plan.read
+                arguments[READ] = self._last, self._plan.read
             return args, arguments
         if self._pack and self._plan.right_padded and not kwargs.get("output_router_logits"):
             # A token never sees the padding to its right, and without a mask attention takes its causal fast path

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 
-# The argument of a decoder that names the states to be read; it reaches the layers as attention arguments do
+# The argument of a decoder that names the states to be read, and for whose hooks: `(LastFeedForward, indices)`. It
+# reaches the layers as attention arguments do
 READ = "packed_states_read"
 
 
@@ -22,9 +23,10 @@ class LastFeedForward:
     """
     Hooks on a decoder's last layer that let its feed-forward block see the states named by [`READ`] only.
 
-    They act on calls that carry [`READ`], also where gradient checkpointing computes the layer again: the attention
-    before the block gets the layer's arguments both times. A decoder whose last layer is not `self_attn` and a plain
-    `mlp` of linear maps (a mixture of experts counts its tokens) is left alone.
+    They act on calls that carry [`READ`] with these hooks' name on it (an earlier trainer's may still sit on the same
+    layer, on the other side of PEFT's shell), also where gradient checkpointing computes the layer again: the
+    attention before the block gets the layer's arguments both times. A decoder whose last layer is not `self_attn` and
+    a plain `mlp` of linear maps (a mixture of experts counts its tokens) is left alone.
 
     Args:
         decoder (`nn.Module`): with `layers`.
@@ -56,7 +58,8 @@ class LastFeedForward:
         self._handles = []
 
     def _before_attention(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        self._states = kwargs.get(READ)
+        reader, states = kwargs.get(READ, (None, None))
+        self._states = states if reader is self else None
 
     def _select(self, module: nn.Module, args: tuple) -> tuple | None:
         if self._states is None:
