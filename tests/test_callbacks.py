@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import threading
 from collections import Counter
@@ -322,6 +323,8 @@ def test_settings_are_the_same_in_another_process_and_others_where_the_code_is()
     (drops, reward, more, other), (same_drops, same_reward, _, _) = make(0), make(1)
     assert drops is not same_drops and settings_with(reward, drops) == settings_with(same_reward, same_drops)
     assert settings_with(drops=drops)["pairing"] != settings_with(drops=more)["pairing"]
+    longer, shorter = (functools.partial(max, limit) for limit in (9, 8))
+    assert settings_with(drops=longer)["pairing"] != settings_with(drops=shorter)["pairing"]
     assert settings_with(reward)["reward_funcs"] != settings_with(other)["reward_funcs"]
     assert settings_with("math_reward") == settings_with()
     for changes in (dict(correct_threshold=0.9), dict(missing_reward="skip"), dict(environment_factory=dict)):

@@ -74,7 +74,7 @@ class IterationSettings:
 
     def describe(self) -> dict[str, Any]:
         """What decides which rows an iteration finds, as JSON values."""
-        filters = [(f, "") if isinstance(f, str) else (f.name, tool_version(f.drops)) for f in self.pairing.filters]
+        filters = [(f, "") if isinstance(f, str) else (f.name, version_of(f.drops)) for f in self.pairing.filters]
         settings = {
             "tools": {tool_name(tool): tool_version(tool) for tool in self.tools},
             "environment_factory": self.environment_factory and version_of(self.environment_factory),

@@ -7,6 +7,8 @@ import math
 
 import pytest
 from datasets import Dataset, IterableDataset
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from tests.support import TOOLS, assistant, byte_tokenizer, call, preference_rows, result, save_tiny, user
 from tests.trainer.helpers import dpo_config, kto_config
@@ -151,6 +153,15 @@ def test_check_names_ids_of_another_tokenizer():
     row = TOKENS | {"rejected_action_mask": [1], "chosen_ids": [2, 10**6]}
     report = check_dataset(Dataset.from_list([row]), TOKENIZER, progress=False)
     assert "train, row 0: `chosen_ids` or `prompt_ids` holds the token 1000000" in report.errors[0]
+
+
+def test_check_takes_ids_beyond_a_gap():
+    """Some tokenizers leave ids out, so that their last token's is larger than their size says."""
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "b": 1, "<|end|>": 9})))
+    row = TOKENS | {"chosen_ids": [1, 9], "rejected_ids": [9], "rejected_action_mask": [1]}
+    assert len(tokenizer) == 3 and check_dataset(Dataset.from_list([row]), tokenizer, progress=False).errors == []
+    other = check_dataset(Dataset.from_list([row | {"rejected_ids": [10]}]), tokenizer, progress=False)
+    assert "holds the token 10, but the tokenizer ends at 9" in other.errors[0]
 
 
 def test_check_reads_an_empty_prompt():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import threading
@@ -23,7 +24,7 @@ from trl_multiturn.rollout import (
     read_dataset,
 )
 from trl_multiturn.rollout.dialects import choose_dialect
-from trl_multiturn.rollout.provenance import fingerprint
+from trl_multiturn.rollout.provenance import fingerprint, version_of
 from trl_multiturn.templates import TurnTemplate
 from trl_multiturn.tools import PythonTool, SandboxConfig, ToolFailure, ToolResult, current_rollout
 
@@ -773,6 +774,19 @@ def test_provenance_tells_one_verifier_from_another():
     found = [roll([ANSWER], reward_funcs=func)[0][0].info["verifiers"]["rewards"]["strict"] for func in funcs]
     assert found[0] == found[1] and found[0].startswith("source:")
     assert len({str(version) for version in found}) == 4
+
+
+def test_what_a_verifier_was_given_counts_and_is_told_nobody():
+    def graded(completions, key="", table=None, **columns):
+        return [1.0] * len(completions)
+
+    circle = []
+    circle.append(circle)
+    tables = [{(1, 2): 3}, {1: 2, "a": 3}, circle]
+    given = [{"key": "secret-1"}, {"key": "secret-2"}, *({"table": table} for table in tables)]
+    versions = [version_of(partial(graded, **arguments)) for arguments in given]
+    assert versions == [version_of(partial(graded, **arguments)) for arguments in given]
+    assert len(set(versions[:3])) == 3 and "secret" not in json.dumps(versions)
 
 
 def test_a_prompt_is_the_same_whatever_its_columns_hold():

@@ -91,12 +91,12 @@ def check_dataset(
 
     report = CheckReport()
     _check_template(tokenizer, report)
-    cut = 0
+    cut, last_token = 0, max(tokenizer.get_vocab().values())
     for name, rows in splits.items():
         report.rows[name] = len(rows)
         for index, row in enumerate(tqdm(rows, desc=f"Checking {name}", disable=not progress, unit="row")):
             try:
-                cut += _check_row(row, tokenizer, max_length, report)
+                cut += _check_row(row, tokenizer, last_token, max_length, report)
                 if len(report.previews) < num_previews:
                     report.previews.append(preview_masks([row], 1, tokenizer, max_length, show=False))
             except (ValueError, TypeError, KeyError) as error:
@@ -124,7 +124,11 @@ def _check_template(tokenizer: PreTrainedTokenizerBase, report: CheckReport) -> 
 
 
 def _check_row(
-    row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, max_length: int | None, report: CheckReport
+    row: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    last_token: int,
+    max_length: int | None,
+    report: CheckReport,
 ) -> int:
     """Tokenizes a row, adds its counts, and returns how many of its sides `max_length` cuts."""
     kind = _kind(row)
@@ -151,9 +155,9 @@ def _check_row(
                 "row carries no gradient. Raise `max_length` or drop the row."
             )
         largest = max([*row["prompt_ids"], *row[ids]])
-        if largest >= len(tokenizer):
+        if largest > last_token:  # which may lie beyond the vocabulary's size: ids leave gaps
             raise ValueError(
-                f"`{ids}` or `prompt_ids` holds the token {largest}, but the tokenizer ends at {len(tokenizer) - 1}. "
+                f"`{ids}` or `prompt_ids` holds the token {largest}, but the tokenizer ends at {last_token}. "
                 "The rows were written for another tokenizer: pass that one, or write them anew."
             )
         cut += kept < len(row[ids])

@@ -34,13 +34,21 @@ def fingerprint(value: Any) -> str:
 
 def version_of(function: Any) -> Any:
     """What identifies a reward function's or a factory's behaviour, as JSON values: its `version`, or a hash of its
-    source; of a `partial`, with its arguments."""
+    source; of a `partial`, with a hash of its arguments, which may be large or secret and are told nobody."""
     if isinstance(function, functools.partial):
-        arguments = json.loads(json.dumps([function.args, function.keywords], default=tool_version))
-        return [version_of(function.func), *arguments]
+        arguments = [[_identity(value) for value in function.args]]
+        arguments += [[name, _identity(value)] for name, value in sorted(function.keywords.items())]
+        return f"{version_of(function.func)}, arguments:{fingerprint(arguments)}"
     if isinstance(function, Mapping):
         return {str(name): version_of(each) for name, each in function.items()}
     return tool_version(function)
+
+
+def _identity(value: Any) -> str:
+    try:
+        return json.dumps(value, sort_keys=True, default=tool_version)
+    except (TypeError, ValueError):  # keys that JSON does not know, or a circle
+        return tool_version(value)
 
 
 def describe_tokenizer(processing_class: Any) -> dict[str, str]:
