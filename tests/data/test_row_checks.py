@@ -120,9 +120,8 @@ def test_numbers_that_are_labels_are_labels(model, tmp_path, good):
 
 def test_unpaired_rows_without_labels_are_told(model, tmp_path):
     rows = [{name: value for name, value in row.items() if name != "label"} for row in unpaired()]
-    with pytest.raises(
-        ValueError, match="rows of no format that this trainer reads: `prompt`, `completion`, `label` or"
-    ):
+    reads = "this trainer reads: `chosen`, `rejected` or `prompt`, `completion`, `label` "
+    with pytest.raises(ValueError, match=f"rows of no format that {reads}"):
         label(model, tmp_path, rows)
     tokens = {"prompt_ids": [1], "completion_ids": [2], "action_mask": [1]}
     with pytest.raises(ValueError, match="token rows of the train dataset have no `label`"):
@@ -147,6 +146,15 @@ def test_the_format_is_that_of_the_first_row():
     assert formats({"prompt": "a", "chosen": "b", "rejected": "c", "margin": 1.0}) == "text"
     assert formats({"chosen": [user("a"), assistant("b")], "rejected": [user("a"), assistant("c")]}) == "messages"
     assert formats(TOKENS | {"rejected_action_mask": [1], "chosen": "as read"}) == "tokens"
+
+
+def test_columns_that_nobody_reads_may_hold_anything(model, tmp_path):
+    pairs = [row | {"completion": "raw"} for row in preference_rows(2)]
+    text = [{"prompt": "a", "chosen": "b", "rejected": "c", "completion": [user("a")], "label": i} for i in range(2)]
+    assert len(prefer(model, tmp_path, pairs).train_dataset) == len(prefer(model, tmp_path, text).train_dataset) == 2
+    both = [row | {"label": True} for row in pairs]  # taken apart, as the parent does
+    assert len(label(model, tmp_path, both).train_dataset) == 4
+    assert check_dataset(Dataset.from_list(pairs), TOKENIZER, progress=False).errors == []
 
 
 def test_check_names_ids_of_another_tokenizer():

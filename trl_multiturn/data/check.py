@@ -183,8 +183,8 @@ def _kind(row: dict[str, Any]) -> Kind:
 def _tokenize(row: dict[str, Any], kind: Kind, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     if kind == "preference" and "prompt" not in row:
         row = row | _upstream.extract_prompt(row)
-    if not holds_messages(row):
-        sides = ("chosen", "rejected") if kind == "preference" else ("completion",)
+    sides = ("chosen", "rejected") if kind == "preference" else ("completion",)
+    if not holds_messages(row, sides):
         encoded = {"prompt_ids": tokenizer(row["prompt"])["input_ids"]}
         for side in sides:
             ids = tokenizer(row[side], add_special_tokens=False)["input_ids"]

@@ -33,7 +33,7 @@ def find_format(
         row (`Mapping[str, Any]`):
             The first row.
         text_formats (`Sequence[tuple[str, ...]]`):
-            The columns of each format of text or messages that the trainer reads.
+            The columns of each format of text or messages that the trainer reads; of a row with several, the first.
         sides (`tuple[tuple[str, str], ...]`):
             `(ids, mask)` column names of its token rows.
         dataset_name (`str`):
@@ -48,7 +48,8 @@ def find_format(
     token_columns = ["prompt_ids", *(column for side in sides for column in side)]
     if row.keys() >= set(token_columns):
         return "tokens"
-    if not any(row.keys() >= set(columns) for columns in text_formats):
+    found = next((columns for columns in text_formats if row.keys() >= set(columns)), None)
+    if found is None:
         half = [name for name in token_columns if name in row]
         hint = f" `{half[0]}` is there, but not {_listed(c for c in token_columns if c not in row)}." if half else ""
         formats = " or ".join(_listed(columns) for columns in text_formats)
@@ -57,16 +58,17 @@ def find_format(
             f"trainer reads: {formats} (text or lists of messages), or {_listed(token_columns)}.{hint} Rename or add "
             "columns."
         )
-    return "messages" if holds_messages(row) else "text"
+    return "messages" if holds_messages(row, found) else "text"
 
 
-def holds_messages(row: Mapping[str, Any]) -> bool:
-    """Whether a row's conversation is written as messages (`True`) or as text (`False`).
+def holds_messages(row: Mapping[str, Any], columns: Sequence[str]) -> bool:
+    """Whether the conversation in a row's prompt and these columns is written as messages (`True`) or text (`False`).
 
     Raises:
         `ValueError`: if some hold one and some the other.
     """
-    is_text = {column: isinstance(row[column], str) for column in _CONVERSATION if column in row}
+    read = [name for name in _CONVERSATION if name in row and (name == "prompt" or name in columns)]
+    is_text = {column: isinstance(row[column], str) for column in read}
     if len(set(is_text.values())) > 1:
         text, messages = (_listed(c for c in is_text if is_text[c] is kind) for kind in (True, False))
         raise ValueError(

@@ -22,7 +22,7 @@ from .token_rows import TokenRowsMixin
 
 logger = get_logger(__name__)
 
-_TEXT_FORMATS = [("prompt", "completion", "label"), ("chosen", "rejected")]
+_TEXT_FORMATS = [("chosen", "rejected"), ("prompt", "completion", "label")]
 
 
 class MultiTurnKTOTrainer(PackedTrainerMixin, IterativeTrainerMixin, TokenRowsMixin, KTOTrainer):
