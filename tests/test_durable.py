@@ -60,6 +60,7 @@ def test_a_folder_is_synced_with_all_that_it_holds(tmp_path, disk):
     (tmp_path / "partial" / "deep").mkdir(parents=True)
     (tmp_path / "partial" / "one").write_text("1")
     (tmp_path / "partial" / "deep" / "two").write_text("2")
+    (tmp_path / "partial" / "latest").symlink_to(tmp_path / "nowhere")
     put_in_place(tmp_path / "partial", tmp_path / "whole")
     renamed = disk.index(("rename", str(tmp_path / "whole")))
     partial = str(tmp_path / "partial")

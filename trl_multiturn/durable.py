@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from secrets import token_hex
 
@@ -61,7 +61,8 @@ def sync(path: Path) -> None:
     """Waits until a file, or a folder with all that it holds, is on the disk."""
     for folder, _, files in os.walk(path):  # of a file, nothing
         for name in files:
-            sync_entry(Path(folder, name))
+            with suppress(FileNotFoundError):  # a link to nothing, or a passing file that is gone by now
+                sync_entry(Path(folder, name))
         if Path(folder) != path:
             sync_entry(Path(folder))
     sync_entry(path)
