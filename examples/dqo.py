@@ -131,8 +131,7 @@ def main(script_args, training_args, model_args, dataset_args):
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
         trainer.accelerator.print(f"🤗 Model pushed to the Hub in https://huggingface.co/{trainer.hub_model_id}.")
-    if hasattr(trainer, "end"):  # transformers >= 5.18
-        trainer.end()
+    trainer.end()
 
 
 def make_parser(subparsers: argparse._SubParsersAction | None = None, prog: str | None = None):

@@ -216,8 +216,7 @@ def main(script_args, training_args, model_args):
 
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
-    if hasattr(trainer, "end"):  # transformers >= 5.18
-        trainer.end()
+    trainer.end()
 
 
 def fit_values(epochs, run_folder, training_args):

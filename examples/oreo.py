@@ -207,8 +207,7 @@ def train(train_dataset, held_out, script_args, training_args, model_args, datas
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
         trainer.accelerator.print(f"🤗 Model pushed to the Hub in https://huggingface.co/{trainer.hub_model_id}.")
-    if hasattr(trainer, "end"):  # transformers >= 5.18
-        trainer.end()
+    trainer.end()
 
 
 def load_rows_apart(script_args, dataset_args):

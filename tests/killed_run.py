@@ -118,8 +118,7 @@ def train(
         trainer.train(resume_from_checkpoint=True)
     trainer.save_model(str(Path(folder, "final")))
     trainer.save_state()
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    trainer.end()
 
 
 def _report_files(folder: str, pipe: int) -> None:

@@ -20,6 +20,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import ProgressCallback, Trainer, set_seed
 
 from .checkpoints import being_written, checkpoint_to_resume
+from .main_process import outlive_trainer
 
 
 @runtime_checkable
@@ -197,6 +198,12 @@ class IterativeTrainerMixin:
         if self.args.ignore_data_skip:
             return iteration, 0
         return iteration, (self.state.global_step - first_step) * self.args.gradient_accumulation_steps
+
+    def end(self) -> None:
+        """Finishes the trackers and destroys the process group: the last call of a script, on every process."""
+        outlive_trainer()
+        end = getattr(super(), "end", self.accelerator.end_training)  # transformers < 5.18 has none
+        end()
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         if self._row_source is None:

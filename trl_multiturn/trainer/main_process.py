@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import TypeVar
 
+import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 
 T = TypeVar("T")
+
+_ended: list[dist.ProcessGroup] = []
 
 
 def on_main(do: Callable[[], T]) -> T:
@@ -40,3 +44,16 @@ def on_main(do: Callable[[], T]) -> T:
     if failure is not None:
         raise RuntimeError(f"The main process could not go on, and so neither can this one: {failure}")
     return result
+
+
+def outlive_trainer() -> None:
+    """Lets the process group be destroyed before the trainer goes; call it right before.
+
+    With gloo a process may hang there for ever. DDP's reducer goes with the trainer and, where the group is destroyed
+    already, takes the last reference to it along: PyTorch (2.13) then joins gloo's threads while it holds the
+    interpreter's lock, for which one of them may be waiting to let go of the last collective operation's tensors. So
+    one more reference stays, and the threads are given the lock once.
+    """
+    if dist.is_initialized() and dist.get_backend() == "gloo":
+        _ended.append(dist.group.WORLD)
+        time.sleep(0.05)
