@@ -142,3 +142,19 @@ def test_a_full_disk_is_named_with_what_could_not_be_written(tmp_path, small_dis
     write(tmp_path)
     names = {path.name for path in tmp_path.iterdir()}
     assert names - {"before"} in ({"rows"}, {"policy.safetensors"}, {"report.json"})
+
+
+def test_an_error_of_a_network_is_told_as_it_is(tmp_path):
+    def judged():
+        yield from ()
+        raise ConnectionRefusedError(errno.ECONNREFUSED, "judge.example refused")
+
+    with pytest.raises(ConnectionRefusedError, match="^.Errno 111. judge.example refused$"):
+        write_rows(judged(), tmp_path / "rows", "preference")
+
+
+def test_an_error_of_a_file_is_told_once(tmp_path):
+    with pytest.raises(OSError, match="b cannot be written: No space") as caught, durable.writing(tmp_path / "a"):
+        with durable.writing(tmp_path / "b"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+    assert str(caught.value).count("cannot be written") == 1

@@ -10,21 +10,31 @@ from pathlib import Path
 from secrets import token_hex
 
 
+_OF_FILES = {OSError, PermissionError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError}
+
+
+class _NotWritten(OSError):
+    """Says which file it is about."""
+
+
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Has an operating system's error say which file it is about, and what to do.
 
     Raises:
-        `OSError`: with the number of the one that the body raised.
+        `OSError`: with the number of the one that the body raised. Errors of a network, which code of the user's that
+            the body calls may raise, pass as they are.
     """
     try:
         yield
     except OSError as error:
+        if type(error) not in _OF_FILES:
+            raise
         what = (
             f"{path} cannot be written: {error.strerror or error}. What was written before is intact: free space or "
         )
         what += "make the folder writable, and start again with the same command."
-        raise (OSError(what) if error.errno is None else OSError(error.errno, what)) from error
+        raise (_NotWritten(what) if error.errno is None else _NotWritten(error.errno, what)) from error
 
 
 @contextmanager

@@ -32,7 +32,7 @@ class PackedTrainerMixin:
     shuffled order, so that there is something to share. `args.max_tokens_per_batch` bounds the tokens that one forward
     pass of training reads (unique ones where batches may be packed, padded ones elsewhere): a larger batch is computed
     in parts, with the gradient of the whole. Means over rows are logged as the whole batch's; means over tokens
-    count each part by its rows.
+    or over some of the rows (KTO's `rewards/chosen`) count each part by its rows.
     """
 
     # Weight of the part of a batch that is being computed: its share of the batch's rows
