@@ -51,7 +51,7 @@ def decoding(contexts: list[int], trajectories: list[int], repeats: int) -> list
         asyncio.run(sample())
 
     def by_engine_with_padding(prompts: torch.Tensor, count: int) -> None:
-        with patch("trl_multiturn.rollout.decoding.uses_slot_attention", return_value=False):
+        with patch("trl_multiturn.engines.transformers.decoding.uses_slot_attention", return_value=False):
             by_engine(prompts, count)
 
     lines = [

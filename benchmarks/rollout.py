@@ -55,8 +55,8 @@ from trl_multiturn import (
     build_preference_dataset,
     generate_trajectories,
 )
-from trl_multiturn.data.selection import select
 from trl_multiturn.iteration import find_rows
+from trl_multiturn.rows.selection import select
 
 
 ENGINE_SECONDS = 0.05

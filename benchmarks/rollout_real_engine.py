@@ -24,7 +24,7 @@ from datasets import Dataset
 from rollout import byte_tokenizer, make_tool, tiny_model
 
 from trl_multiturn import RolloutConfig, generate_trajectories
-from trl_multiturn.rollout.transformers_engine import TransformersEngine
+from trl_multiturn.engines.transformers.engine import TransformersEngine
 
 
 # A turn ends with one of these, after about 260 / 6 tokens of the random model

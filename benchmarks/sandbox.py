@@ -38,7 +38,7 @@ from typing import Any
 
 from sandbox_peers import SYSTEMS
 
-from trl_multiturn.tools.sandbox import Sandbox, SandboxConfig
+from trl_multiturn.sandbox.sandbox import Sandbox, SandboxConfig
 
 
 TRAJECTORIES = [
@@ -331,7 +331,7 @@ def soak(cells: int) -> Iterator[str]:
 
 def attacks() -> Iterator[str]:
     """Lets the hostile cells of the tests loose, in the process that the tests keep for it."""
-    folder = Path(__file__).resolve().parents[1] / "tests" / "tools"
+    folder = Path(__file__).resolve().parents[1] / "tests" / "sandbox"
     sys.path.insert(0, str(folder))
     from attacks import ATTACKS
 

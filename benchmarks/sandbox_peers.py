@@ -9,8 +9,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from trl_multiturn.tools.observation import last_paragraph
-from trl_multiturn.tools.sandbox import Sandbox, SandboxConfig
+from trl_multiturn.sandbox.observation import last_paragraph
+from trl_multiturn.sandbox.sandbox import Sandbox, SandboxConfig
 
 
 class Ours:

@@ -48,8 +48,9 @@ from train_step_tables import HALF_B, NEED_A_GPU, TABLES
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 
-from trl_multiturn.packing import PackedTrainerMixin, pack_rows
+from trl_multiturn.packing import pack_rows
 from trl_multiturn.trainer import DQOConfig, DQOTrainer, OREOConfig, OREOTrainer
+from trl_multiturn.trainer.packed import PackedTrainerMixin
 
 
 class PackedDPOTrainer(PackedTrainerMixin, DPOTrainer):

@@ -228,7 +228,7 @@ def fit_values(epochs, run_folder, training_args):
     from transformers import AutoTokenizer, Trainer
 
     from trl_multiturn import ValueModel
-    from trl_multiturn.reward_model import DataCollatorForRewardModel
+    from trl_multiturn.models.reward_model import DataCollatorForRewardModel
 
     parts = [load_from_disk(found) for found in sorted(run_folder.glob("iteration_*/rows"))]
     if not any(map(len, parts)):
@@ -258,7 +258,7 @@ def fit_values(epochs, run_folder, training_args):
 
 def to_states(row):
     """Token ids, and the row's reward as the label of each state in which the policy chose a token."""
-    from trl_multiturn.reward_model import IGNORED
+    from trl_multiturn.models.reward_model import IGNORED
 
     ids = row["prompt_ids"] + row["completion_ids"]
     chosen = [0] * len(row["prompt_ids"]) + row["action_mask"]  # the state after a token chooses the next one
@@ -267,7 +267,7 @@ def to_states(row):
 
 
 def value_loss(values, labels, num_items_in_batch=None):
-    from trl_multiturn.reward_model import IGNORED
+    from trl_multiturn.models.reward_model import IGNORED
 
     valued = labels != IGNORED
     total = (values - labels)[valued].square().sum()

@@ -80,7 +80,7 @@ def main(script_args, training_args):
 
     from trl_multiturn import PythonTool, RolloutConfig, evaluate_policy, generate_trajectories, math_reward
     from trl_multiturn.evaluation import summarize
-    from trl_multiturn.reward_model import outcome_reward_rows, process_reward_rows
+    from trl_multiturn.models.reward_model import outcome_reward_rows, process_reward_rows
     from trl_multiturn.rollout.prefix_completion import estimate_step_rewards
     from trl_multiturn.rollout.search import value_guided_search
 
@@ -152,7 +152,7 @@ def train(policy, rows, training_args, name):
     """A reward model that starts as the policy, trained with Transformers' own trainer."""
     from transformers import AutoTokenizer, Trainer
 
-    from trl_multiturn.reward_model import (
+    from trl_multiturn.models.reward_model import (
         DataCollatorForRewardModel,
         RewardModel,
         reward_model_from_policy,

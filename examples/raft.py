@@ -82,9 +82,9 @@ def main(script_args, training_args, model_args):
         math_reward,
     )
     from trl_multiturn.data import supervised_rows
-    from trl_multiturn.data.row_files import write_rows
-    from trl_multiturn.data.selection import select_by_prompt
-    from trl_multiturn.pace import at_own_pace
+    from trl_multiturn.distributed.pace import at_own_pace
+    from trl_multiturn.rows.row_files import write_rows
+    from trl_multiturn.rows.selection import select_by_prompt
 
     model = AutoModelForCausalLM.from_pretrained(
         model_args.model_name_or_path,

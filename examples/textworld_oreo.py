@@ -101,9 +101,9 @@ def main(script_args, training_args, model_args):
         UnpairedConfig,
         generate_trajectories,
     )
-    from trl_multiturn.data.row_files import write_rows
-    from trl_multiturn.data.selection import select_by_prompt
-    from trl_multiturn.pace import at_own_pace
+    from trl_multiturn.distributed.pace import at_own_pace
+    from trl_multiturn.rows.row_files import write_rows
+    from trl_multiturn.rows.selection import select_by_prompt
     from trl_multiturn.tools.textworld import TextWorldEnvironment, make_games
 
     # Games: disjoint seeds, disjoint games

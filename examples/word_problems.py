@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from datasets import Dataset
 
-from trl_multiturn.tools.sandbox import Sandbox, Session
+from trl_multiturn.sandbox.sandbox import Sandbox, Session
 
 
 @dataclass(frozen=True)

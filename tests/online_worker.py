@@ -17,7 +17,7 @@ from trl_multiturn import (
     ToolRolloutGenerator,
     math_reward,
 )
-from trl_multiturn.trainer.policy_weights import policy_revision
+from trl_multiturn.trainer.loop.policy_weights import policy_revision
 
 
 def main(folder: Path) -> None:

@@ -10,9 +10,9 @@ from typing import Any
 
 from accelerate import PartialState
 
+from trl_multiturn.distributed.main_process import on_main
 from trl_multiturn.rollout import JournalError
-from trl_multiturn.trainer.checkpoints import checkpoint_to_resume
-from trl_multiturn.trainer.main_process import on_main
+from trl_multiturn.trainer.loop.checkpoints import checkpoint_to_resume
 
 
 class Unpicklable(Exception):

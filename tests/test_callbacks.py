@@ -32,9 +32,9 @@ from trl_multiturn import (
     math_reward,
 )
 from trl_multiturn.iteration import policy_file
+from trl_multiturn.journal.export import run_trajectories
 from trl_multiturn.rollout import Journal
-from trl_multiturn.rollout.export import run_trajectories
-from trl_multiturn.trainer.policy_weights import load_policy_weights, policy_revision
+from trl_multiturn.trainer.loop.policy_weights import load_policy_weights, policy_revision
 from trl_multiturn.verify import Filter
 
 

@@ -22,7 +22,7 @@ from trl_multiturn import (
     UnpairedConfig,
     ValueModel,
 )
-from trl_multiturn.trainer.policy_weights import policy_revision
+from trl_multiturn.trainer.loop.policy_weights import policy_revision
 
 
 OREO = dict(trainer_class=OREOTrainer, config=partial(OREOConfig, value_model="full", kl_coef=0.5))

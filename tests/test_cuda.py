@@ -11,8 +11,8 @@ from datasets import Dataset
 from tests.packing.test_value_based import branching_rows
 from tests.support import byte_tokenizer, save_tiny, tiny_model
 from tests.trainer.helpers import dpo_config, kto_config, preference_dataset, unpaired_dataset
-from trl_multiturn.rollout.engine import SamplingParams
-from trl_multiturn.rollout.transformers_engine import TransformersEngine
+from trl_multiturn.engines.engine import SamplingParams
+from trl_multiturn.engines.transformers.engine import TransformersEngine
 from trl_multiturn.trainer import (
     DQOConfig,
     DQOTrainer,

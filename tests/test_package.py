@@ -7,6 +7,7 @@ import importlib
 import pkgutil
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -17,33 +18,42 @@ import trl_multiturn
 ROOT = Path(trl_multiturn.__file__).parent
 MODULES = sorted(module.name for module in pkgutil.walk_packages([str(ROOT)], "trl_multiturn."))
 
-# What each part may import of the others. Anything missing here may import nothing but itself.
+# The wings, from the ground floor up, and what each may import of the others beside itself
+GROUND = {"_lazy", "_upstream", "precision", "steps", "trajectory", "version"}
 LAYERS = {
-    "trajectory": set(),
-    "version": set(),
-    "durable": set(),
-    "_upstream": set(),
+    **dict.fromkeys(GROUND, set()),
     "losses": set(),
-    "steps": set(),
-    "report": {"durable"},
     "templates": {"_upstream"},
-    "tools": {"trajectory", "version"},
-    "verify": {"trajectory", "steps", "version"},
-    "precision": set(),
+    # the interpreter, a package that could stand by itself
+    "sandbox": {"_lazy"},
+    "distributed": {"_upstream"},
+    "report": {"distributed"},
+    "models": {"_upstream", "steps", "trajectory", "verify"},
     "packing": {"_upstream", "precision"},
-    "modeling": {"_upstream"},
-    "data": {"trajectory", "templates", "steps", "_upstream", "version", "verify", "durable"},
-    "rollout": {"trajectory", "templates", "steps", "_upstream", "version", "tools", "verify", "precision", "durable"},
-    "trainer": {"data", "losses", "modeling", "packing", "templates", "_upstream", "trajectory", "durable"},
+    # what the policy may call, what samples, what is kept
+    "tools": {"_lazy", "sandbox", "trajectory", "version"},
+    "engines": {"_lazy", "precision"},
+    "journal": {"_lazy", "distributed", "trajectory"},
+    "verify": {"steps", "trajectory", "version"},
+    # rows to batches; verdicts to rows
+    "data": {"_upstream", "steps", "templates", "trajectory", "version"},
+    "rows": {"_lazy", "data", "distributed", "trajectory", "verify"},
+    # the loop of turns
+    "rollout": GROUND | {"engines", "journal", "sandbox", "templates", "tools", "verify"},
+    # never rows, rollouts, tools, engines or verifiers: offline training needs none of them
+    "trainer": {"_upstream", "data", "distributed", "losses", "models", "packing", "templates", "trajectory"},
 }
-TOP = set(LAYERS)
+MOST_FILES_PER_FOLDER = 15
 
 
-def imports_of(module: str) -> set[str]:
-    """Parts of the package that a module imports, at any depth of its source."""
+def imported_modules(module: str) -> set[str]:
+    """Modules of the package that a module imports, at any depth of its source, under `TYPE_CHECKING` too.
+
+    A package's lazy names are a table of contents, not imports: its `__init__` counts for nothing there.
+    """
     spec = importlib.util.find_spec(module)
     package = module if spec.submodule_search_locations else module.rpartition(".")[0]
-    parts = set()
+    found = set()
     for node in ast.walk(ast.parse(Path(spec.origin).read_text(encoding="utf-8"))):
         names = []
         if isinstance(node, ast.ImportFrom):
@@ -52,8 +62,26 @@ def imports_of(module: str) -> set[str]:
             names = [f"{base}.{alias.name}" for alias in node.names]
         elif isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
-        parts |= {name.split(".")[1] for name in names if name.startswith("trl_multiturn.")}
-    return parts & {name.split(".")[1] for name in MODULES}
+        for name in names:
+            while name not in MODULES and "." in name:
+                name = name.rpartition(".")[0]
+            found |= {name} & set(MODULES)
+    return found - {module}
+
+
+def is_facade(module: str) -> bool:
+    spec = importlib.util.find_spec(module)
+    return bool(spec.submodule_search_locations)
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Groups of more than one node that reach each other."""
+    found = TopologicalSorter(graph)
+    try:
+        found.prepare()
+    except CycleError as error:
+        return [error.args[1]]
+    return []
 
 
 @pytest.mark.parametrize("module", [m for m in MODULES if not m.rpartition(".")[2].startswith("_")])
@@ -61,14 +89,51 @@ def test_module_imports(module):
     try:
         importlib.import_module(module)
     except ImportError as error:  # an engine that is an extra says which one
-        assert module == "trl_multiturn.rollout.vllm_engine" and "vllm" in str(error)
+        assert module == "trl_multiturn.engines.vllm.engine" and "vllm" in str(error)
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_imports_go_one_way(module):
     part = module.split(".")[1]
     if part in LAYERS:
-        assert imports_of(module) <= LAYERS[part] | {part}
+        assert {name.split(".")[1] for name in imported_modules(module)} <= LAYERS[part] | {part}
+
+
+def test_no_files_import_each_other_in_a_circle():
+    graph = {module: imported_modules(module) for module in MODULES if not is_facade(module)}
+    assert circles({module: names & set(graph) for module, names in graph.items()}) == []
+
+
+def test_no_wings_import_each_other_in_a_circle():
+    assert circles(LAYERS) == []
+
+
+@pytest.mark.parametrize("folder", sorted({path.parent for path in ROOT.rglob("*.py")}), ids=lambda path: path.name)
+def test_folders_are_small(folder):
+    assert len(list(folder.glob("*.py"))) <= MOST_FILES_PER_FOLDER
+
+
+def lazy_names(package: str) -> dict[str, str]:
+    """Public name to defining module, as a type checker reads them under `if TYPE_CHECKING:`."""
+    path = Path(importlib.import_module(package).__file__)
+    blocks = [node.body for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, ast.If)]
+    imports = [node for block in blocks for node in block if isinstance(node, ast.ImportFrom)]
+    homes = {}
+    for node in imports:
+        home = importlib.util.resolve_name("." * node.level + node.module, package)
+        homes |= {alias.asname: home for alias in node.names}  # `X as X` is what makes a name public to them
+    return homes
+
+
+LAZY = [package for package in ("trl_multiturn", *filter(is_facade, MODULES)) if lazy_names(package)]
+
+
+@pytest.mark.parametrize("package", LAZY)
+def test_type_checkers_see_the_names_that_load_lazily(package):
+    module, homes = importlib.import_module(package), lazy_names(package)
+    assert sorted(homes) == [name for name in module.__all__ if name != "__version__"]
+    for name, home in homes.items():
+        assert getattr(module, name) is getattr(importlib.import_module(home), name)
 
 
 def test_offline_training_loads_no_interpreter_no_engine_and_no_verifier():
@@ -76,10 +141,11 @@ def test_offline_training_loads_no_interpreter_no_engine_and_no_verifier():
         "import sys\n"
         "from trl_multiturn import DQOTrainer, MultiTurnDPOTrainer, MultiTurnKTOTrainer, OREOTrainer\n"
         "loaded = {name.split('.')[1] for name in sys.modules if name.startswith('trl_multiturn.')}\n"
-        "print(sorted(loaded & {'rollout', 'tools', 'verify', 'callbacks', 'iteration'}))\n"
+        "print(sorted(loaded & {'callbacks', 'engines', 'iteration', 'journal'}))\n"
+        "print(sorted(loaded & {'rollout', 'rows', 'sandbox', 'tools', 'verify'}))\n"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == "[]"
+    assert run.stdout.split() == ["[]", "[]"]
 
 
 def test_all_is_what_there_is():

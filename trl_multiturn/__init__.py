@@ -1,66 +1,127 @@
 """Multi-turn, tool-using agents on Hugging Face TRL.
 
-Public names are loaded on first use, so that `import trl_multiturn` stays quick and offline training never imports an
+Public names load on first use, so that `import trl_multiturn` stays quick and offline training never imports an
 interpreter or an engine.
 """
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from typing import TYPE_CHECKING
 
+from ._lazy import attach
 from .version import __version__ as __version__
 
 
-# public name -> module that defines it
-_MODULES = {
-    "callbacks": ["ToolRolloutGenerator"],
-    "data.pairing": ["PairingConfig", "UnpairedConfig", "build_preference_dataset", "build_unpaired_dataset"],
-    "data.preview": ["preview_masks"],
-    "data.tokenization": ["tokenize_trajectory"],
-    "data.value_preview": ["preview_values"],
-    "evaluation": ["EvaluationResult", "evaluate_policy"],
-    "modeling": ["ValueModel"],
-    "report": ["IterationReport"],
-    "reward_model": ["RewardModel", "reward_model_from_policy"],
-    "rollout.config": ["RolloutConfig"],
-    "rollout.engine": ["Engine", "Generation", "SamplingParams"],
-    "rollout.journal": ["Journal"],
-    "rollout.loop": ["TooManyToolFailures", "agenerate_trajectories", "generate_trajectories"],
-    "rollout.margins": ["observation_margins"],
-    "rollout.prefix_completion": ["complete_prefixes", "estimate_step_rewards", "reward_longest_good_prefix"],
-    "rollout.scripted_engine": ["ScriptedEngine"],
-    "rollout.search": ["value_guided_search"],
-    "rollout.transformers_engine": ["TransformersEngine"],
-    "rollout.vllm_engine": ["VLLMEngine"],
-    "rollout.vllm_server": ["VLLMServerEngine"],
-    "tabular": ["TabularToolMDP"],
-    "templates": ["TurnTemplate"],
-    "tools.base": ["current_rollout"],
-    "tools.python_tool": ["PythonTool"],
-    "tools.result": ["ToolFailure", "ToolResult"],
-    "tools.sandbox": ["Sandbox", "SandboxConfig"],
-    "trainer.dqo_config": ["DQOConfig"],
-    "trainer.dqo_trainer": ["DQOTrainer"],
-    "trainer.multi_turn_dpo_config": ["MultiTurnDPOConfig"],
-    "trainer.multi_turn_dpo_trainer": ["MultiTurnDPOTrainer"],
-    "trainer.multi_turn_kto_config": ["MultiTurnKTOConfig"],
-    "trainer.multi_turn_kto_trainer": ["MultiTurnKTOTrainer"],
-    "trainer.oreo_config": ["OREOConfig"],
-    "trainer.oreo_trainer": ["OREOTrainer"],
-    "trajectory": ["StopReason", "Trajectory", "Verdict"],
-    "verify.mathematics": ["math_reward"],
-}
-_HOME = {name: module for module, names in _MODULES.items() for name in names}
-
-__all__ = sorted(["__version__", *_HOME])
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
-
-
-def __dir__() -> list[str]:
-    return __all__
+if TYPE_CHECKING:
+    from .callbacks import ToolRolloutGenerator as ToolRolloutGenerator
+    from .data.preview import preview_masks as preview_masks
+    from .data.tokenization import tokenize_trajectory as tokenize_trajectory
+    from .data.value_preview import preview_values as preview_values
+    from .engines.engine import Engine as Engine
+    from .engines.engine import Generation as Generation
+    from .engines.engine import SamplingParams as SamplingParams
+    from .engines.scripted_engine import ScriptedEngine as ScriptedEngine
+    from .engines.transformers.engine import TransformersEngine as TransformersEngine
+    from .engines.vllm.engine import VLLMEngine as VLLMEngine
+    from .engines.vllm.server import VLLMServerEngine as VLLMServerEngine
+    from .evaluation import EvaluationResult as EvaluationResult
+    from .evaluation import evaluate_policy as evaluate_policy
+    from .journal.journal import Journal as Journal
+    from .models.reward_model import RewardModel as RewardModel
+    from .models.reward_model import reward_model_from_policy as reward_model_from_policy
+    from .models.value_model import ValueModel as ValueModel
+    from .report import IterationReport as IterationReport
+    from .rollout.config import RolloutConfig as RolloutConfig
+    from .rollout.loop import (
+        TooManyToolFailures as TooManyToolFailures,
+    )
+    from .rollout.loop import (
+        agenerate_trajectories as agenerate_trajectories,
+    )
+    from .rollout.loop import (
+        generate_trajectories as generate_trajectories,
+    )
+    from .rollout.margins import observation_margins as observation_margins
+    from .rollout.prefix_completion import (
+        complete_prefixes as complete_prefixes,
+    )
+    from .rollout.prefix_completion import (
+        estimate_step_rewards as estimate_step_rewards,
+    )
+    from .rollout.prefix_completion import (
+        reward_longest_good_prefix as reward_longest_good_prefix,
+    )
+    from .rollout.search import value_guided_search as value_guided_search
+    from .rows.pairing import (
+        build_preference_dataset as build_preference_dataset,
+    )
+    from .rows.pairing import (
+        build_unpaired_dataset as build_unpaired_dataset,
+    )
+    from .rows.selection import PairingConfig as PairingConfig
+    from .rows.selection import UnpairedConfig as UnpairedConfig
+    from .sandbox.config import SandboxConfig as SandboxConfig
+    from .sandbox.result import ToolFailure as ToolFailure
+    from .sandbox.result import ToolResult as ToolResult
+    from .sandbox.sandbox import Sandbox as Sandbox
+    from .tabular import TabularToolMDP as TabularToolMDP
+    from .templates import TurnTemplate as TurnTemplate
+    from .tools.base import current_rollout as current_rollout
+    from .tools.python_tool import PythonTool as PythonTool
+    from .trainer.dqo_config import DQOConfig as DQOConfig
+    from .trainer.dqo_trainer import DQOTrainer as DQOTrainer
+    from .trainer.multi_turn_dpo_config import MultiTurnDPOConfig as MultiTurnDPOConfig
+    from .trainer.multi_turn_dpo_trainer import MultiTurnDPOTrainer as MultiTurnDPOTrainer
+    from .trainer.multi_turn_kto_config import MultiTurnKTOConfig as MultiTurnKTOConfig
+    from .trainer.multi_turn_kto_trainer import MultiTurnKTOTrainer as MultiTurnKTOTrainer
+    from .trainer.oreo_config import OREOConfig as OREOConfig
+    from .trainer.oreo_trainer import OREOTrainer as OREOTrainer
+    from .trajectory import StopReason as StopReason
+    from .trajectory import Trajectory as Trajectory
+    from .trajectory import Verdict as Verdict
+    from .verify.mathematics import math_reward as math_reward
+else:
+    __getattr__, __dir__, __all__ = attach(
+        __name__,
+        {
+            ".callbacks": ["ToolRolloutGenerator"],
+            ".data.preview": ["preview_masks"],
+            ".data.tokenization": ["tokenize_trajectory"],
+            ".data.value_preview": ["preview_values"],
+            ".engines.engine": ["Engine", "Generation", "SamplingParams"],
+            ".engines.scripted_engine": ["ScriptedEngine"],
+            ".engines.transformers.engine": ["TransformersEngine"],
+            ".engines.vllm.engine": ["VLLMEngine"],
+            ".engines.vllm.server": ["VLLMServerEngine"],
+            ".evaluation": ["EvaluationResult", "evaluate_policy"],
+            ".journal.journal": ["Journal"],
+            ".models.reward_model": ["RewardModel", "reward_model_from_policy"],
+            ".models.value_model": ["ValueModel"],
+            ".report": ["IterationReport"],
+            ".rollout.config": ["RolloutConfig"],
+            ".rollout.loop": ["TooManyToolFailures", "agenerate_trajectories", "generate_trajectories"],
+            ".rollout.margins": ["observation_margins"],
+            ".rollout.prefix_completion": ["complete_prefixes", "estimate_step_rewards", "reward_longest_good_prefix"],
+            ".rollout.search": ["value_guided_search"],
+            ".rows.pairing": ["build_preference_dataset", "build_unpaired_dataset"],
+            ".rows.selection": ["PairingConfig", "UnpairedConfig"],
+            ".sandbox.config": ["SandboxConfig"],
+            ".sandbox.result": ["ToolFailure", "ToolResult"],
+            ".sandbox.sandbox": ["Sandbox"],
+            ".tabular": ["TabularToolMDP"],
+            ".templates": ["TurnTemplate"],
+            ".tools.base": ["current_rollout"],
+            ".tools.python_tool": ["PythonTool"],
+            ".trainer.dqo_config": ["DQOConfig"],
+            ".trainer.dqo_trainer": ["DQOTrainer"],
+            ".trainer.multi_turn_dpo_config": ["MultiTurnDPOConfig"],
+            ".trainer.multi_turn_dpo_trainer": ["MultiTurnDPOTrainer"],
+            ".trainer.multi_turn_kto_config": ["MultiTurnKTOConfig"],
+            ".trainer.multi_turn_kto_trainer": ["MultiTurnKTOTrainer"],
+            ".trainer.oreo_config": ["OREOConfig"],
+            ".trainer.oreo_trainer": ["OREOTrainer"],
+            ".trajectory": ["StopReason", "Trajectory", "Verdict"],
+            ".verify.mathematics": ["math_reward"],
+        },
+        present=["__version__"],
+    )

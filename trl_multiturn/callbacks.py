@@ -16,7 +16,9 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
-from .data.pairing import PairingConfig, UnpairedConfig
+from .distributed.main_process import on_main
+from .distributed.sharding import weights_of
+from .engines.engine import Engine
 from .evaluation import evaluate_policy, summarize
 from .iteration import (
     IterationSettings,
@@ -31,14 +33,12 @@ from .iteration import (
 )
 from .report import IterationReport, load_reports, load_start, print_iterations, save_start
 from .rollout.config import RolloutConfig
-from .rollout.engine import Engine
 from .rollout.judging import Judge
 from .rollout.provenance import fingerprint
+from .rows.pairing import PairingConfig, UnpairedConfig
 from .tools.environments import owns_reward
-from .trainer.main_process import on_main
-from .trainer.policy_weights import load_policy_weights, policy_revision, save_policy_weights
-from .trainer.sharding import weights_of
-from .trainer.value_based import ValueBasedTrainer
+from .trainer.loop.policy_weights import load_policy_weights, policy_revision, save_policy_weights
+from .trainer.values.value_based import ValueBasedTrainer
 from .verify.rewards import resolve_reward_funcs
 
 
@@ -201,7 +201,7 @@ class ToolRolloutGenerator(TrainerCallback):
             self.settings.pairing = UnpairedConfig() if isinstance(trainer, ValueBasedTrainer) else PairingConfig()
         self.run_folder = self.run_folder or Path(trainer.args.output_dir, "rollouts")
         if self.engine is None:
-            from .rollout.transformers_engine import TransformersEngine as engine_class
+            from .engines.transformers.engine import TransformersEngine as engine_class
 
             self.engine = engine_class(unwrapped_policy(trainer), trainer.processing_class)
         elif not isinstance(self.engine, Engine):

@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _journal_error() -> type[Exception]:
-    from .rollout.journal import JournalError  # here, so that `--help` and `doctor` load nothing they need not
+    from .journal.journal import JournalError  # here, so that `--help` and `doctor` load nothing they need not
 
     return JournalError
 
@@ -59,14 +59,14 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from .tools import doctor
+    from .sandbox import doctor
 
     return doctor.main() or 0
 
 
 def _stats(options: argparse.Namespace) -> int:
+    from .journal.journal import Journal
     from .report import IterationReport, load_start, print_iterations
-    from .rollout.journal import Journal
 
     run = _rollouts(options.run_folder)
     reports = []
@@ -82,7 +82,7 @@ def _stats(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from .rollout.export import export_trajectories
+    from .journal.export import export_trajectories
 
     count = export_trajectories(_rollouts(options.run_folder), options.output)
     print(f"{count} trajectories written to {options.output}")

@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from .engines.engine import Engine
 from .rollout.config import RolloutConfig
-from .rollout.engine import Engine
 from .rollout.loop import generate_trajectories
 from .trajectory import Trajectory, Verdict
 from .verify.answers import canonical_answer, final_answer

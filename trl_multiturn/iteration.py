@@ -20,21 +20,21 @@ from typing import Any, Literal, TypeVar
 
 from datasets import Dataset, concatenate_datasets, load_from_disk
 
-from .data.row_files import forget_caches, save_rows, write_rows
-from .data.selection import PairingConfig, Selection, UnpairedConfig, select_by_prompt
 from .data.truncation import NoRowsLeftError
-from .pace import at_own_pace
+from .distributed.main_process import on_main
+from .distributed.pace import at_own_pace
+from .distributed.sharding import gathered_for_sampling, weights_of, whole_state_dict
+from .engines.engine import Engine
+from .journal.export import dropped_writer
+from .journal.journal import Journal
 from .report import IterationReport
 from .rollout.config import RolloutConfig
-from .rollout.engine import Engine
-from .rollout.export import dropped_writer
-from .rollout.journal import Journal
 from .rollout.loop import generate_trajectories
 from .rollout.provenance import version_of
+from .rows.row_files import forget_caches, save_rows, write_rows
+from .rows.selection import PairingConfig, Selection, UnpairedConfig, select_by_prompt
 from .tools.base import tool_name, tool_version
-from .trainer.main_process import on_main
-from .trainer.policy_weights import policy_revision, policy_weights, save_policy_weights
-from .trainer.sharding import gathered_for_sampling, weights_of, whole_state_dict
+from .trainer.loop.policy_weights import policy_revision, policy_weights, save_policy_weights
 from .verify.rewards import reward_name
 
 

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from rich.console import Console
 from rich.table import Table
 
-from .durable import write_whole
+from .distributed.durable import write_whole
 
 
 T = TypeVar("T")

@@ -7,7 +7,7 @@ import math
 import pytest
 from datasets import Dataset
 
-from trl_multiturn.data.trajectories import finish_rows
+from trl_multiturn.data.value_rows import finish_rows
 
 
 def test_a_row_without_a_prompt_is_refused_by_its_number():

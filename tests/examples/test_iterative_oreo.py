@@ -10,7 +10,7 @@ import torch
 
 from tests.support import assistant
 from tests.trainer.value_helpers import make_trainer, token_rows
-from trl_multiturn.modeling import ValueModel
+from trl_multiturn.models.value_model import ValueModel
 from trl_multiturn.trajectory import StopReason, Trajectory
 
 

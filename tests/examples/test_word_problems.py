@@ -25,8 +25,8 @@ import word_problems as world  # noqa: E402
 
 from trl_multiturn.data.tokenization import tokenize_trajectory  # noqa: E402
 from trl_multiturn.rollout.dialects import FencedDialect, choose_dialect  # noqa: E402
+from trl_multiturn.sandbox.sandbox import Sandbox  # noqa: E402
 from trl_multiturn.tools.python_tool import PythonTool  # noqa: E402
-from trl_multiturn.tools.sandbox import Sandbox  # noqa: E402
 
 
 @pytest.fixture(scope="module")

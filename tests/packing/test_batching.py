@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.packing.test_trainers import PackedDPOTrainer, build, policy, preference_rows, tokenizer  # noqa: F401
-from trl_multiturn.packing import trainer_mixin
 from trl_multiturn.packing.batching import PromptGroupedSampler, split_batch
+from trl_multiturn.trainer import packed as trainer_mixin
 
 
 def orders(sampler, epochs):

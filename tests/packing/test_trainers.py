@@ -13,7 +13,7 @@ from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 
 from tests.packing.families import tiny
 from tests.support import byte_tokenizer
-from trl_multiturn.packing import PackedTrainerMixin
+from trl_multiturn.trainer.packed import PackedTrainerMixin
 
 
 class PackedDPOTrainer(PackedTrainerMixin, DPOTrainer):

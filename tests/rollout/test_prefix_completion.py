@@ -8,8 +8,7 @@ import pytest
 
 from tests.rollout.notebook import TOKENIZER, Notebook, boxed, code, policy
 from tests.support import user
-from trl_multiturn.data.pairing import UnpairedConfig, build_unpaired_dataset
-from trl_multiturn.data.trajectories import finish_rows
+from trl_multiturn.data.value_rows import finish_rows
 from trl_multiturn.rollout import RolloutConfig, ScriptedEngine, generate_trajectories
 from trl_multiturn.rollout.prefix_completion import (
     Prefix,
@@ -17,6 +16,7 @@ from trl_multiturn.rollout.prefix_completion import (
     estimate_step_rewards,
     reward_longest_good_prefix,
 )
+from trl_multiturn.rows.pairing import UnpairedConfig, build_unpaired_dataset
 from trl_multiturn.tools import PythonTool
 from trl_multiturn.trajectory import Verdict
 from trl_multiturn.verify import math_reward

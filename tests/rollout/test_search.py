@@ -11,7 +11,7 @@ import torch
 from tests.rollout.notebook import TOKENIZER, Notebook, boxed, code, policy
 from tests.support import render_actions, tiny_model, user
 from trl_multiturn.evaluation import evaluate_policy
-from trl_multiturn.modeling import ValueModel
+from trl_multiturn.models.value_model import ValueModel
 from trl_multiturn.rollout import RolloutConfig, ScriptedEngine, TransformersEngine, generate_trajectories
 from trl_multiturn.rollout import search as search_module
 from trl_multiturn.rollout.search import value_guided_search

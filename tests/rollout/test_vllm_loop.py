@@ -21,10 +21,10 @@ from trl_multiturn import (
     ToolRolloutGenerator,
     generate_trajectories,
 )
+from trl_multiturn.engines.vllm.engine import VLLMEngine
 from trl_multiturn.rollout import Journal
-from trl_multiturn.rollout.vllm_engine import VLLMEngine
 from trl_multiturn.tools import current_rollout
-from trl_multiturn.trainer.policy_weights import load_policy_weights, policy_revision
+from trl_multiturn.trainer.loop.policy_weights import load_policy_weights, policy_revision
 from trl_multiturn.trajectory import StopReason
 
 

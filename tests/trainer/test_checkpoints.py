@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 
 from tests.support import byte_tokenizer, tiny_model
 from trl_multiturn import MultiTurnDPOConfig, MultiTurnDPOTrainer
-from trl_multiturn.trainer.checkpoints import is_complete, last_checkpoint
+from trl_multiturn.trainer.loop.checkpoints import is_complete, last_checkpoint
 
 
 TOKENIZER = byte_tokenizer()

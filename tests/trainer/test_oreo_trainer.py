@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import KTOConfig, KTOTrainer
 
 from tests.support import byte_tokenizer
-from trl_multiturn.modeling import ValueModel
+from trl_multiturn.models.value_model import ValueModel
 from trl_multiturn.trainer import DQOTrainer, OREOConfig, OREOTrainer
 
 from .helpers import unpaired_dataset

@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from tests.support import byte_tokenizer, tiny_model
-from trl_multiturn.trainer.policy_weights import (
+from trl_multiturn.trainer.loop.policy_weights import (
     load_policy_weights,
     policy_revision,
     policy_weights,

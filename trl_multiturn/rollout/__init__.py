@@ -1,31 +1,61 @@
-"""Prompts → trajectories: engines, dialects, the loop, the journal. Names load on first use."""
+"""Prompts to trajectories: the loop of turns, dialects, search. Uses engines, tools and the journal, no trainer."""
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from typing import TYPE_CHECKING
+
+from .._lazy import attach
 
 
-_MODULES = {
-    "config": ["RolloutConfig"],
-    "engine": ["Engine", "Generation", "SamplingParams"],
-    "journal": ["Journal", "JournalError", "read_dataset"],
-    "loop": ["TooManyToolFailures", "agenerate_trajectories", "generate_trajectories"],
-    "prefix_completion": ["Prefix", "complete_prefixes", "estimate_step_rewards", "reward_longest_good_prefix"],
-    "scripted_engine": ["ScriptedEngine"],
-    "search": ["avalue_guided_search", "value_guided_search"],
-    "transformers_engine": ["TransformersEngine"],
-}
-_HOME = {name: module for module, names in _MODULES.items() for name in names}
-
-__all__ = sorted(_HOME)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
-
-
-def __dir__() -> list[str]:
-    return __all__
+if TYPE_CHECKING:
+    from ..engines.engine import Engine as Engine
+    from ..engines.engine import Generation as Generation
+    from ..engines.engine import SamplingParams as SamplingParams
+    from ..engines.scripted_engine import ScriptedEngine as ScriptedEngine
+    from ..engines.transformers.engine import TransformersEngine as TransformersEngine
+    from ..journal.journal import Journal as Journal
+    from ..journal.journal import JournalError as JournalError
+    from ..journal.journal import read_dataset as read_dataset
+    from .config import RolloutConfig as RolloutConfig
+    from .loop import (
+        TooManyToolFailures as TooManyToolFailures,
+    )
+    from .loop import (
+        agenerate_trajectories as agenerate_trajectories,
+    )
+    from .loop import (
+        generate_trajectories as generate_trajectories,
+    )
+    from .prefix_completion import (
+        Prefix as Prefix,
+    )
+    from .prefix_completion import (
+        complete_prefixes as complete_prefixes,
+    )
+    from .prefix_completion import (
+        estimate_step_rewards as estimate_step_rewards,
+    )
+    from .prefix_completion import (
+        reward_longest_good_prefix as reward_longest_good_prefix,
+    )
+    from .search import avalue_guided_search as avalue_guided_search
+    from .search import value_guided_search as value_guided_search
+else:
+    __getattr__, __dir__, __all__ = attach(
+        __name__,
+        {
+            ".config": ["RolloutConfig"],
+            ".loop": ["TooManyToolFailures", "agenerate_trajectories", "generate_trajectories"],
+            ".prefix_completion": [
+                "Prefix",
+                "complete_prefixes",
+                "estimate_step_rewards",
+                "reward_longest_good_prefix",
+            ],
+            ".search": ["avalue_guided_search", "value_guided_search"],
+            "..engines.engine": ["Engine", "Generation", "SamplingParams"],
+            "..engines.scripted_engine": ["ScriptedEngine"],
+            "..engines.transformers.engine": ["TransformersEngine"],
+            "..journal.journal": ["Journal", "JournalError", "read_dataset"],
+        },
+    )

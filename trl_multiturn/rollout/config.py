@@ -7,7 +7,7 @@ import re
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from .engine import SamplingParams
+from ..engines.engine import SamplingParams
 
 
 @dataclass

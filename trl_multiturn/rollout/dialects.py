@@ -15,8 +15,8 @@ from typing import Any, Protocol
 from transformers import PreTrainedTokenizerBase
 
 from .. import _upstream
+from ..sandbox.result import ToolResult, encodable
 from ..tools.base import ToolCall
-from ..tools.result import ToolResult, encodable
 
 
 Message = dict[str, Any]

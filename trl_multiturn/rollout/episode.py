@@ -10,15 +10,15 @@ from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from typing import Any
 
+from ..engines.engine import Engine, Generation
+from ..sandbox.result import ToolFailure, ToolResult
 from ..templates import TurnTemplate
 from ..tools.base import RolloutContext, ToolCall, enter_rollout
 from ..tools.environments import append_observation
-from ..tools.result import ToolFailure, ToolResult
 from ..tools.toolbox import Toolbox
 from ..trajectory import StopReason, Trajectory
 from .config import RolloutConfig
 from .dialects import Message, Turn, choose_dialect
-from .engine import Engine, Generation
 from .provenance import derive_seed
 
 

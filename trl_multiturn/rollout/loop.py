@@ -17,14 +17,14 @@ import trl
 from datasets import Dataset
 from tqdm.auto import tqdm
 
+from ..engines.engine import Engine
+from ..journal.journal import Journal, JournalError
 from ..tools.base import RolloutContext
 from ..tools.toolbox import Toolbox, ToolLimits, Toolset
 from ..trajectory import StopReason, Trajectory, Verdict
 from ..version import __version__
 from .config import RolloutConfig
-from .engine import Engine
 from .episode import Conversation, play_episode, refuse_long_prompt
-from .journal import Journal, JournalError
 from .judging import Judge
 from .provenance import derive_seed, describe_tokenizer, fingerprint
 

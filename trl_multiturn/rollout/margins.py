@@ -9,11 +9,11 @@ from typing import Any, Protocol
 
 from datasets import Dataset
 
+from ..engines.engine import Generation
 from ..tools.base import RolloutContext, ToolCall, enter_rollout
 from ..tools.toolbox import ToolLimits, Toolset
 from .config import RolloutConfig
 from .dialects import Turn
-from .engine import Generation
 from .episode import Conversation
 from .loop import _run as run_coroutine
 from .provenance import derive_seed

@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 from datasets import Dataset
 
+from ..engines.engine import Engine, Generation
 from ..steps import StepDelimiter
 from ..tools.base import RolloutContext
 from ..tools.toolbox import Toolbox
@@ -27,7 +28,6 @@ from ..verify.process_rewards import (
 )
 from .config import RolloutConfig
 from .dialects import Message
-from .engine import Engine, Generation
 from .episode import Conversation, Opening, Transcript, play_episode
 from .loop import generate_trajectories
 from .provenance import derive_seed

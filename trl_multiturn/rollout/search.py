@@ -15,14 +15,14 @@ from typing import Any, Literal, TypeVar
 
 from datasets import Dataset
 
+from ..engines.engine import Engine, Generation
+from ..sandbox.result import ToolFailure
 from ..tools.base import RolloutContext, enter_rollout
 from ..tools.environments import append_observation
-from ..tools.result import ToolFailure
 from ..tools.toolbox import Toolbox
 from ..trajectory import StopReason, Trajectory
 from .config import RolloutConfig
 from .dialects import Message, Turn
-from .engine import Engine, Generation
 from .episode import (
     Conversation,
     Transcript,

@@ -1,30 +1,53 @@
-"""What the policy may call. Names load on first use: describing a tool needs no interpreter."""
+"""What the policy may call: plain functions, the Python interpreter, environments. Imports the sandbox only.
+
+Names load on first use: describing a tool needs no interpreter.
+"""
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from typing import TYPE_CHECKING
+
+from .._lazy import attach
 
 
-_MODULES = {
-    "base": ["RolloutContext", "SessionTool", "ToolCall", "ToolSession", "current_rollout"],
-    "environments": ["EnvironmentType"],
-    "python_tool": ["PythonTool"],
-    "result": ["ToolFailure", "ToolResult"],
-    "sandbox": ["Sandbox", "SandboxConfig"],
-    "textworld": ["TextWorldEnvironment", "make_games"],
-    "toolbox": ["Toolbox", "ToolLimits", "Toolset"],
-}
-_HOME = {name: module for module, names in _MODULES.items() for name in names}
-
-__all__ = sorted(_HOME)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
-
-
-def __dir__() -> list[str]:
-    return __all__
+if TYPE_CHECKING:
+    from ..sandbox.config import SandboxConfig as SandboxConfig
+    from ..sandbox.result import ToolFailure as ToolFailure
+    from ..sandbox.result import ToolResult as ToolResult
+    from ..sandbox.sandbox import Sandbox as Sandbox
+    from .base import (
+        RolloutContext as RolloutContext,
+    )
+    from .base import (
+        SessionTool as SessionTool,
+    )
+    from .base import (
+        ToolCall as ToolCall,
+    )
+    from .base import (
+        ToolSession as ToolSession,
+    )
+    from .base import (
+        current_rollout as current_rollout,
+    )
+    from .environments import EnvironmentType as EnvironmentType
+    from .python_tool import PythonTool as PythonTool
+    from .textworld import TextWorldEnvironment as TextWorldEnvironment
+    from .textworld import make_games as make_games
+    from .toolbox import Toolbox as Toolbox
+    from .toolbox import ToolLimits as ToolLimits
+    from .toolbox import Toolset as Toolset
+else:
+    __getattr__, __dir__, __all__ = attach(
+        __name__,
+        {
+            ".base": ["RolloutContext", "SessionTool", "ToolCall", "ToolSession", "current_rollout"],
+            ".environments": ["EnvironmentType"],
+            ".python_tool": ["PythonTool"],
+            ".textworld": ["TextWorldEnvironment", "make_games"],
+            ".toolbox": ["Toolbox", "ToolLimits", "Toolset"],
+            "..sandbox.config": ["SandboxConfig"],
+            "..sandbox.result": ["ToolFailure", "ToolResult"],
+            "..sandbox.sandbox": ["Sandbox"],
+        },
+    )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..sandbox.sandbox import Sandbox, SandboxConfig, Session
 from ..version import __version__
-from .sandbox import Sandbox, SandboxConfig, Session
 
 
 _DESCRIPTION = (

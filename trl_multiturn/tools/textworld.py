@@ -23,7 +23,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .result import ToolFailure
+from ..sandbox.result import ToolFailure
 
 
 INSTRUCTION = """\

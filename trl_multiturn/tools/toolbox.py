@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ..sandbox.result import ToolFailure, ToolResult, encodable
 from .base import (
     SessionTool,
     ToolCall,
@@ -28,7 +29,6 @@ from .base import (
     tool_version,
 )
 from .environments import Environment, EnvironmentSet, EnvironmentType
-from .result import ToolFailure, ToolResult, encodable
 
 
 logger = logging.getLogger(__name__)

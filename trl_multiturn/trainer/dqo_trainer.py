@@ -8,7 +8,8 @@ from torch import Tensor
 
 from ..losses import dqo_policy_loss, dqo_value_loss, importance_weights, merge_segments, turn_ids
 from .dqo_config import DQOConfig
-from .value_based import TrajectoryBatch, ValueBasedTrainer
+from .values.trajectory_batch import TrajectoryBatch
+from .values.value_based import ValueBasedTrainer
 
 
 logger = get_logger(__name__)

@@ -14,9 +14,9 @@ from ..data.collators import DataCollatorForMultiTurnPreference
 from ..data.row_checks import check_column, check_margin, find_format, first_row
 from ..data.tokenization import row_tokenization_kwargs, tokenize_numbered_row, tokenize_preference_row
 from ..data.truncation import PREFERENCE_SIDES
-from ..packing import PackedTrainerMixin
-from .iterative import IterativeTrainerMixin
-from .token_rows import TokenRowsMixin
+from .loop.iterative import IterativeTrainerMixin
+from .packed import PackedTrainerMixin
+from .rows.token_rows import TokenRowsMixin
 
 
 # Losses whose argument is beta times the difference of the two log-ratios, to which a margin can be added

@@ -14,10 +14,10 @@ from ..data.row_checks import check_column, check_label, find_format, first_row
 from ..data.tokenization import row_tokenization_kwargs, tokenize_numbered_row, tokenize_unpaired_row
 from ..data.truncation import UNPAIRED_SIDES
 from ..data.unpaired import add_mismatched_completions, unpair_interleaved
-from ..packing import PackedTrainerMixin
-from .iterative import IterativeTrainerMixin
+from .loop.iterative import IterativeTrainerMixin
 from .multi_turn_dpo_trainer import MultiTurnDPOTrainer
-from .token_rows import TokenRowsMixin
+from .packed import PackedTrainerMixin
+from .rows.token_rows import TokenRowsMixin
 
 
 logger = get_logger(__name__)

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from .value_config import ValueBasedConfig, check_numbers
+from .values.value_config import ValueBasedConfig, check_numbers
 
 
 _KL_COEF = {"token": 0.01, "step": 0.1, "response": 0.3}

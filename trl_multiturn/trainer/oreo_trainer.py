@@ -8,7 +8,8 @@ from torch import Tensor
 
 from ..losses import kl_loss, oreo_policy_loss, oreo_value_loss, turn_ids
 from .oreo_config import OREOConfig
-from .value_based import TrajectoryBatch, ValueBasedTrainer
+from .values.trajectory_batch import TrajectoryBatch
+from .values.value_based import ValueBasedTrainer
 
 
 logger = get_logger(__name__)

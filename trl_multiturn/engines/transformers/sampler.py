@@ -1,0 +1,111 @@
+"""Logits and one uniform number per row → one token and its log-probability per row."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from ..engine import SamplingParams
+
+
+class TokenSampler:
+    """Samples one token per row, each row under its own [`SamplingParams`].
+
+    A token is drawn by inverting the cumulative distribution at a uniform number that the caller brings, so the draw
+    of a row depends on nothing but its logits and its number. Truncation follows Transformers' order (temperature,
+    `top_k`, `top_p`, `min_p`); tokens whose logits tie with the last one kept are kept too.
+
+    Args:
+        params (sequence of [`SamplingParams`]):
+            One entry per row.
+        device (`torch.device`):
+            Device of the logits.
+    """
+
+    def __init__(self, params: Sequence[SamplingParams], device: torch.device) -> None:
+        def column(values: list, dtype: torch.dtype) -> torch.Tensor:
+            return torch.tensor(values, dtype=dtype, device=device).unsqueeze(1)
+
+        self._temperature = self._greedy = self._truncated = None
+        temperatures = [param.temperature for param in params]
+        if any(value not in (0, 1) for value in temperatures):
+            self._temperature = column([value or 1.0 for value in temperatures], torch.float32)
+        if 0 in temperatures:
+            self._greedy = column([value == 0 for value in temperatures], torch.bool)
+        truncated = [
+            (row, param)
+            for row, param in enumerate(params)
+            if param.temperature and (param.top_k or param.top_p < 1 or param.min_p)
+        ]
+        if truncated:
+            self._truncated = torch.tensor([row for row, _ in truncated], device=device)
+            self._top_k = column([param.top_k for _, param in truncated], torch.long)
+            self._top_p = column([param.top_p for _, param in truncated], torch.float32)
+            self._log_min_p = column(
+                [math.log(param.min_p) if param.min_p else -math.inf for _, param in truncated], torch.float32
+            )
+
+    def __call__(self, logits: torch.Tensor, uniforms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Draws one token per row.
+
+        Args:
+            logits (`torch.Tensor` of shape `(N, V)`):
+                Next-token logits in any floating type.
+            uniforms (`torch.Tensor` of shape `(N,)`):
+                Numbers in [0, 1), float32.
+
+        Returns:
+            Token ids `(N,)` and their log-probabilities `(N,)` in float32: under the distribution drawn from (after
+            temperature and truncation), and at temperature 0 under the untruncated softmax. A row whose logits are
+            not finite gets a NaN log-probability.
+        """
+        logits = logits.float()
+        if self._temperature is not None:
+            logits = logits / self._temperature
+        if self._truncated is not None:
+            kept = truncate_logits(logits[self._truncated], self._top_k, self._top_p, self._log_min_p)
+            logits = logits.index_copy(0, self._truncated, kept)
+        logps = logits.log_softmax(-1)
+        probs = logps.exp()
+        cdf = probs.cumsum(-1)
+        total = cdf[:, -1:]
+        # Rounding may carry u · total up to total itself, above which no token lies.
+        threshold = torch.minimum(uniforms.unsqueeze(1) * total, torch.nextafter(total, torch.zeros_like(total)))
+        # A parallel scan need not be monotone to the last bit: a truncated token must not win by a rounding error.
+        above = (cdf > threshold) & (probs > 0)
+        tokens = above.to(torch.uint8).argmax(-1, keepdim=True)
+        if self._greedy is not None:
+            tokens = torch.where(self._greedy, logits.argmax(-1, keepdim=True), tokens)
+        return tokens.squeeze(1), logps.gather(1, tokens).squeeze(1)
+
+
+def truncate_logits(
+    logits: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, log_min_p: torch.Tensor
+) -> torch.Tensor:
+    """Sets the logits that top-k, nucleus and min-p sampling leave out to -inf.
+
+    Args:
+        logits (`torch.Tensor` of shape `(N, V)`):
+            Logits after temperature, float32.
+        top_k (`torch.Tensor` of shape `(N, 1)`):
+            Per row; 0 truncates nothing.
+        top_p (`torch.Tensor` of shape `(N, 1)`):
+            Per row; 1 truncates nothing.
+        log_min_p (`torch.Tensor` of shape `(N, 1)`):
+            Logarithm of `min_p`, per row; -inf truncates nothing.
+
+    Returns:
+        `(N, V)` logits. The most probable token is always kept.
+    """
+    ordered = logits.sort(-1, descending=True).values
+    last = torch.where(top_k > 0, top_k.clamp(max=logits.shape[-1]), logits.shape[-1]) - 1
+    cut = ordered.gather(1, last)
+    probs = ordered.masked_fill(ordered < cut, -math.inf).softmax(-1)
+    # The nucleus: every token before which less than `top_p` of the mass lies.
+    in_nucleus = (probs.cumsum(-1) - probs < top_p).sum(-1, keepdim=True).clamp(min=1)
+    nucleus_cut = ordered.gather(1, in_nucleus - 1)
+    cut = torch.where(top_p < 1, torch.maximum(cut, nucleus_cut), cut)
+    cut = torch.maximum(cut, ordered[:, :1] + log_min_p)
+    return logits.masked_fill(logits < cut, -math.inf)

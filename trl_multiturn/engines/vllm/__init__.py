@@ -1,0 +1,1 @@
+"""The engines on vLLM: in this process, or behind a server."""

@@ -1,0 +1,325 @@
+"""Which judged trajectories become training rows: filters, duplicates, pairs, balanced samples.
+
+The selection depends on the trajectories and the seed only, not on the order in which they arrived, so a run that was
+interrupted and resumed selects what an undisturbed one does.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ..trajectory import Trajectory, Verdict
+from ..verify.filters import apply_filters, resolve_filters
+
+
+@dataclass
+class PairingConfig:
+    """How winners meet losers. Defaults are those of the M-DPO paper (arXiv:2409.02392, section 3.1).
+
+    It is a plain dataclass, so [`~trl.TrlParser`] reads it from a command line or a YAML file; [`RolloutConfig`] says
+    how, beside a trainer's configuration, which has a `seed`, too.
+    """
+
+    strategy: Literal["random", "best_worst", "step"] = field(
+        default="random",
+        metadata={
+            "help": "`random`: a random correct and a random incorrect trajectory of the prompt. `best_worst`: the "
+            "highest against the lowest reward, the second highest against the second lowest, and so on. `step`: a "
+            "correct and an incorrect trajectory that share their first turns; these become part of the prompt, so "
+            "that the pair compares the turns where the two part."
+        },
+    )
+    max_pairs_per_prompt: int = field(
+        default=1, metadata={"help": "Most pairs per prompt. A trajectory is in one pair at most."}
+    )
+    filters: list[str] = field(
+        default_factory=lambda: ["error_before_answer", "over_length", "turn_without_code"],
+        metadata={"help": "Filters by name (`trl_multiturn.verify.FILTERS`); in Python also `Filter` objects."},
+    )
+    deduplicate: bool = field(
+        default=True, metadata={"help": "Keep one of several trajectories of a prompt with the same tokens."}
+    )
+    min_reward_gap: float = field(
+        default=0.0,
+        metadata={"help": "Smallest difference in reward between the sides; equal rewards are never a pair."},
+    )
+    min_shared_turns: int = field(
+        default=1, metadata={"help": "Assistant turns that the sides of a `step` pair share at least."}
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of the random choices."})
+
+    def __post_init__(self) -> None:
+        resolve_filters(self.filters)
+        if self.strategy not in ("random", "best_worst", "step"):
+            raise ValueError(f"`strategy={self.strategy!r}` is unknown. Use 'random', 'best_worst' or 'step'.")
+        if self.max_pairs_per_prompt < 1:
+            raise ValueError(f"`max_pairs_per_prompt` must be at least 1, got {self.max_pairs_per_prompt}.")
+        if self.min_reward_gap < 0:
+            raise ValueError(f"`min_reward_gap` must be at least 0, got {self.min_reward_gap}.")
+        if self.min_shared_turns < 0:
+            raise ValueError(f"`min_shared_turns` must be at least 0, got {self.min_shared_turns}.")
+
+
+@dataclass
+class UnpairedConfig:
+    """Which trajectories become unpaired rows. Defaults are those of the OREO paper (arXiv:2412.16145, appendix A).
+
+    It is a plain dataclass, so [`~trl.TrlParser`] reads it from a command line or a YAML file; [`RolloutConfig`] says
+    how, beside a trainer's configuration, which has a `seed`, too.
+    """
+
+    strategy: Literal["balanced", "winners", "all"] = field(
+        default="balanced",
+        metadata={
+            "help": "`balanced`: at most `max_positives` correct and `max_negatives` incorrect trajectories per "
+            "prompt, and no more correct than incorrect ones, but one if there is any. `winners`: at most "
+            "`max_positives` correct ones (RAFT). `all`: everything that the filters keep."
+        },
+    )
+    max_positives: int = field(default=4, metadata={"help": "Most correct trajectories per prompt."})
+    max_negatives: int = field(default=4, metadata={"help": "Most incorrect trajectories per prompt."})
+    filters: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Filters by name (`trl_multiturn.verify.FILTERS`); in Python also `Filter` objects."},
+    )
+    deduplicate: bool = field(
+        default=True, metadata={"help": "Keep one of several trajectories of a prompt with the same tokens."}
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of the random choices."})
+
+    def __post_init__(self) -> None:
+        resolve_filters(self.filters)
+        if self.strategy not in ("balanced", "winners", "all"):
+            raise ValueError(f"`strategy={self.strategy!r}` is unknown. Use 'balanced', 'winners' or 'all'.")
+        if self.max_positives < 1 or self.max_negatives < 1:
+            raise ValueError(
+                f"`max_positives` and `max_negatives` must be at least 1, got {self.max_positives} and "
+                f"{self.max_negatives}."
+            )
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two trajectories of one prompt.
+
+    Attributes:
+        chosen ([`Trajectory`]), rejected ([`Trajectory`]): the two sides.
+        shared_tokens (`int`): completion tokens that belong to the prompt of the pair: 0 but for `strategy="step"`.
+        shared_turns (`int`): assistant turns among them.
+    """
+
+    chosen: Trajectory
+    rejected: Trajectory
+    shared_tokens: int = 0
+    shared_turns: int = 0
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What was selected, and what became of the rest.
+
+    Attributes:
+        pairs (`list[Pair]`): the pairs; empty for an [`UnpairedConfig`].
+        trajectories (`list[Trajectory]`): the selected trajectories, correct and incorrect ones of a prompt in turns.
+        dropped (`Counter`): trajectories left out before selection, by reason: `"tool_failed"`, `"undecided"`, the
+            name of a filter, `"duplicate"`, `"contradictory"` (the same tokens judged both ways).
+        reasons (`list[str | None]`): the same per input trajectory; `None` where it took part in the selection.
+        counts (`Counter`): `trajectories`, `correct`, `incorrect`, `undecided`, `kept`, `prompts`,
+            `prompts_without_correct`, `prompts_without_incorrect` (both after dropping), `pairs`, `rows`.
+    """
+
+    pairs: list[Pair]
+    trajectories: list[Trajectory]
+    dropped: Counter[str] = field(default_factory=Counter)
+    reasons: list[str | None] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)
+
+
+def select(trajectories: Sequence[Trajectory], config: PairingConfig | UnpairedConfig | None = None) -> Selection:
+    """Filters, deduplicates and selects judged trajectories; [`PairingConfig`] by default."""
+    config = PairingConfig() if config is None else config
+    reasons = _drop(trajectories, config)
+    groups: dict[Any, list[Trajectory]] = {}
+    for trajectory, reason in zip(trajectories, reasons, strict=True):
+        group = groups.setdefault(_group_key(trajectory), [])
+        if reason is None:
+            group.append(trajectory)
+
+    pairs: list[Pair] = []
+    chosen: list[Trajectory] = []
+    for key in sorted(groups):
+        group = sorted(groups[key], key=_arrival_free_key)
+        rng = random.Random(f"{config.seed} {key}")  # a string seeds by its SHA-512: equal in every process
+        if isinstance(config, UnpairedConfig):
+            chosen.extend(_unpaired(group, config, rng))
+        else:
+            found = _PAIR[config.strategy](group, config, rng)[: config.max_pairs_per_prompt]
+            pairs.extend(found)
+            chosen.extend(side for pair in found for side in (pair.chosen, pair.rejected))
+
+    counts = Counter(trajectory.verdict.value for trajectory in trajectories)
+    counts.update(
+        trajectories=len(trajectories),
+        kept=sum(map(len, groups.values())),
+        prompts=len(groups),
+        prompts_without_correct=sum(not _with(Verdict.CORRECT, group) for group in groups.values()),
+        prompts_without_incorrect=sum(not _with(Verdict.INCORRECT, group) for group in groups.values()),
+        pairs=len(pairs),
+        rows=len(pairs) if isinstance(config, PairingConfig) else len(chosen),
+    )
+    return Selection(pairs, chosen, Counter(r for r in reasons if r is not None), reasons, counts)
+
+
+def select_by_prompt(
+    groups: Iterable[Sequence[Trajectory]], config: PairingConfig | UnpairedConfig | None = None
+) -> Iterator[tuple[Sequence[Trajectory], Selection]]:
+    """[`select`] prompt by prompt, so that memory holds one prompt's trajectories; together it is the same selection.
+
+    What is dropped, deduplicated, paired or balanced is decided within a prompt, and so are the random choices.
+
+    Args:
+        groups (`Iterable[Sequence[Trajectory]]`):
+            All trajectories of a `prompt_index` together, and the groups in its order; [`Journal.read_by_prompt`]
+            brings them so.
+        config ([`PairingConfig`] or [`UnpairedConfig`], *optional*):
+            As for [`select`].
+
+    Returns:
+        Each group with its selection.
+
+    Raises:
+        `ValueError`: if a group holds several prompts, or comes out of order.
+    """
+    last = None
+    for group in groups:
+        indices = {_group_key(trajectory)[0] for trajectory in group}
+        if len(indices) != 1 or (last is not None and min(indices) <= last):
+            raise ValueError(
+                f"A group with the `prompt_index` {sorted(indices)} came after {last}: rows would depend on the order "
+                "of the groups. Pass all trajectories of one prompt in each group, with rising `prompt_index`."
+            )
+        last = min(indices)
+        yield group, select(group, config)
+
+
+def _drop(trajectories: Sequence[Trajectory], config: PairingConfig | UnpairedConfig) -> list[str | None]:
+    reasons = apply_filters(trajectories, config.filters).reasons
+    kept = sorted(
+        (i for i, reason in enumerate(reasons) if reason is None), key=lambda i: _arrival_free_key(trajectories[i])
+    )
+    same: dict[Any, list[int]] = {}
+    for i in kept:
+        same.setdefault((_group_key(trajectories[i]), tuple(trajectories[i].completion_ids)), []).append(i)
+    for copies in same.values():
+        if len({trajectories[i].verdict for i in copies}) > 1:
+            # the same tokens won and lost: an unsteady verifier, whose pair would push them both ways
+            for i in copies:
+                reasons[i] = "contradictory"
+        elif config.deduplicate:
+            for i in copies[1:]:
+                reasons[i] = "duplicate"
+    return reasons
+
+
+def _group_key(trajectory: Trajectory) -> tuple[int, tuple[int, ...]]:
+    # Both: two rows of a dataset may ask the same question with different gold answers, and the index of a row means
+    # another prompt in another iteration's dataset.
+    return trajectory.info.get("prompt_index", -1), tuple(trajectory.prompt_ids)
+
+
+def _arrival_free_key(trajectory: Trajectory) -> tuple[Any, ...]:
+    return trajectory.completion_ids, trajectory.action_mask, json.dumps(trajectory.info, sort_keys=True, default=str)
+
+
+def _with(verdict: Verdict, group: Iterable[Trajectory]) -> list[Trajectory]:
+    return [trajectory for trajectory in group if trajectory.verdict is verdict]
+
+
+def terminal_reward(trajectory: Trajectory) -> float:
+    """The reward; where only a verdict is known (rows judged elsewhere), 1.0 for a correct one and 0.0 otherwise."""
+    return float(trajectory.verdict is Verdict.CORRECT) if trajectory.reward is None else trajectory.reward
+
+
+def _wide_enough(chosen: Trajectory, rejected: Trajectory, config: PairingConfig) -> bool:
+    gap = terminal_reward(chosen) - terminal_reward(rejected)
+    return gap > 0 and gap >= config.min_reward_gap
+
+
+def _random_pairs(group: list[Trajectory], config: PairingConfig, rng: random.Random) -> list[Pair]:
+    winners, losers = _with(Verdict.CORRECT, group), _with(Verdict.INCORRECT, group)
+    rng.shuffle(winners)
+    rng.shuffle(losers)
+    pairs = []
+    for winner in winners:
+        loser = next((loser for loser in losers if _wide_enough(winner, loser, config)), None)
+        if loser is not None:
+            losers.remove(loser)
+            pairs.append(Pair(winner, loser))
+    return pairs
+
+
+def _best_worst_pairs(group: list[Trajectory], config: PairingConfig, rng: random.Random) -> list[Pair]:
+    ranked = list(group)
+    rng.shuffle(ranked)  # equal rewards are ranked at random: sorting is stable
+    ranked.sort(key=terminal_reward, reverse=True)
+    pairs = zip(ranked[: len(ranked) // 2], reversed(ranked), strict=False)
+    return [Pair(best, worst) for best, worst in pairs if _wide_enough(best, worst, config)]
+
+
+def _step_pairs(group: list[Trajectory], config: PairingConfig, rng: random.Random) -> list[Pair]:
+    candidates = []
+    for winner in _with(Verdict.CORRECT, group):
+        for loser in _with(Verdict.INCORRECT, group):
+            turns, tokens = _shared_prefix(winner, loser)
+            if turns >= config.min_shared_turns and _wide_enough(winner, loser, config):
+                candidates.append(Pair(winner, loser, tokens, turns))
+    rng.shuffle(candidates)
+    candidates.sort(key=lambda pair: pair.shared_turns, reverse=True)
+    used: set[int] = set()
+    pairs = []
+    for pair in candidates:
+        if used.isdisjoint((id(pair.chosen), id(pair.rejected))):
+            used.update((id(pair.chosen), id(pair.rejected)))
+            pairs.append(pair)
+    return pairs
+
+
+_PAIR = {"random": _random_pairs, "best_worst": _best_worst_pairs, "step": _step_pairs}
+
+
+def _shared_prefix(one: Trajectory, other: Trajectory) -> tuple[int, int]:
+    """Number of whole turns, and of tokens before the next turn, that two trajectories share.
+
+    Both must act after the prefix: what follows it is what the pair compares.
+    """
+    shared = (0, 0)
+    for turn, ((start, _), (other_start, _)) in enumerate(zip(one.turn_spans(), other.turn_spans(), strict=False)):
+        same_tokens = one.completion_ids[:start] == other.completion_ids[:other_start]
+        if not same_tokens or one.action_mask[:start] != other.action_mask[:other_start]:
+            break
+        shared = (turn, start)
+    return shared
+
+
+def _unpaired(group: list[Trajectory], config: UnpairedConfig, rng: random.Random) -> list[Trajectory]:
+    winners, losers = _with(Verdict.CORRECT, group), _with(Verdict.INCORRECT, group)
+    rng.shuffle(winners)
+    rng.shuffle(losers)
+    if config.strategy == "winners":
+        return winners[: config.max_positives]
+    if config.strategy == "balanced":
+        losers = losers[: config.max_negatives]
+        winners = winners[: min(config.max_positives, max(len(losers), 1))]
+    return _in_turns(winners, losers)
+
+
+def _in_turns(one: list[Trajectory], other: list[Trajectory]) -> list[Trajectory]:
+    """One, other, one, other, …: KTO reads its rows in order, and a batch of one label has nothing to compare."""
+    short = min(len(one), len(other))
+    mixed = [trajectory for both in zip(one[:short], other[:short], strict=True) for trajectory in both]
+    return mixed + one[short:] + other[short:]

@@ -1,0 +1,54 @@
+"""What a tool call comes back with: the policy's mistakes are data, the machine's failures are exceptions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+STATUSES = ("ok", "error", "timeout", "memory", "crashed")
+
+
+@dataclass(frozen=True)
+class ToolResult:
+    """The outcome of one tool call.
+
+    Args:
+        output (`str`):
+            The observation: what the policy reads next.
+        status (`str`):
+            `"ok"`; `"error"` (the code raised, or broke a limit on files, cells or length); `"timeout"` (it ran out of
+            wall-clock or CPU time); `"memory"` (it asked for more memory than allowed); `"crashed"` (its process died,
+            or its protocol was broken). All of them are the policy's doing. The machine's own failures raise
+            [`ToolFailure`].
+        seconds (`float`):
+            Wall-clock time of the call, counted from the moment it was admitted to a core.
+    """
+
+    output: str
+    status: str = "ok"
+    seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.status not in STATUSES:
+            raise ValueError(f"`status={self.status!r}` is not a tool status. Use one of {', '.join(STATUSES)}.")
+
+    @property
+    def ok(self) -> bool:
+        """Whether the call ended without an error."""
+        return self.status == "ok"
+
+
+class ToolFailure(Exception):
+    """The machine failed, not the policy: an interpreter cannot start, or does not answer even after a replacement.
+
+    A rollout that meets it stops with `StopReason.TOOL_FAILED` and never becomes training data.
+    """
+
+
+def encodable(text: str) -> str:
+    """The text with half surrogate pairs replaced, which could be neither tokenised nor stored."""
+    return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
+
+
+class IsolationError(ToolFailure):
+    """This machine does not grant a layer of isolation that the configuration insists on."""

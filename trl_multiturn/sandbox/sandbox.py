@@ -1,0 +1,147 @@
+"""The Python interpreter behind the tools: isolated sessions that behave like the cells of one notebook."""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import contextlib
+import sys
+import threading
+import weakref
+from typing import Any
+
+from ._admission import Gate
+from ._loop import LoopThread
+from .backend import Backend, Interpreter
+from .config import SandboxConfig
+from .session import Session
+
+
+_sandboxes: weakref.WeakSet[Sandbox] = weakref.WeakSet()
+
+
+class Sandbox:
+    """Opens isolated Python sessions. Nothing starts before the first [`Sandbox.open`].
+
+    Args:
+        config ([`SandboxConfig`], *optional*):
+            Limits and isolation.
+        backend ([`Backend`], *optional*):
+            Where interpreter processes come from, instead of the one that `config.backend` names.
+
+    Example:
+
+    ```python
+    with Sandbox() as sandbox, sandbox.open() as session:
+        session.run("x = 2")
+        session.run("x + 1").output  # "3"
+    ```
+    """
+
+    def __init__(self, config: SandboxConfig | None = None, backend: Backend | None = None) -> None:
+        self.config = config or SandboxConfig()
+        self._custom_backend = backend
+        self._backend: Backend | None = None
+        self._thread: LoopThread | None = None
+        self._guard = threading.Lock()
+        self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
+        _sandboxes.add(self)
+
+    def open(self) -> Session:
+        """Opens a session. Raises [`ToolFailure`] where no interpreter can be started."""
+        return self.loop_thread().run(self._open())
+
+    async def aopen(self) -> Session:
+        """[`Sandbox.open`] for event loops."""
+        return await self.loop_thread().wait(self._open())
+
+    def close(self) -> None:
+        """Ends every session and the warm interpreter. The sandbox starts anew if it is used again."""
+        with self._guard:
+            thread, self._thread = self._thread, None
+        if thread is not None and thread.usable:
+            thread.run(self._close())
+            thread.stop()
+
+    def __del__(self) -> None:
+        thread, backend = getattr(self, "_thread", None), getattr(self, "_backend", None)
+        if thread is not None and thread.usable:
+            with contextlib.suppress(RuntimeError):
+                thread.finish(_stop(backend))
+
+    def __enter__(self) -> Sandbox:
+        return self
+
+    def __exit__(self, *exc_info: Any) -> None:
+        self.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # worker processes get the configuration, never the connections
+        return {"config": self.config, "backend": self._custom_backend}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)
+
+    def loop_thread(self, start: bool = True) -> LoopThread | None:
+        """The thread of this sandbox's event loop; `None` where none runs and `start` is `False`."""
+        if not start:
+            return self._thread
+        with self._guard:
+            if self._thread is None:
+                self._thread = LoopThread("trl-multiturn-sandbox")
+                self._starting = asyncio.Lock()
+                self.admission = Gate(self.config.running_cells)
+            return self._thread
+
+    async def _open(self) -> Session:
+        session = Session(self)
+        await session._start()
+        self._sessions.add(session)
+        return session
+
+    async def spawn(self) -> Interpreter:
+        """An interpreter process for a session, from the backend, which starts with the first."""
+        async with self._starting:
+            if self._thread is None:
+                raise RuntimeError("The sandbox was closed while a session was starting.")
+            if self._backend is None:
+                backend = self._custom_backend or make_backend(self.config)
+                await backend.start()
+                self._backend = backend
+        return await self._backend.spawn()
+
+    def forget(self, session: Session) -> None:
+        """Called by a session that is closed."""
+        self._sessions.discard(session)
+
+    async def _close(self) -> None:
+        await asyncio.gather(*(session._close() for session in list(self._sessions)), return_exceptions=True)
+        backend, self._backend = self._backend, None
+        if backend is not None:
+            await backend.stop()
+
+
+async def _stop(backend: Backend | None) -> None:
+    if backend is not None:
+        await backend.stop()
+
+
+def _close_all() -> None:
+    """At the interpreter's exit; a killed trainer's sandboxes end by themselves."""
+    for sandbox in list(_sandboxes):
+        with contextlib.suppress(Exception):
+            sandbox.close()
+
+
+atexit.register(_close_all)
+
+
+def make_backend(config: SandboxConfig) -> Backend:
+    """The backend that a configuration names."""
+    if config.backend == "forkserver" and (sys.platform == "linux" or config.isolation == "strict"):
+        from .forkserver import ForkServer
+
+        return ForkServer(config)
+    from .jupyter import JupyterBackend
+
+    return JupyterBackend(config)

@@ -1,0 +1,253 @@
+"""One stateful session of the sandbox: cells in turn, replay after a crash.
+
+A cell runs on the sandbox's event loop, where everything that can go wrong is waited for. Most cells answer within a
+millisecond, however, and two changes of thread cost about as much as such a cell: [`Session.run`] therefore sends the
+cell and reads the answer on the caller's own thread, if nobody is before it, and hands whatever turns out to be more
+than that to the loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import threading
+import time
+from typing import Any, Protocol
+
+from ._admission import Gate, Visit
+from ._loop import LoopThread
+from .backend import Begun, Interpreter, Reply
+from .config import SandboxConfig
+from .observation import clean, truncate
+from .result import ToolResult
+
+
+logger = logging.getLogger(__name__)
+
+_CLOSED = "This session is closed. Open another one from the sandbox."
+
+
+class SessionHost(Protocol):
+    """What a session needs of the sandbox that opened it."""
+
+    config: SandboxConfig
+    admission: Gate  # bounds the cells that run at the same time
+
+    def loop_thread(self, start: bool = True) -> LoopThread | None: ...
+
+    async def spawn(self) -> Interpreter: ...
+
+    def forget(self, session: Session) -> None: ...
+
+
+class Session:
+    """One stateful interpreter, as the cells of one notebook; made by [`Sandbox.open`].
+
+    The process behind it may die (a crash, a kill after a timeout): the next cell then runs in a fresh one, in which
+    the earlier successful cells have been run again.
+    """
+
+    def __init__(self, sandbox: SessionHost) -> None:
+        self._sandbox = sandbox
+        self._config = sandbox.config
+        self._interpreter: Interpreter | None = None
+        self._history: list[str] = []
+        self._cells = 0
+        self._turn = Gate(1)
+        self._closed = False
+
+    def run(self, code: str) -> ToolResult:
+        """Runs one cell. Never raises for what the code does; [`ToolFailure`] if the machine fails."""
+        thread, visit = self._enter()
+        try:
+            result = self._run_here(thread, visit, code)
+            if isinstance(result, ToolResult):
+                visit.leave()
+                return result
+            if visit.would_wait_for(threading.get_ident()):
+                raise RuntimeError(
+                    "This thread is in the middle of another cell, so this one would wait for ever: it comes from a "
+                    "signal handler or a finalizer. Run it on another thread."
+                )
+            return thread.run(self._run(visit, code, result))
+        except BaseException:
+            if visit.take_over():
+                self._give_up(thread, visit)
+            raise
+
+    async def arun(self, code: str) -> ToolResult:
+        """[`Session.run`] for event loops. A cancelled call kills the cell; the session can go on."""
+        thread, visit = self._enter()
+        try:
+            self._turn.join(visit)
+            return await thread.wait(self._run(visit, code))
+        except BaseException:
+            if visit.take_over():
+                visit.leave()
+            raise
+
+    def close(self) -> None:
+        """Ends the process and removes its files. Safe to call twice, and while a cell runs."""
+        if not self._closed and self._sandbox.loop_thread(start=False) is not None:
+            self._sandbox.loop_thread().run(self._close())
+
+    async def aclose(self) -> None:
+        """[`Session.close`] for event loops."""
+        if not self._closed and self._sandbox.loop_thread(start=False) is not None:
+            await self._sandbox.loop_thread().wait(self._close())
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *exc_info: Any) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        # forgotten rather than closed: its process must not wait for the sandbox's end
+        interpreter, thread = getattr(self, "_interpreter", None), self._sandbox.loop_thread(start=False)
+        if interpreter is not None and thread is not None and thread.usable:
+            with contextlib.suppress(RuntimeError):
+                thread.submit(interpreter.close())
+
+    async def __aenter__(self) -> Session:
+        return self
+
+    async def __aexit__(self, *exc_info: Any) -> None:
+        await self.aclose()
+
+    # ------------------------------------------------------------------------------------- on the caller's thread
+
+    def _enter(self) -> tuple[LoopThread, Visit]:
+        thread = self._sandbox.loop_thread()
+        thread.check()
+        return thread, Visit(self._turn, self._sandbox.admission)
+
+    def _run_here(self, thread: LoopThread, visit: Visit, code: str) -> ToolResult | Begun | None:
+        """Runs a cell without a change of thread, unless others come first or it turns out to be a long one."""
+        if not self._turn.join(visit):
+            return None
+        begin = getattr(self._interpreter, "begin", None)
+        if begin is None or self._closed or thread.is_current or not thread.usable:
+            return None
+        refusal = self._refusal(code)
+        if refusal is not None:
+            return ToolResult(refusal, "error")
+        if not self._sandbox.admission.try_enter(visit):
+            return None
+        visit.caller = threading.get_ident()
+        start = time.monotonic()
+        reply = begin(code, self._config.timeout_seconds)
+        return self._conclude(code, reply, time.monotonic() - start) if isinstance(reply, Reply) else reply
+
+    def _give_up(self, thread: LoopThread, visit: Visit) -> None:
+        """Sees out a visit that was interrupted, by Ctrl-C say, before the loop took it over."""
+        visit.caller = None
+        if all(gate.holds(visit) for gate in visit.gates):
+            # in the middle of a cell: nobody knows what the process is doing now
+            with contextlib.suppress(RuntimeError):  # the sandbox was closed meanwhile, and the process has ended
+                thread.submit(self._abandon(visit))
+                return
+        visit.leave()
+
+    # ------------------------------------------------------------------------------------------------ on the loop
+
+    async def _start(self) -> None:
+        if self._closed:
+            raise RuntimeError(_CLOSED)
+        self._interpreter = await self._sandbox.spawn()
+
+    async def _close(self) -> None:
+        self._closed = True
+        self._sandbox.forget(self)
+        await self._discard()
+
+    async def _discard(self) -> None:
+        interpreter, self._interpreter = self._interpreter, None
+        if interpreter is not None:
+            await interpreter.close()
+
+    async def _abandon(self, visit: Visit) -> None:
+        try:
+            await self._discard()
+        finally:
+            visit.leave()
+
+    async def _run(self, visit: Visit, code: str, begun: Begun | None = None) -> ToolResult:
+        if not visit.take_over():
+            raise asyncio.CancelledError  # its caller has given it up
+        visit.caller = None
+        try:
+            await self._turn.enter(visit)
+            if begun is None:
+                if self._closed:
+                    raise RuntimeError(_CLOSED)
+                refusal = self._refusal(code)
+                if refusal is not None:
+                    return ToolResult(refusal, "error")
+            admission = visit.gates[1]
+            await admission.enter(visit)
+            start = time.monotonic() if begun is None else begun.start
+            try:
+                reply = await self._execute(code, begun)
+            except BaseException:
+                # cancelled in the middle: nobody knows what the process is doing now
+                await asyncio.shield(self._discard())
+                raise
+            admission.leave(visit)
+            result = self._conclude(code, reply, time.monotonic() - start)
+            if not reply.alive:
+                await self._discard()
+            return result
+        finally:
+            visit.leave()
+
+    def _refusal(self, code: str) -> str | None:
+        config = self._config
+        if not isinstance(code, str):  # a policy fills in the arguments of native tool calls
+            return f"TypeError: `code` must be a string, not {type(code).__name__}"
+        if len(code) > config.code_limit_chars:
+            return f"ValueError: the cell has {len(code)} characters, more than the limit of {config.code_limit_chars}"
+        if config.max_cells is not None and self._cells >= config.max_cells:
+            return f"RuntimeError: the limit of {config.max_cells} cells is reached"
+        return None
+
+    def _conclude(self, code: str, reply: Reply, seconds: float) -> ToolResult:
+        self._cells += 1
+        if reply.status == "ok":
+            self._history.append(code)
+        output = truncate(clean(reply.output), self._config.output_limit_chars, reply.dropped)
+        return ToolResult(output, reply.status, seconds)
+
+    async def _execute(self, code: str, begun: Begun | None) -> Reply:
+        for attempt in range(3):
+            if begun is not None:
+                reply = await begun.finish()
+            else:
+                if self._interpreter is None:
+                    await self._replace()
+                reply = await self._interpreter.execute(code, self._config.timeout_seconds)
+            if reply.ran:
+                break
+            # An earlier cell broke the interpreter under this one. Once more in a fresh process; if the replay of
+            # the earlier cells breaks that one too, without them.
+            begun = None
+            await self._discard()
+            if attempt:
+                self._history.clear()
+        return reply
+
+    async def _replace(self) -> None:
+        """A fresh process with the earlier successful cells run again, within the time of one cell."""
+        await self._start()
+        deadline = time.monotonic() + self._config.timeout_seconds
+        for cell in self._history:
+            reply = await self._interpreter.execute(cell, max(0.1, deadline - time.monotonic()))
+            if reply.status != "ok" or not reply.alive:
+                # Cells that broke their own interpreter, or whose second run behaves differently: starting empty
+                # keeps the session usable, and the policy reads its missing names in the next error.
+                logger.debug("A replayed cell ended with %s; the session starts empty.", reply.status)
+                self._history.clear()
+                await self._discard()
+                await self._start()
+                return

@@ -1,0 +1,92 @@
+"""Snapshots of a policy's trainable weights: the previous policy and the initial one without a second model in memory.
+
+Only parameters that train are written, so a LoRA policy's snapshot is its adapter and a full one is the model. A value
+model that is trained beside the policy belongs to the snapshot: it knows the values of that policy.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from ...distributed.durable import written_whole
+from ...distributed.main_process import on_main
+from ...distributed.sharding import kept_parameters, trainable_names, whole_parameters, write_parameters
+
+
+def _trainable(model: nn.Module) -> set[str]:
+    names = trainable_names(model)
+    if not names:
+        raise ValueError(
+            "The policy has no trainable parameter, so a snapshot of it would be empty. Unfreeze the model, or load "
+            "the adapter with `is_trainable=True`."
+        )
+    return names
+
+
+def save_policy_weights(model: nn.Module, path: str | os.PathLike) -> None:
+    """Writes the trainable parameters of `model` to a safetensors file, atomically, from the main process.
+
+    Where they are sharded over processes all call this, and send what they hold. Where it cannot be written, all raise
+    (see [`on_main`]).
+    """
+    _trainable(model)
+    weights = {}
+    for name, whole in whole_parameters(model):
+        if PartialState().is_main_process:
+            weights[name] = whole.cpu().contiguous()
+
+    def write() -> None:
+        with written_whole(Path(path)) as partial:
+            try:
+                save_file(weights, partial)
+            except SafetensorError as error:  # such as a full disk
+                raise OSError(str(error)) from error
+
+    on_main(write)
+
+
+def load_policy_weights(model: nn.Module, path: str | os.PathLike) -> None:
+    """Copies a snapshot into `model` in place; with sharded weights every process its part.
+
+    Raises:
+        `ValueError`: the snapshot's parameters are not the model's trainable ones.
+    """
+    names = _trainable(model)
+    with safe_open(path, framework="pt") as snapshot:
+        if differing := set(snapshot.keys()) ^ names:
+            raise ValueError(
+                f"{path} is a snapshot of another model: {len(differing)} parameters differ, for example "
+                f"`{sorted(differing)[0]}`. Start from the model and the PEFT configuration that wrote it."
+            )
+        write_parameters(model, names, snapshot.get_tensor)
+
+
+@contextmanager
+def policy_weights(model: nn.Module, path: str | os.PathLike) -> Iterator[None]:
+    """Runs the body with the snapshot's weights in `model`, then puts the present ones back, bit for bit."""
+    with kept_parameters(model):
+        load_policy_weights(model, path)
+        yield
+
+
+def policy_revision(model: nn.Module) -> str:
+    """A hash of the trainable parameters: the same weights have the same revision, on any device, sharded or not.
+
+    A value model beside the policy does not count: it has no say in what is sampled.
+    """
+    names = {name for name in _trainable(model) if not name.startswith("value_model.")}
+    digest = hashlib.blake2b(digest_size=8)
+    for name, whole in whole_parameters(model, names):
+        digest.update(name.encode())
+        digest.update(whole.cpu().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -1,0 +1,352 @@
+"""
+What OREO and DQO share: a value model that is trained beside the policy, in one step of one optimizer.
+
+The value model hangs on the policy (see `joint_forward`), so that one wrapped forward pass gives log-probabilities,
+values and KL. A value loss moves the value model only and a policy loss the policy only; their sum is therefore the
+same as a critic step and a policy step with the values from before it. Parameter groups hold the two learning rates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.logging import get_logger
+from accelerate.utils import is_peft_model
+from datasets import Dataset, IterableDataset
+from peft import PeftConfig, PeftModel
+from torch import Tensor, nn
+from transformers import (
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    TrainerCallback,
+)
+
+from ...data.value_rows import ALIGNED_COLUMNS, DataCollatorForTrajectories, finish_rows, outcome
+from ...distributed.sharding import plain_name, weights_of, whole_parameters, write_parameters
+from ...models.value_model import ValueModel
+from ..multi_turn_kto_trainer import MultiTurnKTOTrainer
+from ..rows.token_reference import TokenReferenceMixin
+from .joint_forward import attach_value_model
+from .trajectory_batch import TrajectoryBatch
+from .value_config import ValueBasedConfig
+from .value_metrics import ValueMetrics
+
+
+logger = get_logger(__name__)
+
+VALUE_MODEL_FOLDER = "value_model"
+
+
+class ValueBasedTrainer(TokenReferenceMixin, MultiTurnKTOTrainer):
+    """
+    Base of [`OREOTrainer`] and [`DQOTrainer`]; a subclass gives `losses`.
+
+    Rows and constructor are those of [`~trl.KTOTrainer`]. Instead of, or besides, its `label` a row may have a
+    `reward`.
+    """
+
+    _config_class: type[ValueBasedConfig]
+
+    _reference_columns = ("ref_logps",)
+    _extra_signature_columns = ("reward", "length", *ALIGNED_COLUMNS)
+    _collator_class = DataCollatorForTrajectories
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        ref_model: PreTrainedModel | None = None,
+        args: ValueBasedConfig | None = None,
+        data_collator: Callable[[list[Any]], dict[str, Any]] | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        compute_metrics: None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[None, None] = (None, None),
+        quantization_config: BitsAndBytesConfig | None = None,
+        peft_config: PeftConfig | None = None,
+    ):
+        if args is None:
+            name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
+            args = self._config_class(f"{name.split('/')[-1]}-{self._name}")
+        elif not isinstance(args, self._config_class):
+            raise TypeError(
+                f"`args` is a `{type(args).__name__}`, which does not describe a value model. Pass a "
+                f"`{self._config_class.__name__}`; it takes every field of `KTOConfig`."
+            )
+        if compute_metrics is not None:
+            raise ValueError(
+                "`compute_metrics` needs logits, which this trainer never builds. Leave it out: evaluation reports "
+                "the losses and the value model's metrics, and `evaluate_policy` measures answers."
+            )
+        if tuple(optimizers) != (None, None):
+            raise ValueError(
+                "`optimizers` was given, but the value model, which it would have to train with its own learning "
+                "rate, is built with the trainer. Choose by `args.optim` and `args.lr_scheduler_type`, or override "
+                "`create_optimizer`."
+            )
+        super().__init__(
+            model=model,
+            ref_model=ref_model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            compute_metrics=None,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+        )
+        self._value_metrics = ValueMetrics(self.accelerator, self.beta)
+        if self._needs_reference_distributions:
+            self._hold_reference_model()
+        self._build_value_model()
+
+    def _build_value_model(self) -> None:
+        args = self.args
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
+            raise ValueError(
+                "FSDP in its first version flattens the parameters of policy and value model together, so neither "
+                "their gradients can be clipped apart nor the value model saved. Use FSDP2: "
+                "`fsdp_config={'version': 2}`, or `fsdp_version: 2` in accelerate's configuration."
+            )
+        if args.value_model == "adapter" and sharded:
+            raise ValueError(
+                "`value_model='adapter'` shares weights between two module trees, which FSDP and DeepSpeed would "
+                "shard apart. Use `value_model='full'` or `'head'`, or train with DDP."
+            )
+        if args.value_warmup_steps and self.is_deepspeed_enabled:
+            raise ValueError(
+                f"`value_warmup_steps={args.value_warmup_steps}` takes the policy's gradients away before a step, but "
+                "DeepSpeed steps on gradients of its own, so the policy would train all the same. Set it to 0, or "
+                "train with DDP or FSDP2."
+            )
+        base = None
+        if self.ref_model is not None and not is_peft_model(self.model):
+            base = self.accelerator.unwrap_model(self.ref_model)
+        elif args.value_model == "adapter" and not is_peft_model(self.model):
+            logger.warning(
+                "No reference model is in memory whose weights the value adapter could share, so it gets a frozen "
+                "copy of the policy's. Use a LoRA policy or `value_model='head'` to hold one backbone only."
+            )
+        value_model = ValueModel.from_policy(
+            self.model, args.value_model, base, lora_rank=args.value_lora_rank, lora_alpha=args.value_lora_rank
+        )
+        if value_model.backbone is not None and args.gradient_checkpointing:
+            value_model.backbone.activation_checkpointing_enable(args.gradient_checkpointing_kwargs)
+        attach_value_model(self.model, value_model)
+        if args.value_warmup_steps:
+            self.add_callback(_ValueWarmup(self, args.value_warmup_steps))
+
+    @property
+    def value_model(self) -> ValueModel:
+        """The value model, which is part of the policy's module."""
+        return self.accelerator.unwrap_model(self.model).value_model
+
+    # Rows
+
+    def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
+        first = next(iter(dataset))
+        _refuse_half_token_rows(first, dataset_name)
+        if "label" not in first and "chosen" not in first:
+            map_kwargs = {"num_proc": args.dataset_num_proc} if isinstance(dataset, Dataset) else {}
+            dataset = dataset.map(_add_label, with_indices=True, **map_kwargs)
+        return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+
+    def _fit(self, dataset: Dataset | IterableDataset, args: Any, dataset_name: str) -> Dataset | IterableDataset:
+        dataset, statistics = finish_rows(
+            dataset,
+            self._tokenizer,
+            max_length=args.max_length,
+            step_delimiter=self._step_delimiter(args),
+            num_proc=args.dataset_num_proc,
+            desc=f"Reading rewards of {dataset_name} dataset",
+        )
+        if dataset_name == "train" and statistics:
+            self._data_statistics = statistics
+        dropped = statistics.get("data/rows_dropped_too_long", 0), statistics.get("data/rows_dropped_untrained", 0)
+        if any(dropped):
+            logger.warning(
+                f"Dropped {sum(dropped)} of {statistics['data/rows'] + sum(dropped)} rows of the {dataset_name} "
+                f"dataset: {dropped[0]} longer than `max_length={args.max_length}` (a trajectory that is cut has no "
+                f"outcome), {dropped[1]} without a token sampled by the policy."
+            )
+        return dataset
+
+    @staticmethod
+    def _step_delimiter(args: Any) -> str | None:
+        return None
+
+    def _warn_about_balance(self, dataset: Dataset) -> None:
+        pass  # that is KTO's: these losses do not weigh labels
+
+    # Loss
+
+    def losses(self, batch: TrajectoryBatch) -> tuple[Tensor, Tensor, dict[str, float | Tensor]]:
+        """`(value loss, policy loss, further metrics)` of a batch; metrics are means over this process's rows."""
+        raise TypeError(f"`{type(self).__name__}` must define `losses`.")
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        self.seat_packed_forwards()
+        ref_logps, ref_hidden, ref_head = self._reference(inputs)
+        model_kwargs = {"output_router_logits": True} if self.aux_loss_enabled else {}
+        if ref_hidden is not None:
+            model_kwargs |= {"ref_hidden": ref_hidden, "ref_head": ref_head, "kl_chunk_size": self.args.kl_chunk_size}
+        outputs = model(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            labels=inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100),
+            use_cache=False,
+            values=True,
+            **model_kwargs,
+        )
+        aligned = {name: inputs[name][:, 1:] for name in ALIGNED_COLUMNS if name in inputs and name != "ref_logps"}
+        batch = TrajectoryBatch(
+            values=outputs.state_values,
+            logps=outputs.log_probs,
+            ref_logps=ref_logps,
+            action_mask=inputs["completion_mask"][:, 1:].bool(),
+            rewards=inputs["reward"],
+            labels=inputs["label"].bool(),
+            kl=outputs.kl,
+            **aligned,
+        )
+        value_loss, policy_loss, metrics = self.losses(batch)
+        loss = (policy_loss + value_loss) * self._part_weight
+        if self.aux_loss_enabled:
+            loss = loss + self.router_aux_loss_coef * outputs.aux_loss * self._part_weight
+            metrics["aux_loss"] = outputs.aux_loss
+        metrics |= {"loss/value": value_loss, "loss/policy": policy_loss}
+        mode = "train" if self.model.training else "eval"
+        self._value_metrics.add(mode, batch, outputs.entropy, metrics)
+        if mode == "train":
+            tokens = self.accelerator.reduce(inputs["attention_mask"].sum(), "sum").item()
+            self._total_train_tokens += tokens // self._tp_size
+        self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        mode = "train" if self.model.training else "eval"
+        for name, value in self._value_metrics.pop(mode).items():
+            self._metrics[mode][name] = [value]
+        super().log(logs, start_time)
+
+    # Optimizer
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is not None:
+            return self.optimizer
+        optimizer = super().create_optimizer(model)
+        if optimizer.state:
+            return optimizer
+        value_parameters = {id(p) for p in self._value_parameters(model)}
+        for group in list(optimizer.param_groups):
+            mine = [p for p in group["params"] if id(p) in value_parameters]
+            group["params"] = [p for p in group["params"] if id(p) not in value_parameters]
+            if mine:
+                own = {k: v for k, v in group.items() if k != "params"}
+                optimizer.add_param_group({**own, "params": mine, "lr": self.args.value_learning_rate})
+        return optimizer
+
+    def _value_parameters(self, model: nn.Module | None = None) -> list[nn.Parameter]:
+        model = self.accelerator.unwrap_model(self.model if model is None else model)
+        return [p for p in model.value_model.parameters() if p.requires_grad]
+
+    def _clip_grad_norm(self, model):
+        if self.is_deepspeed_enabled:
+            return super()._clip_grad_norm(model)
+        value_parameters = self._value_parameters()
+        ids = {id(p) for p in value_parameters}
+        policy_parameters = [p for p in model.parameters() if p.requires_grad and id(p) not in ids]
+        value_norm = self.accelerator.clip_grad_norm_(value_parameters, self.args.value_max_grad_norm)
+        self._metrics["train"]["value/grad_norm"].append(float(value_norm))
+        return self.accelerator.clip_grad_norm_(policy_parameters, self.args.max_grad_norm)
+
+    # Checkpoints: the policy's stay plain, the value model lies beside them
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        output_dir = self.args.output_dir if output_dir is None else output_dir
+        prefix = "value_model."
+        values = self._gathered_value_model()
+        if state_dict is not None:
+            if values is None:
+                values = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)} or None
+            state_dict = {k: v for k, v in state_dict.items() if not k.startswith(prefix)}
+        super()._save(output_dir, state_dict=state_dict)
+        if self.args.should_save:
+            self.value_model.save_pretrained(Path(output_dir, VALUE_MODEL_FOLDER), values)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        if self.is_fsdp_enabled and "SHARDED" in str(self.accelerator.state.fsdp_plugin.state_dict_type):
+            values = self._gathered_value_model()  # the parent writes shards of the policy, and calls no `_save`
+            if self.args.should_save:
+                folder = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}", VALUE_MODEL_FOLDER)
+                self.value_model.save_pretrained(folder, values)
+        super()._save_checkpoint(model, trial)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._load_value_model(Path(resume_from_checkpoint, VALUE_MODEL_FOLDER))
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        if not self.is_deepspeed_enabled:  # whose optimizer holds the weights of the whole module
+            self._load_value_model(Path(self.state.best_model_checkpoint, VALUE_MODEL_FOLDER))
+
+    def _load_value_model(self, folder: Path) -> None:
+        if not self.is_fsdp_enabled:
+            self.value_model.load_weights(folder)
+            return
+        weights = {f"value_model.{name}": tensor for name, tensor in ValueModel.saved_weights(folder).items()}
+        write_parameters(weights_of(self), set(weights), weights.__getitem__)
+
+    def _gathered_value_model(self) -> dict[str, Tensor] | None:
+        """The value model's whole weights in host memory, which all processes gather together; `None` where they are
+        whole anyway."""
+        if not self.is_fsdp_enabled:
+            return None
+        names = {f"value_model.{plain_name(name)}" for name, _ in self.value_model.named_parameters()}
+        whole = whole_parameters(weights_of(self), names)
+        return {name.removeprefix("value_model."): tensor.cpu() for name, tensor in whole}
+
+
+class _ValueWarmup(TrainerCallback):
+    """
+    Lets only the value model learn at first.
+
+    Gradients of the policy are removed rather than its loss: without a gradient an optimizer neither decays a weight
+    nor starts counting the steps of its moments.
+    """
+
+    def __init__(self, trainer: ValueBasedTrainer, steps: int):
+        self.trainer = trainer
+        self.steps = steps
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if state.global_step >= self.steps:
+            return
+        ids = {id(p) for p in self.trainer._value_parameters()}
+        for parameter in self.trainer.model.parameters():
+            if id(parameter) not in ids:
+                parameter.grad = None
+
+
+def _refuse_half_token_rows(first: dict[str, Any], dataset_name: str) -> None:
+    missing = [name for name in ("prompt_ids", "completion_ids", "action_mask") if name not in first]
+    if "completion_ids" in first and missing and not {"completion", "chosen"} & first.keys():
+        raise ValueError(
+            f"The rows of the {dataset_name} dataset have `completion_ids` but no {missing}, so it is unknown which "
+            "tokens the policy sampled. Add the columns, or pass text rows (`prompt`, `completion`)."
+        )
+
+
+def _add_label(example: dict[str, Any], index: int) -> dict[str, bool]:
+    return {"label": outcome(example, index) > 0}
