@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from ..engines.engine import SamplingParams
+from .dialects.choice import describe_dialect, resolve_dialect
+from .dialects.dialect import DialectLike
 
 
 @dataclass
@@ -66,13 +69,15 @@ class RolloutConfig:
         default_factory=list,
         metadata={"help": "Strings that end a turn, in addition to the dialect's own."},
     )
-    dialect: Literal["auto", "native", "fenced", "action"] = field(
+    dialect: DialectLike = field(
         default="auto",
         metadata={
             "help": "How the policy calls tools. `native`: the chat template's tool calls. `fenced`: the paper's "
             "format, a fenced code block answered by a user turn with an `output` block. "
             "`action`: a text environment's, where every turn is an action. `auto`: native where the "
-            "chat template can render and parse tool calls, else fenced."
+            "chat template can render and parse tool calls, else fenced. Also the dotted path of a dialect's class "
+            "of your own (`my_package.MyDialect`); in Python the class or an object, too (see "
+            "`trl_multiturn.rollout.dialects`)."
         },
     )
     answer_pattern: str | None = field(
@@ -136,9 +141,9 @@ class RolloutConfig:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"`{name}` must be at least {least}, got {value}.")
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"`{name}={getattr(self, name)!r}` is none of {', '.join(map(repr, choices))}.")
+        if self.malformed_calls not in ("observe", "end"):
+            raise ValueError(f"`malformed_calls={self.malformed_calls!r}` is none of 'observe', 'end'.")
+        resolve_dialect(self.dialect)
         if (self.previous_policy_generations or 0) > self.num_generations:
             raise ValueError(
                 f"`previous_policy_generations={self.previous_policy_generations}` is more than "
@@ -201,13 +206,10 @@ class RolloutConfig:
         How fast they come out (concurrency, retries) is left out, as is how many are asked for: a resumed run may
         change either.
         """
-        settings = asdict(self)
-        for name in _NOT_THE_OUTCOME:
-            del settings[name]
-        return settings
+        settings = {f.name: copy.deepcopy(getattr(self, f.name)) for f in fields(self) if f.name not in _UNRECORDED}
+        return {**settings, "dialect": describe_dialect(self.dialect)}
 
 
-_CHOICES = {"dialect": ("auto", "native", "fenced", "action"), "malformed_calls": ("observe", "end")}
 _LEAST = {
     "num_generations": 1,
     "previous_policy_generations": 0,
@@ -220,7 +222,8 @@ _LEAST = {
     "max_concurrent_trajectories": 1,
     "max_concurrent_tools": 1,
 }
-_NOT_THE_OUTCOME = (
+_UNRECORDED = (
+    "dialect",
     "num_generations",
     "previous_policy_generations",
     "tool_retries",

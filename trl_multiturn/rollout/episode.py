@@ -18,7 +18,8 @@ from ..tools.environments import append_observation
 from ..tools.toolbox import Toolbox
 from ..trajectory import StopReason, Trajectory
 from .config import RolloutConfig
-from .dialects import Message, Turn, choose_dialect
+from .dialects.choice import choose_dialect
+from .dialects.dialect import Message, Turn
 from .provenance import derive_seed
 
 
@@ -38,9 +39,7 @@ class Conversation:
     """
 
     def __init__(self, config: RolloutConfig, processing_class: Any, schemas: Sequence[dict[str, Any]]):
-        self.dialect = choose_dialect(
-            config.dialect, processing_class, schemas, config.answer_pattern, config.action_prefix
-        )
+        self.dialect = choose_dialect(config.dialect, processing_class, schemas, config)
         kwargs = config.chat_template_kwargs or {}
         self.template = TurnTemplate(processing_class, tools=self.dialect.template_tools, **kwargs)
         self._tokenizer = getattr(processing_class, "tokenizer", processing_class)

@@ -27,7 +27,7 @@ from ..verify.process_rewards import (
     turn_totals,
 )
 from .config import RolloutConfig
-from .dialects import Message
+from .dialects.dialect import Message
 from .episode import Conversation, Opening, Transcript, play_episode
 from .loop import generate_trajectories
 from .provenance import derive_seed

@@ -22,7 +22,7 @@ from ..tools.environments import append_observation
 from ..tools.toolbox import Toolbox
 from ..trajectory import StopReason, Trajectory
 from .config import RolloutConfig
-from .dialects import Message, Turn
+from .dialects.dialect import Message, Turn
 from .episode import (
     Conversation,
     Transcript,
