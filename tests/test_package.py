@@ -19,11 +19,11 @@ ROOT = Path(trl_multiturn.__file__).parent
 MODULES = sorted(module.name for module in pkgutil.walk_packages([str(ROOT)], "trl_multiturn."))
 
 # The wings, from the ground floor up, and what each may import of the others beside itself
-GROUND = {"_lazy", "_upstream", "precision", "steps", "trajectory", "version"}
+GROUND = {"_lazy", "_upstream", "messages", "precision", "steps", "trajectory", "version"}
 LAYERS = {
     **dict.fromkeys(GROUND, set()),
     "losses": set(),
-    "templates": {"_upstream"},
+    "templates": {"_upstream", "messages"},
     # the interpreter, a package that could stand by itself
     "sandbox": {"_lazy"},
     "distributed": {"_upstream"},
@@ -36,7 +36,7 @@ LAYERS = {
     "journal": {"_lazy", "distributed", "trajectory"},
     "verify": {"steps", "trajectory", "version"},
     # rows to batches; verdicts to rows
-    "data": {"_upstream", "steps", "templates", "trajectory", "version"},
+    "data": {"_upstream", "messages", "steps", "templates", "trajectory", "version"},
     "rows": {"_lazy", "data", "distributed", "trajectory", "verify"},
     # the loop of turns
     "rollout": GROUND | {"engines", "journal", "sandbox", "templates", "tools", "verify"},

@@ -26,9 +26,8 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from . import _upstream
+from .messages import Message, normalize_messages, normalize_tools, without_flags
 
-
-Message = dict[str, Any]
 
 _REMEDY = (
     "Use a chat template that renders earlier turns the same whatever follows (TRL ships training templates for many "
@@ -86,7 +85,7 @@ class TurnTemplate:
         tools: list | None = None,
         **chat_template_kwargs: Any,
     ):
-        self.tools = tools or None
+        self.tools = normalize_tools(tools) or None
         own = chat_template_kwargs.pop("chat_template", None) or _template_text(processing_class, self.tools)
         self.chat_template_kwargs = chat_template_kwargs
         self._multimodal = isinstance(processing_class, ProcessorMixin)
@@ -107,7 +106,15 @@ class TurnTemplate:
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """Ids of `messages` followed by the generation prompt: what the policy continues."""
+        messages, _ = without_flags(self.normalize(messages))
         return self._encode(self._render(messages, generation_prompt=True))
+
+    def normalize(
+        self, messages: Sequence[Message], column: str = "messages", after: Sequence[Message] = ()
+    ) -> list[Message]:
+        """Messages in TRL's form, as everything here renders them (see [`normalize_messages`])."""
+        template = self.processing_class.chat_template
+        return normalize_messages(messages, column, after=after, schemas=self.tools, template=template)
 
     def tokenize(
         self, prompt: Sequence[Message], completion: Sequence[Message], *, with_turns: bool = False
@@ -118,7 +125,8 @@ class TurnTemplate:
             prompt (`list[dict]`):
                 Messages before the completion. Assistant turns here are context.
             completion (`list[dict]`):
-                Assistant turns and the observations between them. Every assistant turn is an action.
+                Assistant turns and the observations between them. Every assistant turn is an action; one with
+                `"train": False` has mask 0 all the same.
             with_turns (`bool`, *optional*, defaults to `False`):
                 Also return `turn_ids`: per completion token the index of its assistant turn, -1 outside actions.
 
@@ -129,7 +137,8 @@ class TurnTemplate:
             `ValueError`: if the template's rendering does not show what the policy sampled; the message names the
                 turn, the defect and the remedy.
         """
-        prompt, completion = list(prompt), list(completion)
+        prompt, _ = without_flags(self.normalize(prompt, "prompt"))
+        completion, flags = without_flags(self.normalize(completion, "completion", prompt))
         if not completion:
             raise ValueError("The completion holds no message, so there is nothing to train on. Drop the row.")
         messages = prompt + completion
@@ -142,10 +151,12 @@ class TurnTemplate:
             boundary = len(commonprefix([self._render(prompt), text]))
         pieces, turns = _split(text, boundary, spans)
         ids = self._encode_pieces(pieces)
+        trains = [flag for flag, message in zip(flags, completion, strict=True) if message["role"] == "assistant"]
+        bits = [int(turn >= 0 and trains[turn]) for turn in turns]
         output = {
             "prompt_ids": ids[0],
             "completion_ids": [token for piece in ids[1:] for token in piece],
-            "action_mask": [int(turn >= 0) for piece, turn in zip(ids[1:], turns, strict=True) for _ in piece],
+            "action_mask": [bit for piece, bit in zip(ids[1:], bits, strict=True) for _ in piece],
         }
         if with_turns:
             output["turn_ids"] = [turn for piece, turn in zip(ids[1:], turns, strict=True) for _ in piece]
@@ -167,12 +178,13 @@ class TurnTemplate:
 
     def after_turn(self, messages: Sequence[Message]) -> Callable[[Sequence[Message]], list[int]]:
         """[`observation_ids`] for many observations after the same turn, which is rendered by itself only once."""
-        messages = list(messages)
+        messages, _ = without_flags(self.normalize(messages))
         alone = self._render(messages)
         encode_head = lru_cache(maxsize=2)(self._encode)
 
         def observation_ids(observations: Sequence[Message]) -> list[int]:
-            text = self._render(messages + list(observations), generation_prompt=True)
+            answers = self.normalize(observations, "observations", messages)
+            text = self._render(messages + answers, generation_prompt=True)
             end = self._turn_end(text, messages, alone)
             head, whole = encode_head(text[:end]), self._encode(text)
             if whole[: len(head)] == head:  # what `_encode_pieces` finds in this case, with less work

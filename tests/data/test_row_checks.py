@@ -70,8 +70,9 @@ def test_a_bad_preference_row_is_named(model, tmp_path, changes, message):
 
 def test_a_one_turn_row_that_no_template_renders_is_named(model, tmp_path):
     # One-turn rows fall back on TRL's tokenization, whose errors would name neither row nor column
-    parts = {"role": "assistant", "content": [{"type": "text", "text": "yes"}]}
-    rows = [{"prompt": [user("?")], "chosen": [parts], "rejected": [parts]}]
+    template = "{% if messages[0].content == '?' %}{{ raise_exception('no') }}{% endif %}" + TOKENIZER.chat_template
+    row = {"prompt": [user("?")], "chosen": [assistant("yes")], "rejected": [assistant("no")]}
+    rows = [row | {"chat_template_kwargs": {"chat_template": template}}]
     with pytest.raises(ValueError, match="Row 0: `chosen`: The chat template cannot render"):
         prefer(model, tmp_path, rows)
 
@@ -134,7 +135,7 @@ def test_rows_of_pairs_taken_apart_are_named_as_such(model, tmp_path):
 
 
 def test_without_an_assistant_turn_the_role_is_named_as_a_cause(model, tmp_path):
-    rows = [row | {"chosen": [{"role": "gpt", "content": "4"}]} for row in preference_rows(2)]
+    rows = [row | {"chosen": [user("4")]} for row in preference_rows(2)]
     with pytest.raises(ValueError, match="see that completions hold turns with the role `assistant`"):
         prefer(model, tmp_path, rows)
 

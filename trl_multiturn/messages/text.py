@@ -1,0 +1,74 @@
+"""The words of a message as one text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+
+_TEXT_PARTS = ("text", "input_text", "output_text")
+_OTHER_PARTS = ("image", "audio", "video", "file", "document", "refusal", "thinking", "reasoning", "tool_use", "tool_")
+
+
+def brief(value: Any) -> str:
+    """A value for an error: its beginning."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}…"
+
+
+def find_content(message: Mapping[str, Any], where: str) -> tuple[Any, str]:
+    """The content of a message without nulls, and the key it stands under."""
+    if "content" in message and message.get("value", message["content"]) != message["content"]:
+        raise ValueError(
+            f"{where} has a `content` and another `value` ({brief(message['value'])}), so nobody knows which was "
+            f"said. "
+            "Keep one of them."
+        )
+    key = next((key for key in ("content", "value") if key in message), "content")
+    return message.get(key), key
+
+
+def read_text(content: Any, role: str, where: str) -> str:
+    """Text as it is, text parts joined, and what a tool returned as JSON.
+
+    Raises:
+        `ValueError`: where a template would print it in Python's spelling, or not at all.
+    """
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    if isinstance(content, (list, tuple)):
+        parts = [_part(part) for part in content if part is not None]
+        if all(isinstance(part, str) for part in parts):
+            if role != "tool" or not any(isinstance(part, str) for part in content):
+                return "".join(parts)
+        for number, part in enumerate(content):
+            _refuse_other_part(part, number, where)
+    if role == "tool":
+        return json.dumps(content, ensure_ascii=False)
+    raise ValueError(
+        f"{where}: the content is {brief(content)}, which chat templates print in Python's spelling or not at all. "
+        "Write text (`json.dumps` for data), or a list of text parts."
+    )
+
+
+def _part(part: Any) -> str | None:
+    """The text of a part, or `None` where it is none."""
+    if isinstance(part, str):
+        return part
+    if isinstance(part, Mapping) and (part.get("type") or "text") in _TEXT_PARTS:
+        text = part.get("text")
+        others = {key for key, value in part.items() if value is not None} - {"type", "text", "annotations"}
+        return text if isinstance(text, str) and not others - {"cache_control", "index"} else None
+    return None
+
+
+def _refuse_other_part(part: Any, number: int, where: str) -> None:
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if isinstance(kind, str) and kind.startswith(_OTHER_PARTS):
+        raise ValueError(
+            f"{where}: part {number} of the content is of the type {kind!r} ({brief(dict(part))}), and only text can "
+            "be trained on here. Write what it says as text, or drop the row."
+        )
