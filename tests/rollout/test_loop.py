@@ -212,6 +212,17 @@ def test_the_interpreter_is_real():
         assert trajectory.info["tool_statuses"] == ["ok", "ok", "error"]
 
 
+def test_every_turn_and_every_call_has_its_time():
+    """Two calls in the first turn, none in the second, which could not be read, one in the third."""
+    script = [tool_call(a=1, b=1) + "\n" + tool_call(a=2, b=2), "<tool_call>", tool_call(a=3, b=3), "Done."]
+    (trajectory,), _ = roll(script, [add], dialect="native")
+    timing = trajectory.info["timing"]
+    assert trajectory.info["tool_turns"] == [0, 0, 2]
+    assert len(timing["call_seconds"]) == 3 and sum(timing["call_seconds"]) == timing["tool_seconds"]
+    assert len(timing["sampling_seconds"]) == trajectory.num_turns == 4
+    assert sum(timing["sampling_seconds"]) + timing["tool_seconds"] <= timing["seconds"]
+
+
 # Order and concurrency
 
 

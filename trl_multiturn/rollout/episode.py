@@ -136,6 +136,8 @@ class Transcript:
     logps: list[float] = field(default_factory=list)
     turns: list[tuple[Turn, list[Message]]] = field(default_factory=list)
     results: list[ToolResult] = field(default_factory=list)
+    result_turns: list[int] = field(default_factory=list)  # the assistant turn of each result, from 0
+    sampling_seconds: list[float] = field(default_factory=list)  # of each turn, where it was sampled in one piece
     malformed: int = 0
     final_observation: str | None = None
     unrenderable: str | None = None
@@ -182,7 +184,18 @@ class Transcript:
             "tool_calls": len(self.results),
             "tool_errors": sum(not result.ok for result in self.results),
             "tool_statuses": [result.status for result in self.results],
+            "tool_turns": self.result_turns,
             "malformed_calls": self.malformed,
+        }
+
+    def timing(self, seconds: float) -> dict[str, Any]:
+        """Wall-clock times for `Trajectory.info`: of the whole, of the tools, of each turn and of each call."""
+        calls = [result.seconds for result in self.results]
+        return {
+            "seconds": seconds,
+            "tool_seconds": sum(calls),
+            "sampling_seconds": self.sampling_seconds,
+            "call_seconds": calls,
         }
 
 
@@ -284,7 +297,7 @@ def finish_trajectory(
     for name in ("final_observation", "unrenderable", "replays_differ"):
         if getattr(transcript, name) is not None:
             info[name] = getattr(transcript, name)
-    info["timing"] = {"seconds": seconds, "tool_seconds": sum(result.seconds for result in transcript.results)}
+    info["timing"] = transcript.timing(seconds)
     return Trajectory(
         prompt=transcript.prompt,
         completion=transcript.completion,
@@ -326,8 +339,9 @@ async def _converse(
             stop_strings=conversation.stop_strings,
             seed=derive_seed(context.seed, number),
         )
-        prefix_ids = transcript.ids + begun.token_ids
+        prefix_ids, start = transcript.ids + begun.token_ids, time.monotonic()
         generation = await engine.generate(prefix_ids, sampling, session=context.trajectory_id)
+        transcript.sampling_seconds.append(time.monotonic() - start)
         generation = joined(begun, generation)
         turn, stop_reason = end_turn(generation, transcript, conversation, config)
         if stop_reason is None:
@@ -374,6 +388,7 @@ async def answer_turn(
     """
     results = await toolbox.call(turn.calls)
     transcript.results += results
+    transcript.result_turns += [len(transcript.turns)] * len(results)
     observations = conversation.dialect.observe(turn, results)
     if toolbox.done:
         transcript.final_observation = "\n".join(result.output for result in results)
