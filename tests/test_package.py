@@ -19,24 +19,24 @@ ROOT = Path(trl_multiturn.__file__).parent
 MODULES = sorted(module.name for module in pkgutil.walk_packages([str(ROOT)], "trl_multiturn."))
 
 # The wings, from the ground floor up, and what each may import of the others beside itself
-GROUND = {"_lazy", "_upstream", "messages", "precision", "steps", "trajectory", "version"}
+GROUND = {"_lazy", "_upstream", "errors", "messages", "precision", "steps", "trajectory", "version"}
 LAYERS = {
     **dict.fromkeys(GROUND, set()),
     "losses": set(),
     "templates": {"_upstream", "messages"},
     # the interpreter, a package that could stand by itself
-    "sandbox": {"_lazy"},
+    "sandbox": {"_lazy", "errors"},
     "distributed": {"_upstream"},
     "report": {"distributed"},
     "models": {"_upstream", "steps", "trajectory", "verify"},
     "packing": {"_upstream", "precision"},
     # what the policy may call, what samples, what is kept
-    "tools": {"_lazy", "sandbox", "trajectory", "version"},
-    "engines": {"_lazy", "precision"},
-    "journal": {"_lazy", "distributed", "trajectory"},
+    "tools": {"_lazy", "errors", "sandbox", "trajectory", "version"},
+    "engines": {"_lazy", "errors", "precision"},
+    "journal": {"_lazy", "distributed", "errors", "trajectory"},
     "verify": {"steps", "trajectory", "version"},
     # rows to batches; verdicts to rows
-    "data": {"_upstream", "messages", "steps", "templates", "trajectory", "version"},
+    "data": {"_upstream", "errors", "messages", "steps", "templates", "trajectory", "version"},
     "rows": {"_lazy", "data", "distributed", "trajectory", "verify"},
     # the loop of turns
     "rollout": GROUND | {"engines", "journal", "sandbox", "templates", "tools", "verify"},

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .engines.transformers.engine import TransformersEngine as TransformersEngine
     from .engines.vllm.engine import VLLMEngine as VLLMEngine
     from .engines.vllm.server import VLLMServerEngine as VLLMServerEngine
+    from .errors import TRLMultiturnError as TRLMultiturnError
     from .evaluation import EvaluationResult as EvaluationResult
     from .evaluation import evaluate_policy as evaluate_policy
     from .journal.journal import Journal as Journal
@@ -93,6 +94,7 @@ else:
             ".engines.transformers.engine": ["TransformersEngine"],
             ".engines.vllm.engine": ["VLLMEngine"],
             ".engines.vllm.server": ["VLLMServerEngine"],
+            ".errors": ["TRLMultiturnError"],
             ".evaluation": ["EvaluationResult", "evaluate_policy"],
             ".journal.journal": ["Journal"],
             ".models.reward_model": ["RewardModel", "reward_model_from_policy"],

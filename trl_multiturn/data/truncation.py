@@ -12,6 +12,8 @@ from typing import Any, Literal
 import numpy as np
 from datasets import Dataset, IterableDataset
 
+from ..errors import NoRowsLeftError as NoRowsLeftError
+
 
 TrainOnTurns = Literal["all", "last"]
 
@@ -20,10 +22,6 @@ UNPAIRED_SIDES = (("completion_ids", "action_mask"),)
 
 _STATUS, _LENGTH = "_fit_status", "_fit_length"
 _SEVERITY = ["whole", "cut_at_turn", "cut_inside_turn", "untrained"]
-
-
-class NoRowsLeftError(ValueError):
-    """No row of a dataset fits `max_length` and trains something."""
 
 
 def fit_rows(

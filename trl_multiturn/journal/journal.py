@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from ..distributed.durable import sync_entry, write_whole, written_whole
+from ..errors import JournalError as JournalError
 from ..trajectory import Trajectory, Verdict
 from .index import LineIndex, ShardReader
 from .sync import BackgroundSync
@@ -34,10 +35,6 @@ logger = logging.getLogger(__name__)
 
 _LINE = re.compile(rb'\{"crc32":"([0-9a-f]{8})",("kind":"(\w+)","scope":"([^"]*)","prompt":(\d+),"sample":(\d+),.*\})')
 _ROWS_PER_GROUP = 1000
-
-
-class JournalError(RuntimeError):
-    """The journal cannot be read or written; nothing in it was overwritten."""
 
 
 class Journal:

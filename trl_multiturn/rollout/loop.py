@@ -18,7 +18,9 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 
 from ..engines.engine import Engine
-from ..journal.journal import Journal, JournalError
+from ..errors import JournalError
+from ..errors import TooManyToolFailures as TooManyToolFailures
+from ..journal.journal import Journal
 from ..tools.base import RolloutContext
 from ..tools.toolbox import Toolbox, ToolLimits, Toolset
 from ..trajectory import StopReason, Trajectory, Verdict
@@ -32,10 +34,6 @@ from .provenance import derive_seed, describe_tokenizer, fingerprint
 logger = logging.getLogger(__name__)
 
 _MIN_FINISHED_FOR_SHARE = 20
-
-
-class TooManyToolFailures(RuntimeError):
-    """The machine failed so often that going on would waste the run; what finished is in the journal."""
 
 
 def generate_trajectories(

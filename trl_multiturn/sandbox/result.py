@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..errors import IsolationError as IsolationError
+from ..errors import ToolFailure as ToolFailure
+
 
 STATUSES = ("ok", "error", "timeout", "memory", "crashed")
 
@@ -38,17 +41,6 @@ class ToolResult:
         return self.status == "ok"
 
 
-class ToolFailure(Exception):
-    """The machine failed, not the policy: an interpreter cannot start, or does not answer even after a replacement.
-
-    A rollout that meets it stops with `StopReason.TOOL_FAILED` and never becomes training data.
-    """
-
-
 def encodable(text: str) -> str:
     """The text with half surrogate pairs replaced, which could be neither tokenised nor stored."""
     return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
-
-
-class IsolationError(ToolFailure):
-    """This machine does not grant a layer of isolation that the configuration insists on."""

@@ -16,7 +16,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ..sandbox.result import ToolFailure, ToolResult, encodable
+from ..errors import ToolFailure
+from ..errors import UnsupportedOutput as UnsupportedOutput
+from ..sandbox.result import ToolResult, encodable
 from .base import (
     SessionTool,
     ToolCall,
@@ -263,10 +265,6 @@ class Toolbox:
                     raise
                 logger.warning("Tool `%s` failed and is tried again: %s", name, failure)
                 await asyncio.sleep(_RETRY_PAUSE_SECONDS * 2**attempt)
-
-
-class UnsupportedOutput(TypeError):
-    """A tool returned what a text rollout cannot carry: the user's mistake, which stops the run."""
 
 
 class _OutOfTime(Exception):

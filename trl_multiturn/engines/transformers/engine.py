@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import is_peft_available
 
+from ...errors import EngineError as EngineError
 from ..engine import Generation, SamplingParams
 from .decoding import DecodingBatch, DecodingRequest
 from .kv_cache import RetainedCaches
@@ -29,10 +30,6 @@ from .stop_strings import StopStringMatcher
 # steps, so that their prompts share a pass.
 JOIN_SHARE = 16
 MAX_STEPS_WAITING = 2
-
-
-class EngineError(RuntimeError):
-    """Generation failed inside the model; the cause is attached. The requests in flight are lost, not the engine."""
 
 
 class TransformersEngine:
