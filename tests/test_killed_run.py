@@ -24,8 +24,7 @@ import torch
 from datasets import load_from_disk
 
 from tests.killed_run import ITERATIONS
-from tests.launch import accelerate_launch
-from tests.launch import run as launch
+from tests.launch import accelerate_launch, run as launch
 from trl_multiturn.report import load_reports
 from trl_multiturn.rollout import Journal
 

@@ -17,53 +17,37 @@ if TYPE_CHECKING:
     from .data.preview import preview_masks as preview_masks
     from .data.tokenization import tokenize_trajectory as tokenize_trajectory
     from .data.value_preview import preview_values as preview_values
-    from .engines.engine import Engine as Engine
-    from .engines.engine import Generation as Generation
-    from .engines.engine import SamplingParams as SamplingParams
+    from .engines.engine import Engine as Engine, Generation as Generation, SamplingParams as SamplingParams
     from .engines.scripted_engine import ScriptedEngine as ScriptedEngine
     from .engines.transformers.engine import TransformersEngine as TransformersEngine
     from .engines.vllm.engine import VLLMEngine as VLLMEngine
     from .engines.vllm.server import VLLMServerEngine as VLLMServerEngine
     from .errors import TRLMultiturnError as TRLMultiturnError
-    from .evaluation import EvaluationResult as EvaluationResult
-    from .evaluation import evaluate_policy as evaluate_policy
+    from .evaluation import EvaluationResult as EvaluationResult, evaluate_policy as evaluate_policy
     from .journal.journal import Journal as Journal
-    from .models.reward_model import RewardModel as RewardModel
-    from .models.reward_model import reward_model_from_policy as reward_model_from_policy
+    from .models.reward_model import RewardModel as RewardModel, reward_model_from_policy as reward_model_from_policy
     from .models.value_model import ValueModel as ValueModel
     from .report import IterationReport as IterationReport
     from .rollout.config import RolloutConfig as RolloutConfig
     from .rollout.loop import (
         TooManyToolFailures as TooManyToolFailures,
-    )
-    from .rollout.loop import (
         agenerate_trajectories as agenerate_trajectories,
-    )
-    from .rollout.loop import (
         generate_trajectories as generate_trajectories,
     )
     from .rollout.margins import observation_margins as observation_margins
     from .rollout.prefix_completion import (
         complete_prefixes as complete_prefixes,
-    )
-    from .rollout.prefix_completion import (
         estimate_step_rewards as estimate_step_rewards,
-    )
-    from .rollout.prefix_completion import (
         reward_longest_good_prefix as reward_longest_good_prefix,
     )
     from .rollout.search import value_guided_search as value_guided_search
     from .rows.pairing import (
         build_preference_dataset as build_preference_dataset,
-    )
-    from .rows.pairing import (
         build_unpaired_dataset as build_unpaired_dataset,
     )
-    from .rows.selection import PairingConfig as PairingConfig
-    from .rows.selection import UnpairedConfig as UnpairedConfig
+    from .rows.selection import PairingConfig as PairingConfig, UnpairedConfig as UnpairedConfig
     from .sandbox.config import SandboxConfig as SandboxConfig
-    from .sandbox.result import ToolFailure as ToolFailure
-    from .sandbox.result import ToolResult as ToolResult
+    from .sandbox.result import ToolFailure as ToolFailure, ToolResult as ToolResult
     from .sandbox.sandbox import Sandbox as Sandbox
     from .tabular import TabularToolMDP as TabularToolMDP
     from .templates import TurnTemplate as TurnTemplate
@@ -77,9 +61,7 @@ if TYPE_CHECKING:
     from .trainer.multi_turn_kto_trainer import MultiTurnKTOTrainer as MultiTurnKTOTrainer
     from .trainer.oreo_config import OREOConfig as OREOConfig
     from .trainer.oreo_trainer import OREOTrainer as OREOTrainer
-    from .trajectory import StopReason as StopReason
-    from .trajectory import Trajectory as Trajectory
-    from .trajectory import Verdict as Verdict
+    from .trajectory import StopReason as StopReason, Trajectory as Trajectory, Verdict as Verdict
     from .verify.mathematics import math_reward as math_reward
 else:
     __getattr__, __dir__, __all__ = attach(

@@ -2,8 +2,7 @@ from __future__ import annotations
 
 import pytest
 from datasets import Dataset, IterableDataset
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from trl_multiturn.data.truncation import (
     PREFERENCE_SIDES,

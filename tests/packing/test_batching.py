@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from tests.packing.test_trainers import PackedDPOTrainer, build, policy, preference_rows, tokenizer  # noqa: F401
 from trl_multiturn.packing.batching import PromptGroupedSampler, split_batch

@@ -12,8 +12,13 @@ from tests.rollout.notebook import TOKENIZER, Notebook, boxed, code, policy
 from tests.support import render_actions, tiny_model, user
 from trl_multiturn.evaluation import evaluate_policy
 from trl_multiturn.models.value_model import ValueModel
-from trl_multiturn.rollout import RolloutConfig, ScriptedEngine, TransformersEngine, generate_trajectories
-from trl_multiturn.rollout import search as search_module
+from trl_multiturn.rollout import (
+    RolloutConfig,
+    ScriptedEngine,
+    TransformersEngine,
+    generate_trajectories,
+    search as search_module,
+)
 from trl_multiturn.rollout.search import value_guided_search
 from trl_multiturn.tools import PythonTool
 from trl_multiturn.trajectory import StopReason, Verdict

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from datasets import Dataset, List, Value, load_from_disk
 
-import trl_multiturn.rows.row_files as row_files
 from tests.rows.test_pairing import fresh, trajectory
+from trl_multiturn.data import columns
 from trl_multiturn.data.columns import list_lengths, with_list_column
 from trl_multiturn.rows.pairing import build_preference_dataset, build_unpaired_dataset
 from trl_multiturn.rows.row_files import forget_caches, save_rows, write_rows
@@ -91,7 +91,7 @@ def test_prompt_by_prompt_selects_what_all_at_once_does(config):
 
 @pytest.mark.parametrize("config", PAIRINGS, ids=name)
 def test_preference_rows(tmp_path, monkeypatch, config):
-    monkeypatch.setattr(row_files, "_ROWS_PER_BATCH", 3)
+    monkeypatch.setattr(columns, "_ROWS_PER_BATCH", 3)
     expected = build_preference_dataset(scripted(), config)
     assert_same(streamed(scripted(), config, "preference", tmp_path / "rows"), expected)
     assert len(expected) > 6 and [path.name for path in tmp_path.iterdir()] == ["rows"]
@@ -101,7 +101,7 @@ def test_preference_rows(tmp_path, monkeypatch, config):
 @pytest.mark.parametrize("lacking", ["nothing", "one", "all"])
 def test_unpaired_rows_have_the_columns_that_all_bring(tmp_path, monkeypatch, config, lacking):
     """One prompt without log-probabilities and process rewards, far down, decides for all."""
-    monkeypatch.setattr(row_files, "_ROWS_PER_BATCH", 3)
+    monkeypatch.setattr(columns, "_ROWS_PER_BATCH", 3)
     trajectories = scripted()
     if lacking != "all":
         for each in trajectories:
@@ -151,7 +151,7 @@ def test_groups_that_are_torn_or_out_of_order_are_refused():
 
 def test_a_column_is_written_as_it_comes(tmp_path, monkeypatch):
     """Beside the rows where these are files, in memory where they are there; float32 to the last bit."""
-    monkeypatch.setattr(row_files, "_ROWS_PER_BATCH", 3)
+    monkeypatch.setattr(columns, "_ROWS_PER_BATCH", 3)
     values = [np.random.default_rng(i).standard_normal(i % 4).astype(np.float32) for i in range(11)]
     in_memory = Dataset.from_dict({"ids": [list(range(len(v))) for v in values]})
     save_rows(in_memory, tmp_path / "rows")

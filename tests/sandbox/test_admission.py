@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from trl_multiturn.sandbox import _admission as _turns
-from trl_multiturn.sandbox import forked, session
+from trl_multiturn.sandbox import _admission as _turns, forked, session
 from trl_multiturn.sandbox._admission import Gate, Visit
 from trl_multiturn.sandbox._loop import LoopThread
 from trl_multiturn.sandbox.sandbox import Sandbox, SandboxConfig

@@ -13,9 +13,7 @@ from pathlib import Path
 import pytest
 
 from trl_multiturn.sandbox.forkserver import IsolationError
-from trl_multiturn.sandbox.inside import confinement
-from trl_multiturn.sandbox.inside import scratch as _scratch
-from trl_multiturn.sandbox.inside import syscalls as _syscalls
+from trl_multiturn.sandbox.inside import confinement, scratch as _scratch, syscalls as _syscalls
 from trl_multiturn.sandbox.sandbox import Sandbox, SandboxConfig
 
 

@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 
 from trl_multiturn.sandbox._admission import Visit
+from trl_multiturn.sandbox.backend import Reply
+from trl_multiturn.sandbox.config import SandboxConfig
 from trl_multiturn.sandbox.result import ToolFailure
-from trl_multiturn.sandbox.sandbox import Reply, Sandbox, SandboxConfig
+from trl_multiturn.sandbox.sandbox import Sandbox
 
 from .cells import BEGIN, PATIENCE_SECONDS, WAIT, eventually, has_begun, let_go
 

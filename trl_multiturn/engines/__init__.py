@@ -10,9 +10,7 @@ from .._lazy import attach
 
 
 if TYPE_CHECKING:
-    from .engine import Engine as Engine
-    from .engine import Generation as Generation
-    from .engine import SamplingParams as SamplingParams
+    from .engine import Engine as Engine, Generation as Generation, SamplingParams as SamplingParams
     from .scripted_engine import ScriptedEngine as ScriptedEngine
     from .transformers.engine import TransformersEngine as TransformersEngine
     from .vllm.engine import VLLMEngine as VLLMEngine

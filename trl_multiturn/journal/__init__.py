@@ -8,11 +8,8 @@ from .._lazy import attach
 
 
 if TYPE_CHECKING:
-    from .export import export_trajectories as export_trajectories
-    from .export import run_trajectories as run_trajectories
-    from .journal import Journal as Journal
-    from .journal import JournalError as JournalError
-    from .journal import read_dataset as read_dataset
+    from .export import export_trajectories as export_trajectories, run_trajectories as run_trajectories
+    from .journal import Journal as Journal, JournalError as JournalError, read_dataset as read_dataset
 else:
     __getattr__, __dir__, __all__ = attach(
         __name__,

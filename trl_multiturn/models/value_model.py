@@ -18,7 +18,7 @@ import copy
 import json
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -79,6 +79,11 @@ class ValueModel(nn.Module):
         if hidden_states is not None:
             hidden_states = hidden_states.detach()
         else:
+            if self.backbone is None:
+                raise ValueError(
+                    "This value model is a head on a policy's hidden states and has no backbone of its own. Pass "
+                    "`hidden_states`, or load it with `ValueModel.from_pretrained(…, policy=…)`."
+                )
             # Below a head lies the policy, which no value loss may move
             with torch.set_grad_enabled(torch.is_grad_enabled() and self.kind != "head"):
                 outputs = self.backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
@@ -145,7 +150,7 @@ class ValueModel(nn.Module):
                 setting at 7B).
 
         Raises:
-            `ValueError`: if `kind` is unknown, or a full value model is asked for beside quantised weights.
+            `ValueError`: if `kind` is unknown, or a full value model is asked for beside quantized weights.
         """
         if kind not in ("adapter", "full", "head"):
             raise ValueError(f"`value_model={kind!r}` is unknown. Choose 'adapter', 'full' or 'head'.")
@@ -158,7 +163,7 @@ class ValueModel(nn.Module):
                     "The policy's weights are quantised and cannot be trained as a second full model. Use "
                     "`value_model='adapter'`, or load the policy without `quantization_config`."
                 )
-            backbone = _bare_backbone(copy.deepcopy(policy), merge=True)
+            backbone: PreTrainedModel | PeftModel = _bare_backbone(copy.deepcopy(policy), merge=True)
             backbone.requires_grad_(True)
         else:
             shares_policy = isinstance(policy, PeftModel)
@@ -166,7 +171,7 @@ class ValueModel(nn.Module):
             backbone = _bare_backbone(copy.deepcopy(policy) if owner is None else _with_shared_weights(owner))
             backbone.requires_grad_(False)
             config = LoraConfig(r=lora_rank, lora_alpha=lora_alpha, lora_dropout=0.0, target_modules="all-linear")
-            backbone = get_peft_model(backbone, config, adapter_name=_ADAPTER)
+            backbone = get_peft_model(cast(PreTrainedModel, backbone), config, adapter_name=_ADAPTER)
         return cls(backbone, hidden_size, kind).to(_device(policy))
 
     def save_pretrained(self, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
@@ -186,8 +191,8 @@ class ValueModel(nn.Module):
         if self.kind != "head":
             prefix = "backbone."
             own = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
-            kwargs = {"selected_adapters": [_ADAPTER]} if self.kind == "adapter" else {}
-            self.backbone.save_pretrained(folder / _BACKBONE_FOLDER, state_dict=own, **kwargs)
+            kwargs: dict[str, Any] = {"selected_adapters": [_ADAPTER]} if self.kind == "adapter" else {}
+            self._own_backbone().save_pretrained(str(folder / _BACKBONE_FOLDER), state_dict=own, **kwargs)
 
     @classmethod
     def from_pretrained(
@@ -247,10 +252,10 @@ class ValueModel(nn.Module):
             )
         self._load_head(folder)
         if kind == "adapter":
-            self.backbone.load_adapter(folder / _ADAPTER_FOLDER, _ADAPTER, is_trainable=True)
+            self._own_backbone().load_adapter(str(folder / _ADAPTER_FOLDER), _ADAPTER, is_trainable=True)
         elif kind == "full":
-            saved = AutoModel.from_pretrained(folder / _BACKBONE_FOLDER, dtype=self.backbone.dtype)
-            self.backbone.load_state_dict(saved.state_dict())
+            saved = AutoModel.from_pretrained(folder / _BACKBONE_FOLDER, dtype=self._own_backbone().dtype)
+            self._own_backbone().load_state_dict(saved.state_dict())
 
     @staticmethod
     def saved_weights(folder: str | Path) -> dict[str, Tensor]:
@@ -265,6 +270,11 @@ class ValueModel(nn.Module):
             weights |= {f"backbone.{name}": tensor for name, tensor in backbone.state_dict().items()}
         return weights
 
+    def _own_backbone(self) -> Any:
+        """The backbone of a value model that has one (a PEFT model or a plain one)."""
+        assert self.backbone is not None, f"a value model of kind {self.kind!r} has no backbone of its own"
+        return self.backbone
+
     def _load_head(self, folder: Path) -> None:
         with torch.no_grad():
             self.head.weight.copy_(load_file(folder / _HEAD_FILE)["weight"])
@@ -272,7 +282,7 @@ class ValueModel(nn.Module):
 
 def decoder(model: PreTrainedModel | PeftModel) -> nn.Module:
     """The decoder below a language-modelling head, with whatever adapters it carries."""
-    return (model.get_base_model() if isinstance(model, PeftModel) else model).base_model
+    return cast(nn.Module, (model.get_base_model() if isinstance(model, PeftModel) else model).base_model)
 
 
 def _device(module: nn.Module) -> torch.device:
@@ -282,8 +292,8 @@ def _device(module: nn.Module) -> torch.device:
 def _bare_backbone(model: PreTrainedModel | PeftModel, merge: bool = False) -> PreTrainedModel:
     """The decoder without adapters, which are merged or dropped; `model` is used up."""
     if isinstance(model, PeftModel):
-        model = model.merge_and_unload() if merge else model.unload()
-    return model.base_model
+        model = cast(PreTrainedModel, model.merge_and_unload() if merge else model.unload())
+    return cast(PreTrainedModel, model.base_model)
 
 
 def _with_shared_weights(model: PreTrainedModel | PeftModel) -> PreTrainedModel | PeftModel:
@@ -309,5 +319,5 @@ def _load_adapter(
                 f"The value adapter in `{folder}` does not say which base model it stands on, because that model had "
                 "no name when training started. Pass `policy=`: the LoRA policy, or the model training started from."
             )
-        backbone = AutoModelForCausalLM.from_pretrained(base, **model_kwargs).base_model
+        backbone = _bare_backbone(AutoModelForCausalLM.from_pretrained(base, **model_kwargs))
     return PeftModel.from_pretrained(backbone, folder, adapter_name=_ADAPTER, is_trainable=is_trainable)

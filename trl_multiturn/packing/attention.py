@@ -9,12 +9,12 @@ across trajectories without a sign of it. So the mask it gets is NaN, and such a
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
@@ -41,7 +41,7 @@ def implementation_for(current: str, softcap: bool) -> str:
     return EAGER if current == "eager" or softcap else SDPA
 
 
-def switch_attention(model: nn.Module) -> str:
+def switch_attention(model: PreTrainedModel) -> str:
     """Put the packed attention on a model; the name of what it had before, for `set_attn_implementation`."""
     register()
     config = model.config.get_text_config()
@@ -80,7 +80,7 @@ def _eager(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attenti
         _refuse_own_mask(attention_mask)
         return packed_attention(module, query, key, value, row, **kwargs), None
     _refuse_unsupported(kwargs)
-    scaling = kwargs.get("scaling") or module.head_dim**-0.5
+    scaling: float = kwargs.get("scaling") or cast(int, module.head_dim) ** -0.5
     output, weights = _softmax_attention(
         query, key, value, attention_mask, scaling, kwargs.get("softcap"), kwargs.get("dropout", 0.0)
     )

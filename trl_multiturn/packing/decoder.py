@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary, WeakSet
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from .attention import packed_arguments, switch_attention
 from .plan import PlanCache, chunk_overhead
@@ -36,7 +37,7 @@ class PackedDecoder:
     """
 
     def __init__(self, model: nn.Module, pack: bool | str, plans: PlanCache) -> None:
-        self.decoder = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.decoder = without_adapters(model)
         self.calls = {"packed": 0, "padded": 0}
         self._pack, self._plans = pack, plans
         self._before = switch_attention(self.decoder)
@@ -77,6 +78,11 @@ class PackedDecoder:
         if row is not None and output is not None:
             output.last_hidden_state = row.unpack(output.last_hidden_state)
         return output
+
+
+def without_adapters(model: nn.Module) -> PreTrainedModel:
+    """The model that adapters are put on, with those it carries inside its layers; the model itself without PEFT."""
+    return cast(PreTrainedModel, cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..precision import matmul_uses_tf32
+from .decoder import without_adapters
 from .forward import PackedForward
 from .row import PackedRow
 
@@ -29,7 +30,7 @@ def reason_against_hooks(model: nn.Module) -> str | None:
     peft_configs = getattr(model, "peft_config", None) or {}
     if any(getattr(config, "is_prompt_learning", False) for config in peft_configs.values()):
         return "prompt-learning PEFT puts virtual tokens into the sequences"
-    causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+    causal_lm = without_adapters(model)
     if causal_lm.config.get_text_config() is not causal_lm.config:
         return "the model is multimodal"
     if causal_lm.base_model is causal_lm:
@@ -39,7 +40,7 @@ def reason_against_hooks(model: nn.Module) -> str | None:
 
 def reason_against_packing(model: nn.Module) -> str | None:
     """What rules packing out before anything is run, or `None`."""
-    causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+    causal_lm = without_adapters(model)
     config = causal_lm.config.get_text_config()
     unpackable = sorted(set(getattr(config, "layer_types", None) or ()) - _PACKABLE_LAYERS)
     if unpackable:
@@ -73,7 +74,9 @@ def self_test(forward: PackedForward) -> str | None:
         with torch.no_grad():
             with forward.as_it_came():
                 padded = model(**batch, fused_lm_head=True).log_probs
-            row = forward.plan({**batch, "fused_lm_head": True}).row
+            plan = forward.plan({**batch, "fused_lm_head": True})
+            assert plan is not None and plan.row is not None  # it packs always here
+            row = plan.row
             packed = model(**batch, fused_lm_head=True).log_probs
         eps = _precision(row, forward.causal_lm)
     except Exception as error:  # of whatever kind: the model is not ours, and the run can do without packing

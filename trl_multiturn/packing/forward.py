@@ -19,14 +19,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary, ref
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
 
 from .attention import packed_arguments, switch_attention
-from .decoder import CAPTURED, ROWS_IN_FLIGHT
+from .decoder import CAPTURED, ROWS_IN_FLIGHT, without_adapters
 from .last_layer import READ, LastFeedForward
 from .plan import Plan, PlanCache, chunk_overhead
 from .scored_head import FIELDS, TokenScores, score_tokens
@@ -39,12 +40,12 @@ _KNOWN = {"input_ids", "attention_mask", "labels", "fused_lm_head", "use_cache",
 _LOGIT_SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
 
 # Weak both ways: a model's hooks keep its PackedForward alive, and nothing here keeps the model
-_SEATS: WeakKeyDictionary[nn.Module, ref[PackedForward]] = WeakKeyDictionary()
+_INSTALLED: WeakKeyDictionary[nn.Module, ref[PackedForward]] = WeakKeyDictionary()
 
 
 def packed_forward_of(model: nn.Module) -> PackedForward | None:
     """The [`PackedForward`] that sits on a model, if any."""
-    seat = _SEATS.get(model)
+    seat = _INSTALLED.get(model)
     return None if seat is None else seat()
 
 
@@ -69,8 +70,8 @@ class PackedForward:
         plans: PlanCache | None = None,
     ) -> None:
         self.model = model
-        self.causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self.backbone = self.causal_lm.base_model
+        self.causal_lm = without_adapters(model)
+        self.backbone = cast(PreTrainedModel, self.causal_lm.base_model)
         self.fields = tuple(name for name in FIELDS if name in fields)
         self.enabled = True
         self.calls: dict[str, int] = {"packed": 0, "padded": 0}
@@ -88,7 +89,7 @@ class PackedForward:
         previous = packed_forward_of(self.model)
         if previous is not None:
             previous.remove()  # another trainer's, of the same model
-        _SEATS[self.model] = ref(self)
+        _INSTALLED[self.model] = ref(self)
         if self._pack:
             self._implementation_before = switch_attention(self.causal_lm)
             self._last = LastFeedForward(self.backbone)
@@ -106,7 +107,7 @@ class PackedForward:
             handle.remove()
         self._handles = []
         if packed_forward_of(self.model) is self:
-            del _SEATS[self.model]
+            del _INSTALLED[self.model]
         self.stop_packing()
 
     @property
@@ -116,7 +117,7 @@ class PackedForward:
 
     @contextmanager
     def as_it_came(self) -> Iterator[None]:
-        """The model with the attention it came with, and calls that go by."""
+        """The model with the attention it came with; its calls are not packed."""
         config = self.causal_lm.config.get_text_config()
         packed, before = config._attn_implementation, self._implementation_before
         self.enabled = False
@@ -145,12 +146,12 @@ class PackedForward:
             return None
         if any(value is not None for name, value in kwargs.items() if name not in _KNOWN):
             return None
-        batch = tuple(kwargs.get(name) for name in ("input_ids", "attention_mask", "labels"))
-        if batch[0] is None or batch[2] is None:
+        input_ids, labels = kwargs.get("input_ids"), kwargs.get("labels")
+        if input_ids is None or labels is None:
             return None
         hidden_size = self.causal_lm.config.get_text_config().hidden_size
-        overhead = chunk_overhead(hidden_size, batch[0].device, self.causal_lm.dtype)
-        return self.plans.plan(*batch, pack=self._pack, overhead=overhead)
+        overhead = chunk_overhead(hidden_size, input_ids.device, self.causal_lm.dtype)
+        return self.plans.plan(input_ids, kwargs.get("attention_mask"), labels, pack=self._pack, overhead=overhead)
 
     def _before_model(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
         self._plan = self._scores = None
@@ -220,9 +221,9 @@ class PackedForward:
             output.loss = output.loss + getattr(config, "router_aux_loss_coef", 0.0) * output.aux_loss
         return output
 
-    def _head(self) -> nn.Module:
+    def _head(self) -> nn.Linear:
         """The output embeddings in use: where PEFT trains a copy (`modules_to_save`), that of the active adapter."""
-        head = self.causal_lm.get_output_embeddings()
+        head: Any = self.causal_lm.get_output_embeddings()
         if not isinstance(getattr(head, "modules_to_save", None), nn.ModuleDict):
             return head
         saved = [name for name in head.active_adapters if name in head.modules_to_save]

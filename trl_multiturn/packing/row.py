@@ -16,7 +16,7 @@ sequences branch off. Without anything to share the same row is plain padding-fr
 from __future__ import annotations
 
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -68,6 +68,7 @@ class PackedRow:
         self.chunks = chunks
         self.segment_lengths = segment_lengths
         self.raw_tokens = raw_tokens
+        self._varlen_index: Any = None  # of `varlen`, which computes it once
         self._masks: dict[tuple[int, int, int | None], Tensor] = {}
         # What attention layers asked for and computed in, since the row was made; for the self-test
         self.windows_seen: list[int | None] = []

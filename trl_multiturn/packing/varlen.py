@@ -38,9 +38,8 @@ class VarlenIndex(NamedTuple):
 
 def varlen_index(row: PackedRow) -> VarlenIndex:
     """The row's gather indices and cumulative lengths, computed once per row."""
-    cached = getattr(row, "_varlen_index", None)
-    if cached is not None:
-        return cached
+    if row._varlen_index is not None:
+        return row._varlen_index
     starts = torch.tensor([0, *row.segment_lengths]).cumsum(0).tolist()
     pieces, lengths = [], []
     for chunk in row.chunks:
@@ -106,7 +105,7 @@ def _torch_varlen(query, key, value, index: VarlenIndex, scaling: float, left: i
 
     # PyTorch 2.11 groups heads without being asked; later versions want to be asked
     grouped = {"enable_gqa": query.shape[1] != key.shape[1]} if "enable_gqa" in _arguments_of_torch_varlen() else {}
-    return varlen_attn(
+    output = varlen_attn(
         query,
         key,
         value,
@@ -118,6 +117,7 @@ def _torch_varlen(query, key, value, index: VarlenIndex, scaling: float, left: i
         window_size=(left, 0),
         **grouped,
     )
+    return output[0] if isinstance(output, tuple) else output
 
 
 def _flash_attn(query, key, value, index: VarlenIndex, scaling: float, left: int, softcap: float | None) -> Tensor:

@@ -8,38 +8,23 @@ from .._lazy import attach
 
 
 if TYPE_CHECKING:
-    from ..engines.engine import Engine as Engine
-    from ..engines.engine import Generation as Generation
-    from ..engines.engine import SamplingParams as SamplingParams
+    from ..engines.engine import Engine as Engine, Generation as Generation, SamplingParams as SamplingParams
     from ..engines.scripted_engine import ScriptedEngine as ScriptedEngine
     from ..engines.transformers.engine import TransformersEngine as TransformersEngine
-    from ..journal.journal import Journal as Journal
-    from ..journal.journal import JournalError as JournalError
-    from ..journal.journal import read_dataset as read_dataset
+    from ..journal.journal import Journal as Journal, JournalError as JournalError, read_dataset as read_dataset
     from .config import RolloutConfig as RolloutConfig
     from .loop import (
         TooManyToolFailures as TooManyToolFailures,
-    )
-    from .loop import (
         agenerate_trajectories as agenerate_trajectories,
-    )
-    from .loop import (
         generate_trajectories as generate_trajectories,
     )
     from .prefix_completion import (
         Prefix as Prefix,
-    )
-    from .prefix_completion import (
         complete_prefixes as complete_prefixes,
-    )
-    from .prefix_completion import (
         estimate_step_rewards as estimate_step_rewards,
-    )
-    from .prefix_completion import (
         reward_longest_good_prefix as reward_longest_good_prefix,
     )
-    from .search import avalue_guided_search as avalue_guided_search
-    from .search import value_guided_search as value_guided_search
+    from .search import avalue_guided_search as avalue_guided_search, value_guided_search as value_guided_search
 else:
     __getattr__, __dir__, __all__ = attach(
         __name__,

@@ -34,8 +34,7 @@ from .episode import (
     replay,
     turn_room,
 )
-from .loop import _run as run_coroutine
-from .loop import agenerate_trajectories
+from .loop import _run as run_coroutine, agenerate_trajectories
 from .provenance import derive_seed
 from .scoring import Score, Scorer
 

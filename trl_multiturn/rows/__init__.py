@@ -10,25 +10,14 @@ from .._lazy import attach
 if TYPE_CHECKING:
     from .pairing import (
         build_preference_dataset as build_preference_dataset,
-    )
-    from .pairing import (
         build_unpaired_dataset as build_unpaired_dataset,
     )
-    from .row_files import save_rows as save_rows
-    from .row_files import write_rows as write_rows
+    from .row_files import save_rows as save_rows, write_rows as write_rows
     from .selection import (
         PairingConfig as PairingConfig,
-    )
-    from .selection import (
         Selection as Selection,
-    )
-    from .selection import (
         UnpairedConfig as UnpairedConfig,
-    )
-    from .selection import (
         select as select,
-    )
-    from .selection import (
         select_by_prompt as select_by_prompt,
     )
 else:

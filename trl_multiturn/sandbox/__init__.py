@@ -12,14 +12,9 @@ from .._lazy import attach
 
 
 if TYPE_CHECKING:
-    from .backend import Backend as Backend
-    from .backend import Begun as Begun
-    from .backend import Interpreter as Interpreter
-    from .backend import Reply as Reply
+    from .backend import Backend as Backend, Begun as Begun, Interpreter as Interpreter, Reply as Reply
     from .config import SandboxConfig as SandboxConfig
-    from .result import IsolationError as IsolationError
-    from .result import ToolFailure as ToolFailure
-    from .result import ToolResult as ToolResult
+    from .result import IsolationError as IsolationError, ToolFailure as ToolFailure, ToolResult as ToolResult
     from .sandbox import Sandbox as Sandbox
     from .session import Session as Session
 else:

@@ -12,31 +12,19 @@ from .._lazy import attach
 
 if TYPE_CHECKING:
     from ..sandbox.config import SandboxConfig as SandboxConfig
-    from ..sandbox.result import ToolFailure as ToolFailure
-    from ..sandbox.result import ToolResult as ToolResult
+    from ..sandbox.result import ToolFailure as ToolFailure, ToolResult as ToolResult
     from ..sandbox.sandbox import Sandbox as Sandbox
     from .base import (
         RolloutContext as RolloutContext,
-    )
-    from .base import (
         SessionTool as SessionTool,
-    )
-    from .base import (
         ToolCall as ToolCall,
-    )
-    from .base import (
         ToolSession as ToolSession,
-    )
-    from .base import (
         current_rollout as current_rollout,
     )
     from .environments import EnvironmentType as EnvironmentType
     from .python_tool import PythonTool as PythonTool
-    from .textworld import TextWorldEnvironment as TextWorldEnvironment
-    from .textworld import make_games as make_games
-    from .toolbox import Toolbox as Toolbox
-    from .toolbox import ToolLimits as ToolLimits
-    from .toolbox import Toolset as Toolset
+    from .textworld import TextWorldEnvironment as TextWorldEnvironment, make_games as make_games
+    from .toolbox import Toolbox as Toolbox, ToolLimits as ToolLimits, Toolset as Toolset
 else:
     __getattr__, __dir__, __all__ = attach(
         __name__,

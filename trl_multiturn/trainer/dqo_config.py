@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from .values.value_config import ValueBasedConfig, check_numbers
 
@@ -49,7 +50,7 @@ class DQOConfig(ValueBasedConfig):
     importance_log_cap: float = field(
         default=1.0, metadata={"help": "Largest logarithm of an importance weight, in nats."}
     )
-    horizon: str = field(
+    horizon: Literal["token", "turn", "response"] = field(
         default="token",
         metadata={
             "help": "What one action is: a token, a turn, or the whole response (DRO). With tools whose answers are "

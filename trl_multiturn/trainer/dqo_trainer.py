@@ -53,6 +53,7 @@ class DQOTrainer(ValueBasedTrainer):
     ```
     """
 
+    args: DQOConfig
     _config_class = DQOConfig
     _tag_names = ["trl", "dqo", "multi-turn"]
     _name = "DQO"

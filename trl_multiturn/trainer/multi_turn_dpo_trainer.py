@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import functools
 import textwrap
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -16,6 +16,7 @@ from ..data.tokenization import row_tokenization_kwargs, tokenize_numbered_row, 
 from ..data.truncation import PREFERENCE_SIDES
 from .loop.iterative import IterativeTrainerMixin
 from .packed import PackedTrainerMixin
+from .policy import PolicyMixin
 from .rows.token_rows import TokenRowsMixin
 
 
@@ -23,7 +24,7 @@ from .rows.token_rows import TokenRowsMixin
 _MARGIN_LOSS_TYPES = {"sigmoid", "hinge", "robust", "exo_pair", "discopop", "sft"}
 
 
-class MultiTurnDPOTrainer(PackedTrainerMixin, IterativeTrainerMixin, TokenRowsMixin, DPOTrainer):
+class MultiTurnDPOTrainer(PackedTrainerMixin, IterativeTrainerMixin, PolicyMixin, TokenRowsMixin, DPOTrainer):
     """
     Trainer for multi-turn Direct Preference Optimization (M-DPO).
 
@@ -74,15 +75,17 @@ class MultiTurnDPOTrainer(PackedTrainerMixin, IterativeTrainerMixin, TokenRowsMi
     }
 
     _sides = PREFERENCE_SIDES
-    _reference_columns = ("ref_chosen_logps", "ref_rejected_logps")
-    _extra_signature_columns = ("margin",)
+    args: DPOConfig
+    _reference_columns: tuple[str, ...] = ("ref_chosen_logps", "ref_rejected_logps")
+    _extra_signature_columns: tuple[str, ...] = ("margin",)
     _upstream_collator = "DataCollatorForPreference"
     _collator_class = DataCollatorForMultiTurnPreference
 
-    # Help and completion show the parent's arguments, which are passed on as they are
-    @functools.wraps(DPOTrainer.__init__)
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+    if not TYPE_CHECKING:  # checkers read the parent's signature
+        # Help and completion show the parent's arguments, which are passed on as they are
+        @functools.wraps(DPOTrainer.__init__)
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
 
     def _prepare_dataset(
         self,

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
@@ -17,6 +17,7 @@ from ..data.unpaired import add_mismatched_completions, unpair_interleaved
 from .loop.iterative import IterativeTrainerMixin
 from .multi_turn_dpo_trainer import MultiTurnDPOTrainer
 from .packed import PackedTrainerMixin
+from .policy import PolicyMixin
 from .rows.token_rows import TokenRowsMixin
 
 
@@ -25,7 +26,7 @@ logger = get_logger(__name__)
 _TEXT_FORMATS = [("chosen", "rejected"), ("prompt", "completion", "label")]
 
 
-class MultiTurnKTOTrainer(PackedTrainerMixin, IterativeTrainerMixin, TokenRowsMixin, KTOTrainer):
+class MultiTurnKTOTrainer(PackedTrainerMixin, IterativeTrainerMixin, PolicyMixin, TokenRowsMixin, KTOTrainer):
     """
     Trainer for multi-turn Kahneman-Tversky Optimization (M-KTO).
 
@@ -50,15 +51,17 @@ class MultiTurnKTOTrainer(PackedTrainerMixin, IterativeTrainerMixin, TokenRowsMi
     _paper = MultiTurnDPOTrainer._paper
 
     _sides = UNPAIRED_SIDES
-    _reference_columns = ("ref_logps", "ref_KL_logps")
-    _extra_signature_columns = ("KL_action_mask",)
+    args: KTOConfig
+    _reference_columns: tuple[str, ...] = ("ref_logps", "ref_KL_logps")
+    _extra_signature_columns: tuple[str, ...] = ("KL_action_mask",)
     _upstream_collator = "DataCollatorForUnpairedPreference"
     _collator_class = DataCollatorForMultiTurnUnpairedPreference
 
-    # Help and completion show the parent's arguments, which are passed on as they are
-    @functools.wraps(KTOTrainer.__init__)
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+    if not TYPE_CHECKING:  # checkers read the parent's signature
+        # Help and completion show the parent's arguments, which are passed on as they are
+        @functools.wraps(KTOTrainer.__init__)
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
 
     def _prepare_dataset(
         self,

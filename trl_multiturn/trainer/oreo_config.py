@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from .values.value_config import ValueBasedConfig, check_numbers
 
@@ -43,7 +44,7 @@ class OREOConfig(ValueBasedConfig):
     )
 
     # Parameters that control the loss
-    level: str = field(
+    level: Literal["token", "step", "response"] = field(
         default="token",
         metadata={
             "help": "What one action of the policy loss is. With tools whose answers are not certain, 'response' is "
@@ -51,7 +52,7 @@ class OREOConfig(ValueBasedConfig):
             "choices": ["token", "step", "response"],
         },
     )
-    step_delimiter: str = field(
+    step_delimiter: Literal["turn", "line", "sentence"] = field(
         default="turn",
         metadata={
             "help": "Where a step ends, for `level='step'`: at turns, also at line breaks, or also at periods.",

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import textwrap
-from typing import Any
+from typing import Any, Literal
 
 from accelerate.logging import get_logger
 from torch import Tensor
@@ -53,6 +53,7 @@ class OREOTrainer(ValueBasedTrainer):
     ```
     """
 
+    args: OREOConfig
     _config_class = OREOConfig
     _tag_names = ["trl", "oreo", "multi-turn"]
     _name = "OREO"
@@ -82,10 +83,10 @@ class OREOTrainer(ValueBasedTrainer):
 
     @property
     def _needs_reference_distributions(self) -> bool:
-        return self.args.kl_coef > 0
+        return bool(self.args.kl_coef)
 
     @staticmethod
-    def _step_delimiter(args: OREOConfig) -> str | None:
+    def _step_delimiter(args: OREOConfig) -> Literal["turn", "line", "sentence"] | None:
         return args.step_delimiter if args.level == "step" and args.step_delimiter != "turn" else None
 
     def losses(self, batch: TrajectoryBatch) -> tuple[Tensor, Tensor, dict[str, float | Tensor]]:
@@ -98,4 +99,4 @@ class OREOTrainer(ValueBasedTrainer):
         if batch.kl is None:
             return value_loss, policy_loss, {}
         kl = kl_loss(batch.kl, batch.action_mask)
-        return value_loss, policy_loss + self.args.kl_coef * kl, {"kl": kl}
+        return value_loss, policy_loss + (self.args.kl_coef or 0.0) * kl, {"kl": kl}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from accelerate.logging import get_logger
@@ -13,12 +14,13 @@ from ..packing.decoder import PackedDecoder
 from ..packing.eligibility import reason_against_hooks, reason_against_packing, self_test
 from ..packing.forward import PackedForward
 from ..packing.plan import PlanCache
+from .host import TrainerHost
 
 
 logger = get_logger(__name__)
 
 
-class PackedTrainerMixin:
+class PackedTrainerMixin(TrainerHost):
     """
     Runs a TRL trainer's models on packed rows; to be listed before the TRL trainer among a class's bases.
 
@@ -40,18 +42,18 @@ class PackedTrainerMixin:
 
     _path_is_logged = False
 
-    def compute_loss(self, model, inputs, *args, **kwargs):
-        self.seat_packed_forwards()
-        output = super().compute_loss(model, inputs, *args, **kwargs)
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        self.install_packed_forwards()
+        output: Any = super().compute_loss(model, inputs, *args, **kwargs)
         if not self._path_is_logged:
             self._path_is_logged = True
-            plan = self._packed_forwards[0].last_plan if self._packed_forwards else None
+            plan = next((forward.last_plan for forward in self._causal_forwards()), None)
             logger.info(f"First batch: {'computed as TRL does' if plan is None else plan}.")
         return output if self._part_weight == 1.0 else output * self._part_weight
 
     def compute_ref_log_probs(self, model, inputs):
         # Precomputation asks for these inside the parent's constructor
-        self.seat_packed_forwards()
+        self.install_packed_forwards()
         return super().compute_ref_log_probs(model, inputs)
 
     def training_step(self, model, inputs, *args, **kwargs):
@@ -60,7 +62,7 @@ class PackedTrainerMixin:
             return super().training_step(model, inputs, *args, **kwargs)
         self._check_loss_is_a_mean_over_rows()
         sides = 1 if "label" in inputs else 2
-        self.seat_packed_forwards()
+        self.install_packed_forwards()
         packed = any(forward.packs for forward in self._packed_forwards)
         parts = split_batch(inputs, budget, sides, packed=packed)
         if self.accelerator.num_processes > 1:
@@ -106,7 +108,7 @@ class PackedTrainerMixin:
                 "rows, so its gradient would not be the batch's. Lower `per_device_train_batch_size` instead."
             )
 
-    def seat_packed_forwards(self) -> None:
+    def install_packed_forwards(self) -> None:
         """Decide, once, how this trainer's models run; a trainer with its own loss calls it before the first pass."""
         if getattr(self, "_packed_forwards", None) is not None:
             return
@@ -121,12 +123,12 @@ class PackedTrainerMixin:
             pack = False if reason else packed
             self._packed_forwards = [PackedForward(m, fields, pack, plans).install() for m, fields in models]
             if reason is None:
-                reason = _first(self_test(forward) for forward in self._packed_forwards)
+                reason = _first(self_test(forward) for forward in self._causal_forwards())
         if reason is None:
             self._pack_value_model(packed, plans)
             logger.info("Trajectories are packed with shared prefixes where their shapes say that it pays.")
             return
-        for forward in self._packed_forwards:
+        for forward in self._causal_forwards():
             forward.stop_packing()
         if packed is True:
             raise ValueError(
@@ -136,6 +138,9 @@ class PackedTrainerMixin:
         scored = ", the LM head on trained tokens only" if self._packed_forwards else ""
         logger.warning(f"Batches stay padded{scored}: {reason}.")
 
+    def _causal_forwards(self) -> list[PackedForward]:
+        return [forward for forward in self._packed_forwards if isinstance(forward, PackedForward)]
+
     def _pack_value_model(self, packed: bool | str, plans: PlanCache) -> None:
         """A value model with a backbone of its own has the policy's architecture, which passed the self-test."""
         value_model = getattr(self.accelerator.unwrap_model(self.model), "value_model", None)
@@ -144,11 +149,11 @@ class PackedTrainerMixin:
             self._packed_forwards.append(PackedDecoder(backbone, packed, plans))
 
     def _packable_models(self) -> list[tuple[nn.Module, tuple[str, ...]]]:
-        fields = ("entropy", "mean_logits", "is_top1")
+        fields: tuple[str, ...] = ("entropy", "mean_logits", "is_top1")
         if getattr(self, "use_weighting", False):
             fields += ("log_sum_sq_probs",)
         policy = self.accelerator.unwrap_model(self.model)
-        models = [(policy, fields)]
+        models: list[tuple[nn.Module, tuple[str, ...]]] = [(policy, fields)]
         if getattr(self, "ref_model", None) is not None:
             reference = self.accelerator.unwrap_model(self.ref_model)
             if reference is not policy:  # which stands in for it while reference columns are computed

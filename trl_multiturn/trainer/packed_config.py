@@ -1,9 +1,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 
-_PACKED = {"auto": "auto", "true": True, "false": False}
+_PACKED: dict[str, Any] = {"auto": "auto", "true": True, "false": False}
 
 
 @dataclass
@@ -59,4 +60,4 @@ class PackedConfig:
                 f"`max_tokens_per_batch={self.max_tokens_per_batch}` leaves no room for a token. Pass a positive "
                 "number, or `None` for no limit."
             )
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[misc]  # that of the TRL configuration beside which it stands

@@ -20,8 +20,7 @@ import socket
 import sys
 import time
 
-from . import child as sessions
-from . import confinement, preload, processes, protocol, scratch
+from . import child as sessions, confinement, preload, processes, protocol, scratch
 
 
 _WATCH_SECONDS = 0.02

@@ -9,17 +9,17 @@ whatever their number. Checkpoints, logging, evaluation and resuming stay the pa
 from __future__ import annotations
 
 import copy
-import inspect
 import math
 import warnings
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from datasets import Dataset
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import ProgressCallback, Trainer, set_seed
 
 from ...distributed.main_process import outlive_trainer
+from ..host import TrainerHost, constructor_arguments
 from .checkpoints import being_written, checkpoint_to_resume
 
 
@@ -42,7 +42,7 @@ class TrainingRowSource(Protocol):
         ...
 
 
-class IterativeTrainerMixin:
+class IterativeTrainerMixin(TrainerHost):
     """Mixed in before a TRL trainer: accepts a [`TrainingRowSource`] among the `callbacks`.
 
     Without such a callback nothing changes. With one, `train_dataset` is omitted, `num_train_epochs` is the number of
@@ -51,21 +51,24 @@ class IterativeTrainerMixin:
 
     _sides: tuple[tuple[str, str], ...]  # the trainer's (ids, mask) columns, see `TokenRowsMixin`
     _row_source: TrainingRowSource | None = None
+    _rows_come_later = False
     _resumed_inside = False
     iteration_first_step = 0  # global steps before the iteration under way, and after it
     iteration_last_step = 0
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        call = inspect.signature(super().__init__).bind(*args, **kwargs)
-        sources = [c for c in call.arguments.get("callbacks") or [] if isinstance(c, TrainingRowSource)]
-        self._rows_come_later = bool(sources)
-        if sources:
-            self._expect_rows_from(sources, call.arguments)
-        _refuse_no_rows(call.arguments)
-        super().__init__(*call.args, **call.kwargs)
-        if sources:
-            self._row_source = sources[0]
-            self._row_source.attach(self)
+    if not TYPE_CHECKING:  # checkers read the TRL trainer's signature
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            given = constructor_arguments(self, args, kwargs)
+            sources = [c for c in given.get("callbacks") or [] if isinstance(c, TrainingRowSource)]
+            self._rows_come_later = bool(sources)
+            if sources:
+                self._expect_rows_from(sources, given)
+            _refuse_no_rows(given)
+            super().__init__(**given)
+            if sources:
+                self._row_source = sources[0]
+                self._row_source.attach(self)
 
     def _expect_rows_from(self, sources: list[TrainingRowSource], arguments: dict[str, Any]) -> None:
         name = type(sources[0]).__name__

@@ -9,7 +9,6 @@ mask.
 from __future__ import annotations
 
 import contextlib
-import copy
 import itertools
 import os
 from collections.abc import Iterator
@@ -29,7 +28,9 @@ from ...distributed.sharding import copy_parameters, whole_parameters, write_par
 from ...losses import LMHead
 from ...models.value_model import decoder
 from ...packing.decoder import capture_hidden_states
+from ..policy import frozen_copy
 from ..values.joint_forward import lm_head
+from .token_rows import TokenRowsMixin
 
 
 logger = get_logger(__name__)
@@ -37,8 +38,10 @@ logger = get_logger(__name__)
 REFERENCE_MODEL_FOLDER = "reference_model"
 
 
-class TokenReferenceMixin:
-    """Mixed in before `TokenRowsMixin`, whose reference columns hold one number per row."""
+class TokenReferenceMixin(TokenRowsMixin):
+    """One reference log-probability per token, where those of `TokenRowsMixin` are one number per row."""
+
+    _row_source: Any  # of `IterativeTrainerMixin`
 
     # Whether the reference model differs from the one that a constructor would load
     _reference_moved = False
@@ -58,9 +61,9 @@ class TokenReferenceMixin:
         if from_rows is not None and not self._needs_reference_distributions:
             return from_rows, None, None
         logps, hidden, head = self._score_by_reference(self.model if self.ref_model is None else self.ref_model, batch)
-        if not self._needs_reference_distributions:
-            hidden = head = None
-        return (logps if from_rows is None else from_rows), hidden, head
+        if from_rows is not None:
+            logps = from_rows
+        return (logps, hidden, head) if self._needs_reference_distributions else (logps, None, None)
 
     @torch.no_grad()
     def _score_by_reference(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, LMHead]:
@@ -139,11 +142,12 @@ class TokenReferenceMixin:
             for row, (start, end) in zip(logps, itertools.islice(spans, len(logps)), strict=True):
                 yield row[start:end]
 
-    def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
+    def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         if isinstance(dataset, Dataset) and "ref_logps" in dataset.column_names:
             return dataset  # rows that bring their reference
         desc = f"Computing reference log probs for {name} dataset"
-        return self.compute_reference_columns(dataset, "reference", batch_size, desc)
+        with torch.random.fork_rng(devices=[]):  # a loader draws a seed: what comes next would start otherwise
+            return self.compute_reference_columns(dataset, "reference", batch_size, desc)
 
     # The reference itself
 
@@ -206,10 +210,8 @@ class TokenReferenceMixin:
                 "`precompute_ref_log_probs=True` saves no memory here: the KL term needs the reference's whole "
                 "distributions, so a reference model is kept. Set `kl_coef=0` to do without."
             )
-        reference: Any = copy.deepcopy(self.model)
-        reference.__dict__.pop("forward", None)  # the copied fused forward would fall back on the policy's own
+        reference: Any = frozen_copy(self.model)
         _upstream.add_fused_lm_head(reference)
-        reference.requires_grad_(False)
         if self.is_fsdp_enabled:
             self.ref_model = _upstream.prepare_fsdp(reference, self.accelerator)
         else:

@@ -21,12 +21,13 @@ from torch.utils.data import DataLoader
 
 from ... import _upstream
 from ...data.truncation import fit_rows
+from ..host import TrainerHost, trl_class
 
 
 logger = get_logger(__name__)
 
 
-class TokenRowsMixin:
+class TokenRowsMixin(TrainerHost):
     """Rows with ids and masks for a TRL preference trainer; mixed in before the trainer class.
 
     A trainer names the columns of its completions, its collator and its reference columns; the rest is common.
@@ -53,8 +54,8 @@ class TokenRowsMixin:
         if getattr(self, "_is_vision_dataset", False):
             raise NotImplementedError(
                 f"{type(self).__name__} cannot train on images: the tokens that an image expands to are known only "
-                f"while a batch is collated, after the masks. Use `trl.{self._parent_name()}` for vision data, or "
-                "drop the image columns."
+                f"while a batch is collated, after the masks. Use "
+                f"`trl.{trl_class(type(self)).__name__}` for vision data, or drop the image columns."
             )
         if type(collator) is getattr(_upstream, self._upstream_collator):
             collator = self._collator_class(**vars(collator))
@@ -65,10 +66,6 @@ class TokenRowsMixin:
                 f"`{self._collator_class.__name__}` to be safe."
             )
         self._data_collator = collator
-
-    @classmethod
-    def _parent_name(cls) -> str:
-        return next(base.__name__ for base in cls.__mro__ if base.__module__.startswith("trl."))
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
@@ -198,18 +195,20 @@ class TokenRowsMixin:
             self.ref_model = held
             model.train(was_training)
 
-    def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
+    def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         # The parent writes a cache file that every process then opens. Rows in memory have no folder in common, and
         # each process would look into its own; computing without a file needs none.
         on_disk = isinstance(dataset, Dataset) and bool(dataset.cache_files) and is_caching_enabled()
         if isinstance(dataset, Dataset) and not on_disk and not self.is_deepspeed_enabled:
             desc = f"Computing reference log probs for {name} dataset"
-            return self.compute_reference_columns(dataset, "reference", batch_size, desc)
+            with torch.random.fork_rng(devices=[]):  # a loader draws a seed: what comes next would start otherwise
+                return self.compute_reference_columns(dataset, "reference", batch_size, desc)
         # The parent's cache key is the rows and the model. What else decides the values must be in it.
         model_hash = self._precompute_model_hash
         settings = (getattr(self, "ld_alpha", None), self.args.max_length, getattr(self.args, "truncation_mode", None))
         self._precompute_model_hash = Hasher.hash((model_hash, settings))
         try:
-            return super()._precompute_ref_logps(dataset, name, batch_size)
+            with torch.random.fork_rng(devices=[]):
+                return super()._precompute_ref_logps(dataset, name, batch_size)
         finally:
             self._precompute_model_hash = model_hash

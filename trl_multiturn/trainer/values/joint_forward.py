@@ -15,6 +15,7 @@ from typing import Any
 
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
@@ -102,9 +103,9 @@ def attach_value_model(policy: PreTrainedModel | PeftModel, value_model: ValueMo
             aux_loss=outputs.aux_loss,
         )
 
-    policy.forward = types.MethodType(forward, policy)
+    vars(policy)["forward"] = types.MethodType(forward, policy)
     policy.register_state_dict_post_hook(_drop_value_model)
-    policy.register_load_state_dict_post_hook(_forgive_value_model)
+    policy.register_load_state_dict_post_hook(_ignore_missing_value_model)
 
 
 @contextmanager
@@ -116,14 +117,14 @@ def _forward_of(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None
     `torch.autocast` keeps one previous state per instance, so it would stay on for good.
     """
     running = vars(module)["forward"]
-    module.forward = forward
+    vars(module)["forward"] = forward
     try:
         yield
     finally:
-        module.forward = running
+        vars(module)["forward"] = running
 
 
-def lm_head(model: PreTrainedModel | PeftModel) -> LMHead:
+def lm_head(model: Any) -> LMHead:
     """The [`LMHead`] of a causal language model, with what its architecture does to the logits after the product."""
     model = model.get_base_model() if isinstance(model, PeftModel) else model
     config = model.config.get_text_config()
@@ -140,12 +141,12 @@ def lm_head(model: PreTrainedModel | PeftModel) -> LMHead:
             scale = 1 / factor if invert else factor
             break
     output = model.get_output_embeddings()
-    weight, bias = (_gathered(x) for x in (output.weight, output.bias))
-    return LMHead(weight, bias, scale, getattr(config, "final_logit_softcapping", None))
+    bias = None if output.bias is None else _gathered(output.bias)
+    return LMHead(_gathered(output.weight), bias, scale, getattr(config, "final_logit_softcapping", None))
 
 
-def _gathered(parameter: Tensor | None) -> Tensor | None:
-    return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+def _gathered(parameter: Tensor) -> Tensor:
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
 
 def _drop_value_model(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
@@ -153,6 +154,6 @@ def _drop_value_model(module: nn.Module, state_dict: dict[str, Any], prefix: str
         del state_dict[key]
 
 
-def _forgive_value_model(module: nn.Module, incompatible_keys: Any) -> None:
+def _ignore_missing_value_model(module: nn.Module, incompatible_keys: Any) -> None:
     kept = [key for key in incompatible_keys.missing_keys if f"{_ATTRIBUTE}." not in key]
     incompatible_keys.missing_keys[:] = kept

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate.logging import get_logger
@@ -50,6 +50,7 @@ class ValueBasedTrainer(TokenReferenceMixin, MultiTurnKTOTrainer):
     `reward`.
     """
 
+    args: ValueBasedConfig
     _config_class: type[ValueBasedConfig]
 
     _reference_columns = ("ref_logps",)
@@ -182,7 +183,7 @@ class ValueBasedTrainer(TokenReferenceMixin, MultiTurnKTOTrainer):
         return dataset
 
     @staticmethod
-    def _step_delimiter(args: Any) -> str | None:
+    def _step_delimiter(args: Any) -> Literal["turn", "line", "sentence"] | None:
         return None
 
     def _warn_about_balance(self, dataset: Dataset) -> None:
@@ -195,11 +196,15 @@ class ValueBasedTrainer(TokenReferenceMixin, MultiTurnKTOTrainer):
         raise TypeError(f"`{type(self).__name__}` must define `losses`.")
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        self.seat_packed_forwards()
+        self.install_packed_forwards()
         ref_logps, ref_hidden, ref_head = self._reference(inputs)
-        model_kwargs = {"output_router_logits": True} if self.aux_loss_enabled else {}
+        model_kwargs: dict[str, Any] = {"output_router_logits": True} if self.aux_loss_enabled else {}
         if ref_hidden is not None:
-            model_kwargs |= {"ref_hidden": ref_hidden, "ref_head": ref_head, "kl_chunk_size": self.args.kl_chunk_size}
+            model_kwargs |= {
+                "ref_hidden": ref_hidden,
+                "ref_head": ref_head,
+                "kl_chunk_size": getattr(self.args, "kl_chunk_size", 1024),
+            }
         outputs = model(
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
@@ -257,8 +262,8 @@ class ValueBasedTrainer(TokenReferenceMixin, MultiTurnKTOTrainer):
         return optimizer
 
     def _value_parameters(self, model: nn.Module | None = None) -> list[nn.Parameter]:
-        model = self.accelerator.unwrap_model(self.model if model is None else model)
-        return [p for p in model.value_model.parameters() if p.requires_grad]
+        policy: Any = self.accelerator.unwrap_model(self.model if model is None else model)
+        return [p for p in policy.value_model.parameters() if p.requires_grad]
 
     def _clip_grad_norm(self, model):
         if self.is_deepspeed_enabled:
@@ -273,16 +278,16 @@ class ValueBasedTrainer(TokenReferenceMixin, MultiTurnKTOTrainer):
     # Checkpoints: the policy's stay plain, the value model lies beside them
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        output_dir = self.args.output_dir if output_dir is None else output_dir
+        folder = str(self.args.output_dir if output_dir is None else output_dir)
         prefix = "value_model."
         values = self._gathered_value_model()
         if state_dict is not None:
             if values is None:
                 values = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)} or None
             state_dict = {k: v for k, v in state_dict.items() if not k.startswith(prefix)}
-        super()._save(output_dir, state_dict=state_dict)
+        super()._save(folder, state_dict=state_dict)
         if self.args.should_save:
-            self.value_model.save_pretrained(Path(output_dir, VALUE_MODEL_FOLDER), values)
+            self.value_model.save_pretrained(Path(folder, VALUE_MODEL_FOLDER), values)
 
     def _save_checkpoint(self, model, trial) -> None:
         if self.is_fsdp_enabled and "SHARDED" in str(self.accelerator.state.fsdp_plugin.state_dict_type):
@@ -299,7 +304,7 @@ class ValueBasedTrainer(TokenReferenceMixin, MultiTurnKTOTrainer):
     def _load_best_model(self) -> None:
         super()._load_best_model()
         if not self.is_deepspeed_enabled:  # whose optimizer holds the weights of the whole module
-            self._load_value_model(Path(self.state.best_model_checkpoint, VALUE_MODEL_FOLDER))
+            self._load_value_model(Path(str(self.state.best_model_checkpoint), VALUE_MODEL_FOLDER))
 
     def _load_value_model(self, folder: Path) -> None:
         if not self.is_fsdp_enabled:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from trl import KTOConfig
 
@@ -67,7 +67,7 @@ class ValueBasedConfig(PackedConfig, KTOConfig):
     )
 
     # Parameters that control the value model
-    value_model: str = field(
+    value_model: Literal["adapter", "full", "head"] = field(
         default="adapter",
         metadata={
             "help": "Where the value model's hidden states come from: LoRA layers over a shared frozen base "

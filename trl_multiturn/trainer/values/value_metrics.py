@@ -37,7 +37,7 @@ class ValueMetrics:
             entropy (`Tensor`): `(B, T)`.
             row_means (`dict[str, float | Tensor]`): further numbers that are means over this process's rows.
         """
-        sums = {name: float(value) * len(batch.rewards) for name, value in row_means.items()}
+        sums: dict[str, float | Tensor] = {n: float(mean) * len(batch.rewards) for n, mean in row_means.items()}
         sums |= self._token_sums(batch, entropy) | self._row_sums(batch)
         names = sorted(sums)
         local = torch.tensor([float(sums[name]) for name in names], dtype=torch.float32, device=batch.values.device)
