@@ -18,8 +18,7 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 
 from ..engines.engine import Engine
-from ..errors import JournalError
-from ..errors import TooManyToolFailures as TooManyToolFailures
+from ..errors import JournalError, TooManyToolFailures as TooManyToolFailures
 from ..journal.journal import Journal
 from ..tools.base import RolloutContext
 from ..tools.toolbox import Toolbox, ToolLimits, Toolset

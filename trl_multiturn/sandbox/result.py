@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..errors import IsolationError as IsolationError
-from ..errors import ToolFailure as ToolFailure
+from ..errors import IsolationError as IsolationError, ToolFailure as ToolFailure
 
 
 STATUSES = ("ok", "error", "timeout", "memory", "crashed")

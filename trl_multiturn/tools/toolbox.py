@@ -16,8 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ..errors import ToolFailure
-from ..errors import UnsupportedOutput as UnsupportedOutput
+from ..errors import ToolFailure, UnsupportedOutput as UnsupportedOutput
 from ..sandbox.result import ToolResult, encodable
 from .base import (
     SessionTool,

@@ -6,12 +6,7 @@ badly is data: [`Turn.problem`] says what was wrong, in words for the policy. A 
 """
 
 from .action import ActionDialect as ActionDialect
-from .choice import DIALECTS as DIALECTS
-from .choice import choose_dialect as choose_dialect
-from .choice import resolve_dialect as resolve_dialect
-from .dialect import Dialect as Dialect
-from .dialect import DialectFactory as DialectFactory
-from .dialect import Message as Message
-from .dialect import Turn as Turn
+from .choice import DIALECTS as DIALECTS, choose_dialect as choose_dialect, resolve_dialect as resolve_dialect
+from .dialect import Dialect as Dialect, DialectFactory as DialectFactory, Message as Message, Turn as Turn
 from .fenced import FencedDialect as FencedDialect
 from .native import NativeDialect as NativeDialect
