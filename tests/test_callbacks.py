@@ -31,9 +31,10 @@ from trl_multiturn import (
     build_unpaired_dataset,
     math_reward,
 )
-from trl_multiturn.iteration import policy_file
 from trl_multiturn.journal.export import run_trajectories
+from trl_multiturn.journal.run_folder import RunFolder
 from trl_multiturn.rollout import Journal
+from trl_multiturn.rollout.judging import Judge
 from trl_multiturn.trainer.loop.policy_weights import load_policy_weights, policy_revision
 from trl_multiturn.verify import Filter
 
@@ -135,7 +136,7 @@ def test_two_iterations_end_to_end(tmp_path, tool, peft_config, reference):
     rows = training_rows(generator, 1)
     with torch.no_grad():
         if reference == "previous":
-            load_policy_weights(trainer.model, policy_file(generator.run_folder, 1))
+            load_policy_weights(trainer.model, RunFolder(generator.run_folder).iteration(1).policy)
         else:
             for name, p in trainer.model.named_parameters():
                 p.copy_(initial[name])
@@ -205,7 +206,7 @@ def test_a_row_knows_what_dropped_it(tmp_path, tool):
         return [None if i == 0 else reward for i, reward in enumerate(math_reward(**columns))]
 
     trainer, generator, _ = make_run(tmp_path, tool)
-    generator.settings.reward_funcs = [undecided]
+    generator.settings.judge = Judge([undecided])
     trainer.train()
     rows = list(run_trajectories(generator.run_folder))
     reasons = Counter((t.info["iteration"], t.info["dropped"]) for t in rows if "dropped" in t.info)
@@ -339,10 +340,8 @@ def test_a_verifier_that_hangs_holds_up_an_iteration_for_its_limit_only(tmp_path
         released.wait(60)
         return [1.0] * len(completions)
 
-    trainer, generator, _ = make_run(
-        tmp_path, tool, iterations=1, eval_prompts=problems(1, first=50), reward_timeout_seconds=0.1
-    )
-    generator.settings.reward_funcs = [hangs]
+    trainer, generator, _ = make_run(tmp_path, tool, iterations=1, eval_prompts=problems(1, first=50))
+    generator.settings.judge = Judge([hangs], reward_timeout_seconds=0.1)
     trainer.train()
     assert not released.is_set()
     released.set()

@@ -14,7 +14,7 @@ from trl_multiturn import IterationReport, Journal, StopReason, Trajectory, Verd
 from trl_multiturn.cli import main
 from trl_multiturn.data import load_rows, supervised_rows
 from trl_multiturn.data.check import check_dataset
-from trl_multiturn.report import save_start
+from trl_multiturn.online.report import save_start
 from trl_multiturn.rollout import read_dataset
 
 

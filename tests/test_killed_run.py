@@ -25,7 +25,7 @@ from datasets import load_from_disk
 
 from tests.killed_run import ITERATIONS
 from tests.launch import accelerate_launch, run as launch
-from trl_multiturn.report import load_reports
+from trl_multiturn.online.report import load_reports
 from trl_multiturn.rollout import Journal
 
 

@@ -19,7 +19,7 @@ ROOT = Path(trl_multiturn.__file__).parent
 MODULES = sorted(module.name for module in pkgutil.walk_packages([str(ROOT)], "trl_multiturn."))
 
 # The wings, from the ground floor up, and what each may import of the others beside itself
-GROUND = {"_lazy", "_upstream", "errors", "messages", "precision", "steps", "trajectory", "version"}
+GROUND = {"_lazy", "_upstream", "concurrency", "errors", "messages", "precision", "steps", "trajectory", "version"}
 LAYERS = {
     **dict.fromkeys(GROUND, set()),
     "losses": set(),
@@ -27,19 +27,20 @@ LAYERS = {
     # the interpreter, a package that could stand by itself
     "sandbox": {"_lazy", "errors"},
     "distributed": {"_upstream"},
-    "report": {"distributed"},
     "models": {"_upstream", "steps", "trajectory", "verify"},
     "packing": {"_upstream", "precision"},
     # what the policy may call, what samples, what is kept
-    "tools": {"_lazy", "errors", "sandbox", "trajectory", "version"},
+    "tools": {"_lazy", "concurrency", "errors", "sandbox", "trajectory", "version"},
     "engines": {"_lazy", "errors", "precision"},
     "journal": {"_lazy", "distributed", "errors", "trajectory"},
-    "verify": {"steps", "trajectory", "version"},
+    "verify": {"concurrency", "steps", "trajectory", "version"},
     # rows to batches; verdicts to rows
     "data": {"_upstream", "errors", "messages", "steps", "templates", "trajectory", "version"},
     "rows": {"_lazy", "data", "distributed", "trajectory", "verify"},
     # the loop of turns
     "rollout": GROUND | {"engines", "journal", "sandbox", "templates", "tools", "verify"},
+    # what the online loop rests on
+    "online": {"data", "distributed", "engines", "journal", "rollout", "rows", "tools", "trainer"},
     # never rows, rollouts, tools, engines or verifiers: offline training needs none of them
     "trainer": {"_upstream", "data", "distributed", "losses", "models", "packing", "templates", "trajectory"},
 }

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from .journal.journal import Journal as Journal
     from .models.reward_model import RewardModel as RewardModel, reward_model_from_policy as reward_model_from_policy
     from .models.value_model import ValueModel as ValueModel
-    from .report import IterationReport as IterationReport
+    from .online.report import IterationReport as IterationReport
     from .rollout.config import RolloutConfig as RolloutConfig
     from .rollout.loop import (
         TooManyToolFailures as TooManyToolFailures,
@@ -81,7 +81,7 @@ else:
             ".journal.journal": ["Journal"],
             ".models.reward_model": ["RewardModel", "reward_model_from_policy"],
             ".models.value_model": ["ValueModel"],
-            ".report": ["IterationReport"],
+            ".online.report": ["IterationReport"],
             ".rollout.config": ["RolloutConfig"],
             ".rollout.loop": ["TooManyToolFailures", "agenerate_trajectories", "generate_trajectories"],
             ".rollout.margins": ["observation_margins"],

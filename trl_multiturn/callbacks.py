@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import time
@@ -20,18 +19,13 @@ from .distributed.main_process import on_main
 from .distributed.sharding import weights_of
 from .engines.engine import Engine
 from .evaluation import evaluate_policy, summarize
-from .iteration import (
-    IterationSettings,
-    iteration_folder,
-    policy_file,
-    ready_to_sample,
-    refresh,
-    rest,
-    restore_reference,
-    run_iteration,
-    unwrapped_policy,
-)
-from .report import IterationReport, load_reports, load_start, print_iterations, save_start
+from .iteration import run_iteration
+from .journal.run_folder import RunFolder
+from .online.plan import Beginning, plan_iteration
+from .online.reference import restore_reference
+from .online.report import IterationReport, load_reports, load_start, print_iterations, save_start
+from .online.sampling import ready_to_sample, refresh, rest, unwrapped_policy
+from .online.settings import IterationSettings
 from .rollout.config import RolloutConfig
 from .rollout.judging import Judge
 from .rollout.provenance import fingerprint
@@ -39,7 +33,6 @@ from .rows.pairing import PairingConfig, UnpairedConfig
 from .tools.environments import owns_reward
 from .trainer.loop.policy_weights import load_policy_weights, policy_revision, save_policy_weights
 from .trainer.values.value_based import ValueBasedTrainer
-from .verify.rewards import resolve_reward_funcs
 
 
 logger = logging.getLogger(__name__)
@@ -124,14 +117,13 @@ class ToolRolloutGenerator(TrainerCallback):
         engine: Engine | Callable[[Any, Any], Engine] | None = None,
         run_folder: str | None = None,
     ):
-        reward_funcs = resolve_reward_funcs(reward_funcs) if reward_funcs else []
-        if not reward_funcs and not owns_reward(environment_factory):
+        # Raises where functions, weights and settings do not fit together
+        judge = Judge(reward_funcs or None, reward_weights, correct_threshold, reward_timeout_seconds, missing_reward)
+        if not judge and not owns_reward(environment_factory):
             raise ValueError(
                 "No `reward_funcs` were given, and no environment with a `get_reward`, so no rollout could be told "
                 "from another and no row could be built. Pass for example `reward_funcs=[math_reward]`."
             )
-        # Raises where functions, weights and settings do not fit together
-        Judge(reward_funcs or None, reward_weights, correct_threshold, missing=missing_reward)
         for name, dataset in (("prompts", prompts), ("eval_prompts", eval_prompts)):
             if dataset is not None and "prompt" not in dataset.column_names:
                 raise ValueError(
@@ -161,16 +153,12 @@ class ToolRolloutGenerator(TrainerCallback):
         self.engine = engine
         self.settings = IterationSettings(
             tools=list(tools or []),
-            reward_funcs=reward_funcs,
+            judge=judge,
             rollout=config or RolloutConfig(),
             pairing=pairing,
             reference=reference,
             history=history,
-            reward_weights=reward_weights,
             environment_factory=environment_factory,
-            correct_threshold=correct_threshold,
-            missing_reward=missing_reward,
-            reward_timeout_seconds=reward_timeout_seconds,
         )
         self.run_folder = Path(run_folder) if run_folder else None
         self.trainer: Any = None
@@ -200,6 +188,7 @@ class ToolRolloutGenerator(TrainerCallback):
         if self.settings.pairing is None:
             self.settings.pairing = UnpairedConfig() if isinstance(trainer, ValueBasedTrainer) else PairingConfig()
         self.run_folder = self.run_folder or Path(trainer.args.output_dir, "rollouts")
+        self.run = RunFolder(self.run_folder)
         if self.engine is None:
             from .engines.transformers.engine import TransformersEngine as engine_class
 
@@ -220,29 +209,27 @@ class ToolRolloutGenerator(TrainerCallback):
             `ValueError`: if the iteration was begun with other settings or, before the first step, from another
                 policy; or if its rows are gone. Nothing is overwritten.
         """
-        folder = iteration_folder(self.run_folder, iteration)
-        settings = {"prompts": self._prompts_fingerprint(iteration), **self.settings.describe()}
-        revision = policy_revision(weights_of(self.trainer))
-        first_step = self.trainer.state.global_step
-        plan, notice = on_main(lambda: self._plan(iteration, resumed_inside, settings, revision, first_step))
-        if notice and self.trainer.args.process_index == 0 and not self.trainer.args.disable_tqdm:
-            tqdm.write(notice)
-        if plan == "set aside":
-            self._set_aside(iteration)
-        if plan != "load":
-            begun = IterationReport(iteration, first_step, policy_revision=revision, settings=settings, ready=False)
-            self._save(begun)
-            rows, self._report = run_iteration(
-                iteration, self._prompts_of(iteration), self.trainer, self.engine, self.settings, self.run_folder
-            )
-            self._report.settings = settings
-            self._save(self._report)
-        else:
+        folder = self.run.iteration(iteration)
+        beginning = Beginning(
+            iteration,
+            resumed_inside,
+            settings={"prompts": self._prompts_fingerprint(iteration), **self.settings.describe()},
+            policy_revision=policy_revision(weights_of(self.trainer)),
+            first_step=self.trainer.state.global_step,
+        )
+        plan = on_main(lambda: plan_iteration(folder, beginning))
+        if plan.notice and self.trainer.args.process_index == 0 and not self.trainer.args.disable_tqdm:
+            tqdm.write(plan.notice)
+        if plan.action == "set aside":
+            on_main(lambda: self.run.set_aside(iteration))
+        if plan.action == "load":
             rest(self.engine)
-            self._report = IterationReport.load(folder)
-            rows = load_from_disk(folder / "training_rows")
+            self._report = IterationReport.load(folder.path)
+            rows = load_from_disk(folder.training_rows)
             if not resumed_inside:  # the checkpoint is of the iteration before
-                restore_reference(self.trainer, self.settings.reference, self.run_folder)
+                restore_reference(self.trainer, self.settings.reference, self.run)
+        else:
+            rows = self._find_rows(beginning)
         if len(rows) == 0:
             logger.warning(
                 "Iteration %d found no row to train on (%d trajectories: %d correct, %d incorrect; dropped: %s). A "
@@ -253,6 +240,17 @@ class ToolRolloutGenerator(TrainerCallback):
             )
         self.trainer.log(self._report.metrics())
         self._epoch_started = time.perf_counter()
+        return rows
+
+    def _find_rows(self, beginning: Beginning) -> Dataset:
+        iteration, settings = beginning.iteration, beginning.settings
+        begun = IterationReport(iteration, beginning.first_step, None, beginning.policy_revision, settings, False)
+        self._save(begun)
+        rows, self._report = run_iteration(
+            iteration, self._prompts_of(iteration), self.trainer, self.engine, self.settings, self.run
+        )
+        self._report.settings = settings
+        self._save(self._report)
         return rows
 
     def position(self, global_step: int) -> tuple[int, int]:
@@ -292,7 +290,7 @@ class ToolRolloutGenerator(TrainerCallback):
         # The policy after this iteration is the one with which the next would start; kept now, in case it is the best.
         policy, following = weights_of(self.trainer), report.iteration + 1
         self._set_aside_but(following, policy_revision(policy), state.global_step)
-        save_policy_weights(policy, policy_file(self.run_folder, following))
+        save_policy_weights(policy, self.run.iteration(following).policy)
         self._save(report)
         self._forget_policies(following)
         control.should_save = args.save_strategy != SaveStrategy.NO  # so that a stopped run loses no iteration
@@ -302,12 +300,10 @@ class ToolRolloutGenerator(TrainerCallback):
     ) -> None:
         best = self.best_policy
         if best is not None and best != len(self.reports):
-            load_policy_weights(weights_of(self.trainer), policy_file(self.run_folder, best))
-            refresh(self.engine, self.trainer, self.run_folder)
+            load_policy_weights(weights_of(self.trainer), self.run.iteration(best).policy)
+            refresh(self.engine, self.trainer, self.run)
         if self.reports:  # a finished run that is started again trains on nothing; what it did can still be seen
-            self.trainer.train_dataset = load_from_disk(
-                iteration_folder(self.run_folder, self.reports[-1].iteration) / "training_rows"
-            )
+            self.trainer.train_dataset = load_from_disk(self.run.iteration(self.reports[-1].iteration).training_rows)
         if args.process_index == 0:
             print_iterations(self.reports, self.start_evaluation)
 
@@ -343,47 +339,12 @@ class ToolRolloutGenerator(TrainerCallback):
     def _prompts_fingerprint(self, iteration: int) -> str:
         return fingerprint(self._prompts_of(iteration).to_list())
 
-    def _plan(
-        self, iteration: int, resumed_inside: bool, settings: dict[str, Any], revision: str, first_step: int
-    ) -> tuple[Literal["roll out", "load", "set aside"], str | None]:
-        """What to do with what is on disk of this iteration, and what to tell of it."""
-        folder = iteration_folder(self.run_folder, iteration)
-        report = IterationReport.load(folder)
-        if resumed_inside:
-            if report is None or not report.ready:
-                raise ValueError(
-                    f"The checkpoint lies inside iteration {iteration + 1}, but {folder} does not hold its rows. "
-                    "Restore the folder, or resume from a checkpoint at the end of an iteration."
-                )
-            return "load", f"Iteration {iteration + 1} goes on inside its epoch, with the rows in {folder}."
-        if report is None:
-            return "roll out", None
-        changed = [name for name in settings if settings[name] != report.settings.get(name)]
-        if changed:
-            name = changed[0]
-            raise ValueError(
-                f"{folder} was begun with other settings (`{name}`: {_brief(report.settings.get(name))} before, "
-                f"{_brief(settings[name])} now{', and others' if changed[1:] else ''}), and rows of both must not be "
-                "mixed. Use the earlier settings, or another `output_dir`."
-            )
-        if report.policy_revision == revision and report.first_step == first_step:
-            if report.ready:
-                return "load", f"Iteration {iteration + 1} has its rows already: {folder}."
-            return "roll out", f"Iteration {iteration + 1} goes on with the rollouts in {folder}."
-        if first_step == 0:
-            raise ValueError(
-                f"{folder} was begun from another policy than the present one (revision {report.policy_revision} "
-                f"before, {revision} now), so its rollouts cannot go on. Use the earlier model, resume from a "
-                "checkpoint, or use another `output_dir`."
-            )
-        return "set aside", None
-
     def _evaluate(self) -> dict[str, float]:
         """Evaluates the policy as it is now; with several processes each evaluates its share of the prompts."""
         args = self.trainer.args
         share = range(args.process_index, len(self.eval_prompts), args.world_size)
         trajectories = []
-        with ready_to_sample(self.engine, self.trainer, self.run_folder):
+        with ready_to_sample(self.engine, self.trainer, self.run):
             if share:
                 trajectories = evaluate_policy(
                     self.eval_prompts.select(share),
@@ -402,44 +363,23 @@ class ToolRolloutGenerator(TrainerCallback):
     # Files
 
     def _save(self, report: IterationReport) -> None:
-        on_main(lambda: report.save(iteration_folder(self.run_folder, report.iteration)))
-
-    def _set_aside(self, iteration: int) -> None:
-        """Renames this iteration's folder and those after it: another policy rolled them out. Nothing is lost."""
-
-        def set_aside() -> None:
-            # The last one first: what a killed process leaves is a run that ends earlier, never one with a gap
-            for folder in sorted(self.run_folder.glob("iteration_*"), reverse=True):
-                if int(folder.name.rpartition("_")[2]) >= iteration:
-                    number = 1
-                    while (aside := folder.with_name(f"stale_{folder.name}_{number}")).exists():
-                        number += 1
-                    logger.warning("%s is of another policy than the present one. It is kept as %s.", folder, aside)
-                    folder.rename(aside)
-
-        on_main(set_aside)
+        on_main(lambda: report.save(self.run.iteration(report.iteration).path))
 
     def _set_aside_but(self, iteration: int, revision: str, first_step: int) -> None:
         """Sets aside what is on disk from this iteration on, unless this policy rolled it out."""
-        report = on_main(lambda: IterationReport.load(iteration_folder(self.run_folder, iteration)))
-        if report is not None and (report.policy_revision, report.first_step) != (revision, first_step):
-            self._set_aside(iteration)
+
+        def set_aside() -> None:
+            report = IterationReport.load(self.run.iteration(iteration).path)
+            if report is not None and (report.policy_revision, report.first_step) != (revision, first_step):
+                self.run.set_aside(iteration)
+
+        on_main(set_aside)
 
     def _forget_policies(self, current: int) -> None:
         """Deletes the snapshots that nothing needs any more: all but the last two, the best and the initial one."""
         keep = {current, current - 1, self.best_policy, 0}
-
-        def forget() -> None:
-            for iteration in set(range(current)) - keep:
-                policy_file(self.run_folder, iteration).unlink(missing_ok=True)
-
-        on_main(forget)
+        on_main(lambda: self.run.forget_policies(current, keep))
 
 
 def _prefixed(evaluation: dict[str, float]) -> dict[str, float]:
     return {f"eval_{name}": value for name, value in evaluation.items()}
-
-
-def _brief(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 100 else text[:100] + "…"

@@ -66,38 +66,29 @@ def _doctor(options: argparse.Namespace) -> int:
 
 def _stats(options: argparse.Namespace) -> int:
     from .journal.journal import Journal
-    from .report import IterationReport, load_start, print_iterations
+    from .journal.run_folder import find_run_folder
+    from .online.report import IterationReport, load_start, print_iterations
 
-    run = _rollouts(options.run_folder)
+    run = find_run_folder(options.run_folder)
     reports = []
-    for folder in sorted(run.glob("iteration_*")):
-        if (report := IterationReport.load(folder)) is not None:
+    for folder in run.iterations():
+        if (report := IterationReport.load(folder.path)) is not None:
             reports.append(report)
             if not report.ready:  # what has finished so far
-                for trajectory in Journal(folder / "journal").read():
+                for trajectory in Journal(folder.journal).read():
                     report.count(trajectory)
-    start = load_start(run)
+    start = load_start(run.path)
     print_iterations(reports, start and start["evaluation"])
     return 0
 
 
 def _export(options: argparse.Namespace) -> int:
     from .journal.export import export_trajectories
+    from .journal.run_folder import find_run_folder
 
-    count = export_trajectories(_rollouts(options.run_folder), options.output)
+    count = export_trajectories(find_run_folder(options.run_folder).path, options.output)
     print(f"{count} trajectories written to {options.output}")
     return 0
-
-
-def _rollouts(folder: Path) -> Path:
-    """The folder with the `iteration_*` folders."""
-    for candidate in (folder, folder / "rollouts"):
-        if any(candidate.glob("iteration_*")):
-            return candidate
-    raise FileNotFoundError(
-        f"{folder} holds no run: neither it nor its `rollouts` folder has an `iteration_*` folder. Give the trainer's "
-        "`output_dir`."
-    )
 
 
 if __name__ == "__main__":

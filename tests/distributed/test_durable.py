@@ -16,7 +16,7 @@ from tests.rows.test_pairing import fresh
 from trl_multiturn import UnpairedConfig
 from trl_multiturn.distributed import durable
 from trl_multiturn.distributed.durable import put_in_place, write_whole
-from trl_multiturn.report import IterationReport
+from trl_multiturn.online.report import IterationReport
 from trl_multiturn.rows.row_files import save_rows, write_rows
 from trl_multiturn.rows.selection import select_by_prompt
 from trl_multiturn.trainer.loop.policy_weights import save_policy_weights

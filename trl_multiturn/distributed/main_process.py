@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import TypeVar
 
 import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+
+from .pace import at_own_pace
 
 
 T = TypeVar("T")
@@ -44,6 +47,18 @@ def on_main(do: Callable[[], T]) -> T:
     if failure is not None:
         raise RuntimeError(f"The main process could not go on, and so neither can this one: {failure}")
     return result
+
+
+def on_main_at_own_pace(do: Callable[[], T], silence_limit_seconds: float) -> T:
+    """[`on_main`] for what may take longer than a collective operation waits (see [`at_own_pace`])."""
+    done: Future[T] = Future()
+    with at_own_pace(silence_limit_seconds):
+        if PartialState().is_main_process:
+            try:
+                done.set_result(do())
+            except Exception as error:
+                done.set_exception(error)
+    return on_main(done.result)
 
 
 def outlive_trainer() -> None:

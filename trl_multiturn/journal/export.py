@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,21 +14,21 @@ from pathlib import Path
 from ..distributed.durable import written_whole
 from ..trajectory import Trajectory
 from .journal import Journal, JournalError, write_parquet
+from .run_folder import RunFolder
 
 
-_DROPPED_FILE = "dropped.jsonl"
 _NOTHING: tuple[float, dict[str, str]] = (math.inf, {})  # behind the last prompt
 
 
-def run_trajectories(run_folder: Path) -> Iterator[Trajectory]:
+def run_trajectories(run_folder: str | os.PathLike) -> Iterator[Trajectory]:
     """The trajectories of a run, iteration by iteration, by prompt, policy and sample; those of one prompt at a time.
 
     Where a trajectory had no part in the selection of rows, `info["dropped"]` says why (the name of a filter, say).
     """
-    for folder in sorted(Path(run_folder).glob("iteration_*")):
-        dropped = _read_dropped(folder)
+    for folder in RunFolder(Path(run_folder)).iterations():
+        dropped = _read_dropped(folder.dropped)
         prompt, reasons = next(dropped, _NOTHING)
-        for group in Journal(folder / "journal").read_by_prompt():
+        for group in Journal(folder.journal).read_by_prompt():
             while prompt < group[0].info["prompt_index"]:
                 prompt, reasons = next(dropped, _NOTHING)
             here = reasons if prompt == group[0].info["prompt_index"] else {}
@@ -37,12 +38,12 @@ def run_trajectories(run_folder: Path) -> Iterator[Trajectory]:
 
 
 @contextmanager
-def dropped_writer(folder: Path) -> Iterator[Callable[[Trajectory, str], None]]:
-    """Writes into an iteration's folder why trajectories had no part in the selection: all at the end, or nothing.
+def dropped_writer(path: Path) -> Iterator[Callable[[Trajectory, str], None]]:
+    """Writes to a file why trajectories had no part in the selection: all at the end, or nothing.
 
     The body calls what it is given with one trajectory and reason after another, prompt by prompt in rising order.
     """
-    with written_whole(folder / _DROPPED_FILE) as partial, open(partial, "w", encoding="utf-8") as file:
+    with written_whole(path) as partial, open(partial, "w", encoding="utf-8") as file:
 
         def write(trajectory: Trajectory, reason: str) -> None:
             line = [trajectory.info["prompt_index"], trajectory.info["trajectory_id"], reason]
@@ -51,9 +52,8 @@ def dropped_writer(folder: Path) -> Iterator[Callable[[Trajectory, str], None]]:
         yield write
 
 
-def _read_dropped(folder: Path) -> Iterator[tuple[float, dict[str, str]]]:
+def _read_dropped(path: Path) -> Iterator[tuple[float, dict[str, str]]]:
     """Reasons by `trajectory_id`, of one prompt after another that has any."""
-    path = folder / _DROPPED_FILE
     if not path.exists():
         return
     with open(path, encoding="utf-8") as file:
@@ -67,7 +67,7 @@ def _read_dropped(folder: Path) -> Iterator[tuple[float, dict[str, str]]]:
             ) from error
 
 
-def export_trajectories(run_folder: Path, output: Path) -> int:
+def export_trajectories(run_folder: str | os.PathLike, output: Path) -> int:
     """Writes a run's trajectories with their provenance, and returns how many.
 
     Args:

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
-import contextlib
 import logging
 import os
 import re
-import threading
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 import trl
 from datasets import Dataset
 from tqdm.auto import tqdm
 
+from ..concurrency import run_coroutine
 from ..engines.engine import Engine
 from ..errors import JournalError, TooManyToolFailures as TooManyToolFailures
 from ..journal.journal import Journal
@@ -107,7 +105,7 @@ def generate_trajectories(
         Whatever the engine, a reward function or an environment's `reset` raises; the other trajectories are
         cancelled.
     """
-    return _run(agenerate_trajectories(prompts, engine, tools, config, **kwargs))
+    return run_coroutine(agenerate_trajectories(prompts, engine, tools, config, **kwargs))
 
 
 async def agenerate_trajectories(
@@ -400,37 +398,3 @@ def _first_leaf(group: BaseExceptionGroup) -> BaseException:
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return error
-
-
-def _run(coroutine: Coroutine[Any, Any, list[Trajectory]]) -> list[Trajectory]:
-    """`asyncio.run`, also where a loop is running already: then in a thread, which an interrupt cancels."""
-    if not _inside_a_loop():
-        return asyncio.run(coroutine)
-    loop = asyncio.new_event_loop()
-    task = loop.create_task(coroutine)
-    outcome: concurrent.futures.Future = concurrent.futures.Future()
-
-    def work() -> None:
-        try:
-            outcome.set_result(loop.run_until_complete(task))
-        except BaseException as error:
-            outcome.set_exception(error)
-        finally:
-            loop.close()
-
-    threading.Thread(target=work, name="trl-multiturn-rollouts").start()
-    try:
-        return outcome.result()
-    except KeyboardInterrupt:
-        with contextlib.suppress(RuntimeError):  # the loop has ended already
-            loop.call_soon_threadsafe(task.cancel)
-        outcome.exception()  # waits until every session is closed; `Thread.join` cannot be waited on twice
-        raise
-
-
-def _inside_a_loop() -> bool:
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return False
-    return True

@@ -9,13 +9,13 @@ from typing import Any, Protocol
 
 from datasets import Dataset
 
+from ..concurrency import run_coroutine
 from ..engines.engine import Generation
 from ..tools.base import RolloutContext, ToolCall, enter_rollout
 from ..tools.toolbox import ToolLimits, Toolset
 from .config import RolloutConfig
 from .dialects.dialect import Turn
 from .episode import Conversation
-from .loop import _run as run_coroutine
 from .provenance import derive_seed
 
 

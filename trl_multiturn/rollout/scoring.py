@@ -6,7 +6,7 @@ import asyncio
 import math
 from collections.abc import Callable, Sequence
 
-from ..tools.base import run_in_thread
+from ..concurrency import run_in_thread
 
 
 Score = Callable[[list[list[int]]], Sequence[float]]

@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeVar
 
 from datasets import Dataset
 
+from ..concurrency import run_coroutine
 from ..engines.engine import Engine, Generation
 from ..sandbox.result import ToolFailure
 from ..tools.base import RolloutContext, enter_rollout
@@ -34,7 +35,7 @@ from .episode import (
     replay,
     turn_room,
 )
-from .loop import _run as run_coroutine, agenerate_trajectories
+from .loop import agenerate_trajectories
 from .provenance import derive_seed
 from .scoring import Score, Scorer
 

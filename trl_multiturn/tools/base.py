@@ -10,13 +10,10 @@ Three kinds of tool, the first two exactly as [`~trl.GRPOTrainer`] takes them:
 
 from __future__ import annotations
 
-import asyncio
-import contextvars
 import hashlib
 import inspect
 import json
-import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
@@ -186,37 +183,3 @@ def parse_arguments(arguments: Any, schema: Mapping[str, Any]) -> dict[str, Any]
         expected = ", ".join(known) or "none"
         raise ValueError(f"Unknown argument(s): {', '.join(map(str, unknown))}. Expected: {expected}.")
     return arguments
-
-
-async def run_in_thread(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-    """Awaits a synchronous call in a daemon thread of its own, with the caller's context variables.
-
-    A pool would be exhausted, and the process kept from exiting, by calls that never return.
-    """
-    loop = asyncio.get_running_loop()
-    future = loop.create_future()
-    context = contextvars.copy_context()
-
-    def settle(result: Any, error: BaseException | None) -> None:
-        if future.done():  # the caller gave up
-            return
-        if error is None:
-            future.set_result(result)
-        else:
-            future.set_exception(error)
-
-    def work() -> None:
-        result, error = None, None
-        try:
-            result = context.run(function, *args, **kwargs)
-        except (StopIteration, SystemExit) as stop:  # a future cannot carry the one, the other would end the program
-            error = RuntimeError(f"{type(stop).__name__}: {stop}")
-        except BaseException as raised:
-            error = raised
-        try:
-            loop.call_soon_threadsafe(settle, result, error)
-        except RuntimeError:  # the loop was closed while the call hung
-            pass
-
-    threading.Thread(target=work, daemon=True, name="trl-multiturn-tool").start()
-    return await future

@@ -17,7 +17,8 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from .base import run_in_thread, tool_schema, tool_version
+from ..concurrency import run_in_thread
+from .base import tool_schema, tool_version
 
 
 _PROTOCOL = ("reset", "get_reward")

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ..concurrency import run_in_thread
 from ..errors import ToolFailure, UnsupportedOutput as UnsupportedOutput
 from ..sandbox.result import ToolResult, encodable
 from .base import (
@@ -24,7 +25,6 @@ from .base import (
     ToolSession,
     is_session_tool,
     parse_arguments,
-    run_in_thread,
     tool_name,
     tool_schema,
     tool_version,

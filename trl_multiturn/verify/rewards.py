@@ -8,11 +8,11 @@ import importlib
 import inspect
 import logging
 import math
-import threading
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
+from ..concurrency import run_coroutine, run_in_thread
 from ..trajectory import StopReason, Trajectory, Verdict
 
 
@@ -121,7 +121,7 @@ def judge(
     """
     arguments = (trajectories, rows, reward_funcs, reward_weights, threshold, missing, timeout_seconds, reward_kwargs)
     # Without a limit, plain functions run in the caller's thread, where their signal handlers work, as in TRL.
-    return _run(_judge(*arguments, in_threads=timeout_seconds is not None))
+    return run_coroutine(_judge(*arguments, in_threads=timeout_seconds is not None))
 
 
 async def judge_async(
@@ -213,7 +213,7 @@ async def _call(
         if _is_async(func):
             values = await asyncio.wait_for(func(**kwargs), timeout_seconds)
         elif in_threads:
-            values = await asyncio.wait_for(_in_thread(func, kwargs), timeout_seconds)
+            values = await asyncio.wait_for(run_in_thread(func, **kwargs), timeout_seconds)
         else:
             values = func(**kwargs)
     except TimeoutError as error:
@@ -257,49 +257,3 @@ def _unique_names(funcs: Sequence[RewardFunc]) -> list[str]:
             name, n = f"{reward_name(func)}_{n}", n + 1
         names.append(name)
     return names
-
-
-async def _in_thread(func: RewardFunc, kwargs: dict[str, Any]) -> Any:
-    """Like `asyncio.to_thread`, but a thread that never returns does not keep the program from ending."""
-    loop = asyncio.get_running_loop()
-    future = loop.create_future()
-
-    def settle(setter: Callable[[Any], None], value: Any) -> None:
-        if not future.done():
-            setter(value)
-
-    def run() -> None:
-        try:
-            outcome = (future.set_result, func(**kwargs))
-        except BaseException as error:
-            outcome = (future.set_exception, error)
-        try:
-            loop.call_soon_threadsafe(settle, *outcome)
-        except RuntimeError:  # the loop is closed: nobody waits for this any more
-            pass
-
-    threading.Thread(target=run, name=f"reward-{reward_name(func)}", daemon=True).start()
-    return await future
-
-
-def _run(coroutine: Coroutine[Any, Any, list[Trajectory]]) -> list[Trajectory]:
-    """`asyncio.run`, also from inside a running loop (a notebook)."""
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return asyncio.run(coroutine)
-    outcome: list[Any] = []
-
-    def run() -> None:
-        try:
-            outcome.append((asyncio.run(coroutine), None))
-        except BaseException as error:
-            outcome.append((None, error))
-
-    thread = threading.Thread(target=run, name="judge")
-    thread.start()
-    thread.join()
-    judged, error = outcome[0]
-    if error is not None:
-        raise error
-    return judged

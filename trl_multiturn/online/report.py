@@ -12,12 +12,11 @@ from typing import Any, TypeVar
 from rich.console import Console
 from rich.table import Table
 
-from .distributed.durable import write_whole
+from ..distributed.durable import write_whole
+from ..journal.run_folder import IterationFolder, RunFolder
 
 
 T = TypeVar("T")
-
-REPORT_FILE, START_FILE = "report.json", "start.json"
 
 
 @dataclass
@@ -93,7 +92,7 @@ class IterationReport:
 
     def save(self, folder: str | os.PathLike) -> None:
         """Writes the report into an iteration's folder, atomically."""
-        _write_json(Path(folder, REPORT_FILE), asdict(self))
+        _write_json(IterationFolder(Path(folder)).report, asdict(self))
 
     @classmethod
     def load(cls, folder: str | os.PathLike) -> IterationReport | None:
@@ -102,23 +101,23 @@ class IterationReport:
         Raises:
             `ValueError`: if the file is damaged.
         """
-        return _read_json(Path(folder, REPORT_FILE), lambda fields: cls(**fields))
+        return _read_json(IterationFolder(Path(folder)).report, lambda fields: cls(**fields))
 
 
 def load_reports(run_folder: str | os.PathLike) -> list[IterationReport]:
     """The reports of the iterations whose rows were found; `run_folder` holds the `iteration_*` folders."""
-    reports = (IterationReport.load(folder) for folder in sorted(Path(run_folder).glob("iteration_*")))
+    reports = (IterationReport.load(folder.path) for folder in RunFolder(Path(run_folder)).iterations())
     return [report for report in reports if report is not None and report.ready]
 
 
 def load_start(run_folder: str | os.PathLike) -> dict[str, Any] | None:
     """`policy_revision` and `evaluation` of the policy before the first iteration, where it was evaluated."""
-    return _read_json(Path(run_folder, START_FILE), lambda start: {**start, "evaluation": start["evaluation"]})
+    return _read_json(RunFolder(Path(run_folder)).start, lambda start: {**start, "evaluation": start["evaluation"]})
 
 
 def save_start(run_folder: str | os.PathLike, start: dict[str, Any]) -> None:
     """Writes `policy_revision` and `evaluation` of the policy before the first iteration."""
-    _write_json(Path(run_folder, START_FILE), start)
+    _write_json(RunFolder(Path(run_folder)).start, start)
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

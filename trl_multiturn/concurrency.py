@@ -1,0 +1,87 @@
+"""Synchronous calls inside an event loop, and event loops inside synchronous calls."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import contextvars
+import threading
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
+
+
+T = TypeVar("T")
+
+
+async def run_in_thread(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    """Awaits a synchronous call in a daemon thread of its own, with the caller's context variables.
+
+    A pool would be exhausted, and the process kept from exiting, by calls that never return.
+    """
+    loop = asyncio.get_running_loop()
+    future = loop.create_future()
+    context = contextvars.copy_context()
+
+    def settle(result: Any, error: BaseException | None) -> None:
+        if future.done():  # the caller gave up
+            return
+        if error is None:
+            future.set_result(result)
+        else:
+            future.set_exception(error)
+
+    def work() -> None:
+        result: Any = None
+        error: BaseException | None = None
+        try:
+            result = context.run(function, *args, **kwargs)
+        except (StopIteration, SystemExit) as stop:  # a future cannot carry the one, the other would end the program
+            error = RuntimeError(f"{type(stop).__name__}: {stop}")
+        except BaseException as raised:
+            error = raised
+        try:
+            loop.call_soon_threadsafe(settle, result, error)
+        except RuntimeError:  # the loop was closed while the call hung
+            pass
+
+    threading.Thread(target=work, daemon=True, name="trl-multiturn-call").start()
+    return await future
+
+
+def run_coroutine(coroutine: Coroutine[Any, Any, T]) -> T:
+    """`asyncio.run`, also where a loop is running already (a notebook): then in a thread, which an interrupt cancels.
+
+    Raises:
+        Whatever the coroutine raises; `KeyboardInterrupt` once the coroutine has closed what it had opened.
+    """
+    if not _inside_a_loop():
+        return asyncio.run(coroutine)
+    loop = asyncio.new_event_loop()
+    task = loop.create_task(coroutine)
+    outcome: concurrent.futures.Future[T] = concurrent.futures.Future()
+
+    def work() -> None:
+        try:
+            outcome.set_result(loop.run_until_complete(task))
+        except BaseException as error:
+            outcome.set_exception(error)
+        finally:
+            loop.close()
+
+    threading.Thread(target=work, name="trl-multiturn-loop").start()
+    try:
+        return outcome.result()
+    except KeyboardInterrupt:
+        with contextlib.suppress(RuntimeError):  # the loop has ended already
+            loop.call_soon_threadsafe(task.cancel)
+        outcome.exception()  # waits until every session is closed; `Thread.join` cannot be waited on twice
+        raise
+
+
+def _inside_a_loop() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True

@@ -1,0 +1,61 @@
+"""What stays the same from iteration to iteration of a run."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ..rollout.config import RolloutConfig
+from ..rollout.judging import Judge
+from ..rollout.provenance import version_of
+from ..rows.selection import PairingConfig, UnpairedConfig
+from ..tools.base import tool_name, tool_version
+
+
+@dataclass
+class IterationSettings:
+    """Tools, judge, limits, choice of rows and of the reference; [`ToolRolloutGenerator`] describes each.
+
+    Attributes:
+        tools (`list`): what the policy may call.
+        judge ([`Judge`]): what decides on a trajectory.
+        rollout ([`RolloutConfig`]): sampling and limits.
+        pairing ([`PairingConfig`] or [`UnpairedConfig`], *optional*): chosen by the trainer, once it stands.
+        reference, history (`str`): reference policy, and whose rows an epoch trains on.
+        environment_factory (`Callable`, *optional*): an environment per trajectory.
+    """
+
+    tools: list[Any]
+    judge: Judge
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    pairing: PairingConfig | UnpairedConfig | None = None
+    reference: Literal["previous", "initial"] = "previous"
+    history: Literal["latest", "all"] = "latest"
+    environment_factory: Any = None
+
+    def arguments(self) -> dict[str, Any]:
+        """What [`generate_trajectories`] and [`evaluate_policy`] are told alike."""
+        return {
+            "tools": self.tools,
+            "environment_factory": self.environment_factory,
+            "config": self.rollout,
+            **self.judge.arguments(),
+        }
+
+    def describe(self) -> dict[str, Any]:
+        """What decides which rows an iteration finds, as JSON values."""
+        pairing: Any = self.pairing
+        filters = [(f, "") if isinstance(f, str) else (f.name, version_of(f.drops)) for f in pairing.filters]
+        settings = {
+            "tools": {tool_name(tool): tool_version(tool) for tool in self.tools},
+            "environment_factory": self.environment_factory and version_of(self.environment_factory),
+            **self.judge.describe(),
+            "num_generations": self.rollout.num_generations,
+            "previous_policy_generations": self.rollout.explored_generations,
+            **self.rollout.sampler_settings(),
+            "pairing": {"kind": type(pairing).__name__, **vars(pairing), "filters": filters},
+            "reference": self.reference,
+            "history": self.history,
+        }
+        return json.loads(json.dumps(settings, default=str))
