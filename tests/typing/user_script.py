@@ -29,6 +29,7 @@ from trl_multiturn import (
     Verdict,
     math_reward,
 )
+from trl_multiturn.tools import NoSuchTool  # wrong: attr-defined  # noqa: F401
 
 
 rows = Dataset.from_list([])
