@@ -1,6 +1,6 @@
 """A user's script, right and wrong, as a type checker reads it: `tests/typing/test_types.py` compares the verdicts.
 
-A line that ends in `# wrong: CODE` must be reported with that code, and no other line with any. It is never run.
+A line with such a comment must be reported with the code that it names, and no other line with any. It is never run.
 """
 
 from __future__ import annotations

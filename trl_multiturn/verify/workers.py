@@ -52,7 +52,7 @@ class Worker:
             self.kill()
             raise ImportError(
                 f"The verifier's process could not load math-verify ({hello['error']}), so no answer can be compared. "
-                "Install it: `pip install 'math-verify[antlr4_13_2]'`."
+                "Install it: `pip install math-verify`."
             )
 
     def ask(self, request: dict[str, Any], seconds: float) -> dict[str, Any]:
