@@ -37,6 +37,25 @@ def fenced(text):
         ('```python\nprint("```")\n```', ['print("```")\n']),  # backticks within a line do not close the block
         ('```python\nprint(r"\\boxed{3}")\n```', ['print(r"\\boxed{3}")\n']),  # an answer in the code is none
         ("```python  \nprint(1)\n  ```", ["print(1)\n"]),
+        # what chat models write instead
+        ("```py\nprint(1)\n```", ["print(1)\n"]),
+        ("```Python\nprint(1)\n```", ["print(1)\n"]),
+        ("``` python3.11\nprint(1)\n```", ["print(1)\n"]),
+        ("~~~python\nprint(1)\n~~~", ["print(1)\n"]),
+        ("~~~python\nprint(1)\n~~~\n~~~output", ["print(1)\n"]),
+        ("````python\n# a\n```\nb\n````", ["# a\n```\nb\n"]),
+        ("Run:\r\n```python\r\nx = 1\r\nprint(x)\r\n```\r\n", ["x = 1\nprint(x)\n"]),
+        ("I try ```python print(1)```", ["print(1)"]),
+        ("```python\nprint(1)```", ["print(1)"]),
+        ("```python\nprint(1)```\n```output", ["print(1)"]),
+        ("1. First:\n   ```python\n   if x:\n       y()\n   ```", ["if x:\n    y()\n"]),
+        ("- ```python\n  x\n  ```", ["x\n"]),
+        ("```python\na\n```python\nb\n```", ["a\n", "b\n"]),  # the first fence was forgotten
+        ("```python\nprint(1)\n```output", ["print(1)\n"]),
+        # a box that is mentioned, empty or before the code is no answer
+        ("I will put the answer in \\boxed{}.\n```python\nprint(1)\n```", ["print(1)\n"]),
+        ("I guess \\boxed{3}.\n```python\nprint(1)\n```", ["print(1)\n"]),
+        ("```python\nprint(1)\n```\nThen comes \\boxed{\\ldots}.", ["print(1)\n"]),
     ],
 )
 def test_fenced_blocks_are_calls(text, codes):
@@ -46,16 +65,50 @@ def test_fenced_blocks_are_calls(text, codes):
     assert not turn.answered and turn.problem is None
 
 
-@pytest.mark.parametrize("text", ["It is \\boxed{3}.", "\\boxed {3}", "\\boxed{3}\n```python\nprint(1)\n```"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "It is \\boxed{3}.",
+        "\\boxed {3}",
+        "```python\nprint(1)\n```\nIt is \\boxed{3}.",
+        "```python\nprint(1)\nSo it is \\boxed{3}\n```\n\\boxed{3}",
+        "It is \\boxed{3}, and I have put it in \\boxed{}.",
+        "~~~\n\\boxed{3}\n~~~",
+    ],
+)
 def test_a_boxed_answer_ends_the_conversation_and_runs_no_code(text):
     turn = fenced(text)
     assert turn.answered and turn.calls == []
 
 
-@pytest.mark.parametrize("text", ["I give up.", "", "```c\nmain()\n```", "```\nprint(1)\n```"])
+@pytest.mark.parametrize(
+    "text", ["I give up.", "", "I put it in \\boxed{}.", "\\boxed{3", "Write ```python in front."]
+)
 def test_other_turns_neither_call_nor_answer(text):
     turn = fenced(text)
     assert (turn.calls, turn.answered, turn.problem) == ([], False, None)
+
+
+@pytest.mark.parametrize(
+    "text", ["```c\nmain()\n```", "```\nprint(1)\n```", "```python-repl\n>>> 1\n```", "Run:\n```python", "~~~\n1\n~~~"]
+)
+def test_a_block_that_is_nobodys_is_a_problem_that_the_policy_reads(text):
+    turn = fenced(text)
+    assert (turn.calls, turn.answered) == ([], False)
+    assert turn.problem == "SyntaxError: nothing was run, because no code block begins with a line ```python"
+
+
+def test_a_policy_without_tools_gets_no_hint_about_blocks():
+    assert FencedDialect([]).read("```python\nprint(1)\n```", [], []).problem is None
+
+
+def test_a_name_of_the_language_that_another_tool_bears_is_that_tools():
+    other = {"type": "function", "function": {**PYTHON["function"], "name": "py"}}
+    turn = FencedDialect([PYTHON, other]).read("```py\na\n```\n```Python\nb\n```", [], [])
+    assert [(call.name, call.arguments) for call in turn.calls] == [
+        ("py", {"code": "a\n"}),
+        ("python", {"code": "b\n"}),
+    ]
 
 
 def test_an_unclosed_block_is_a_problem_that_the_policy_reads():
@@ -153,7 +206,15 @@ def test_native_observations_carry_name_and_id_in_call_order():
     [
         ("Thought: it is dark.\nAction: go north", "go north"),
         ("Action: look\nYou see a troll.\n", "look"),  # only the line: the rest is what the policy imagined
-        ("Action: a\nAction: b", "b"),
+        ("Action: a\nYou see a troll.\nAction: b", "a"),
+        ("Thought: Action: a\nAction: b", "a"),
+        ("**Action:** look", "look"),
+        ("**Action**: look", "look"),
+        ("**Action: go north**", "go north"),
+        ("Action: `take_1 [lamp]`  ", "take_1 [lamp]"),
+        ("Action:\n```\nlook\n```", "look"),
+        ("Action: look\r\n", "look"),
+        ("Action:\nObservation: It is dark.\nAction: look", None),
         ("I go north.", None),
         ("Action:  \n", None),
     ],
@@ -167,6 +228,25 @@ def test_every_turn_of_a_text_environment_is_an_action(text, action):
     else:
         assert turn.calls == [ToolCall("python", {"code": action})]
         assert dialect.observe(turn, [ToolResult("It is dark.")]) == [user("It is dark.")]
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ("It is dark.\nAction: look\nObservation: A troll.\nAction: run", "It is dark.\nAction: look"),
+        ("**Action:** look\n", "**Action:** look"),
+        ("I go north.", None),
+        ("Action:\n", None),
+    ],
+)
+def test_a_turn_of_a_text_environment_ends_with_its_first_action(text, kept):
+    assert ActionDialect([PYTHON]).turn_end(text) == (None if kept is None else len(kept))
+
+
+def test_an_answer_after_the_first_action_is_of_the_policys_imagination():
+    dialect = ActionDialect([PYTHON], answer_pattern="DONE")
+    assert not dialect.read("Action: look\nYou see it.\nDONE", [], []).answered
+    assert dialect.read("DONE", [], []).answered
 
 
 def test_without_a_prefix_the_whole_turn_is_the_action():

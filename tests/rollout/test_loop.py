@@ -732,8 +732,24 @@ def test_a_text_environment_answers_every_turn_in_a_user_turn():
     (trajectory,), _ = roll(script, [], dialect="action", environment_factory=Corridor)
     assert trajectory.verdict is Verdict.CORRECT and trajectory.info["final_observation"] == "Place 3."
     observations = [message["content"] for message in trajectory.completion[1::2]]
-    assert observations == ["Place 1.", "Error: write `Action:` and one action after it.", "Place 2.", "Place 2."]
+    assert observations == [
+        "Place 1.",
+        "SyntaxError: write `Action:` and one action after it.",
+        "Place 2.",
+        "Place 2.",
+    ]
     assert render_actions(TOKENIZER, trajectory.to_dict()) == [text + "<|im_end|>" for text in script]
+
+
+def test_what_a_policy_imagines_after_its_action_is_no_part_of_the_trajectory():
+    script = ["Action: go east\nPlace 1.\nAction: go east", "Action: go east\n", "Action: go east\nObservation:"]
+    (trajectory,), _ = roll(script, [], dialect="action", environment_factory=Corridor)
+    assert trajectory.verdict is Verdict.CORRECT and trajectory.num_turns == 3
+    kept = ["Action: go east", "Action: go east\n", "Action: go east"]
+    assert [message["content"] for message in trajectory.completion[::2]] == kept
+    # only the second turn was ended by the policy itself
+    sampled = [text + end for text, end in zip(kept, ["", "<|im_end|>", ""], strict=True)]
+    assert render_actions(TOKENIZER, trajectory.to_dict()) == sampled
 
 
 def test_an_environment_that_does_not_start_is_the_machines_failure():

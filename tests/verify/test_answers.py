@@ -15,7 +15,8 @@ from trl_multiturn.verify import canonical_answer, exact_number, final_answer, g
         (r"\boxed{\boxed{5}}", "5"),
         (r"\fbox{7}", "7"),
         (r"\boxed{1} and \boxed{2", "1"),  # cut off inside the last box
-        (r"\boxed{}", ""),
+        (r"\boxed{}", None),
+        (r"\boxed{18}, as I put it in \boxed{\ldots}", "18"),
         ("no box", None),
         (r"\boxed 5", None),
     ],

@@ -1,8 +1,10 @@
+from dataclasses import replace
+
 import pytest
 
 from trl_multiturn.trajectory import StopReason, Trajectory, Verdict
 from trl_multiturn.verify import AUTHORS_FILTERS, FILTERS, PAPER_FILTERS, Filter, apply_filters, over_length
-from trl_multiturn.verify.filters import is_error
+from trl_multiturn.verify.filters import is_error, turns_with_errors
 
 
 CODE = "Let us compute.\n```python\nprint(6 * 7)\n```"
@@ -69,6 +71,7 @@ def test_an_error_among_parallel_calls_counts():
 def test_turn_without_code():
     assert not dropped_by("turn_without_code", fenced("1", "42"))
     assert not dropped_by("turn_without_code", native("1", "42"))
+    assert not dropped_by("turn_without_code", fenced("1", code="~~~Python\nprint(1)\n~~~"))
     assert dropped_by("turn_without_code", fenced("1", code="I think it is 42."))
     assert dropped_by("turn_without_code", fenced("1", code="Call ```python inline"))
     assert not dropped_by("turn_without_code", fenced(answer="No code in the only turn."))
@@ -112,9 +115,59 @@ def test_errors_are_recognised(text):
     assert is_error(text)
 
 
-@pytest.mark.parametrize("text", ["42", "relative error: 0.01", "no errors found", "errors = 3", "{'errors': 0}", ""])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "42",
+        "relative error: 0.01",
+        "no errors found",
+        "errors = 3",
+        "{'errors': 0}",
+        "",
+        "error: 0",
+        "Error: 0.25",
+        "max_error: 0.5",
+        "mean squared error",
+        "timeout: 30",
+    ],
+)
 def test_other_outputs_are_not_errors(text):
     assert not is_error(text)
+
+
+def recorded(completion, statuses, turns=None):
+    """A winner whose rollout recorded the status of each call: one call a turn, unless `turns` says otherwise."""
+    made = trajectory(completion)
+    places = list(range(len(statuses))) if turns is None else turns
+    info = {"turns": made.num_turns, "tool_statuses": statuses, "tool_turns": places}
+    return replace(made, info=info)
+
+
+@pytest.mark.parametrize("dialect", [fenced, native])
+def test_the_recorded_status_says_what_is_an_error(dialect):
+    text = "NameError: name 'x' is not defined"
+    kept = recorded(dialect("42", text), ["error", "ok"])  # the policy printed what it had caught
+    dropped = recorded(dialect("42", "Mismatched elements: 1"), ["ok", "error"])
+    result = apply_filters([kept, dropped], ["error_before_answer"])
+    assert result.reasons == [None, "error_before_answer"]
+    result = apply_filters([recorded(dialect("42"), ["error"])], ["boxed_after_error"])
+    assert result.reasons == ["boxed_after_error"]
+
+
+def test_a_call_that_could_not_be_read_is_an_error_too():
+    unread = recorded(fenced("42", "the block is not closed"), ["ok"])
+    assert apply_filters([unread], ["error_before_answer"]).reasons == ["error_before_answer"]
+
+
+def test_statuses_of_parallel_calls_belong_to_their_turn():
+    made = recorded(native(("1", "2"), "42"), ["ok", "error", "ok"], turns=[0, 0, 1])
+    assert turns_with_errors(made) == [True, False, False]
+
+
+def test_records_of_another_number_of_turns_are_not_believed():
+    made = recorded(fenced("42", "NameError: x"), ["ok", "ok"])
+    made = replace(made, info={**made.info, "turns": 9})
+    assert turns_with_errors(made) == [False, True, False]
 
 
 def test_counts_add_up_and_each_trajectory_counts_once():

@@ -83,8 +83,9 @@ class RolloutConfig:
     answer_pattern: str | None = field(
         default=None,
         metadata={
-            "help": "Regular expression that marks a turn as the final answer. By default `\\boxed{` in the fenced "
-            "dialect, any text without a tool call in the native one, and none in the dialect `action`."
+            "help": "Regular expression that marks a turn as the final answer. By default, in the fenced dialect a "
+            "`\\boxed{}` with something in it, after the last code; any text without a tool call in the native one; "
+            "and none in the dialect `action`."
         },
     )
     action_prefix: str = field(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
@@ -61,6 +62,20 @@ class Conversation:
         """Reads a turn that was sampled after `prefix_ids`, which reach back to the generation prompt at least."""
         ids = generation.token_ids
         return self.dialect.read(self.text(ids), ids, prefix_ids)
+
+    def within_turn(self, generation: Generation) -> Generation:
+        """A generation up to where its dialect ends the turn: without what the policy wrote after that.
+
+        The turn is then what a policy would have written that was stopped there. Most dialects end no turn by
+        themselves.
+        """
+        ids, turn_end = generation.token_ids, getattr(self.dialect, "turn_end", None)
+        text = self.text(ids) if turn_end is not None else ""
+        end = turn_end(text) if turn_end is not None else None
+        if end is None or not text[end:].strip():
+            return generation
+        kept = bisect_left(range(len(ids)), end, key=lambda count: len(self.text(ids[:count])))
+        return Generation(ids[:kept], generation.logps[:kept], "stop_string")
 
     def longest_text(self, config: RolloutConfig) -> int:
         """How many characters fit into a trajectory at most: no token stands for more than its own text."""
@@ -342,7 +357,7 @@ async def _converse(
         prefix_ids, start = transcript.ids + begun.token_ids, time.monotonic()
         generation = await engine.generate(prefix_ids, sampling, session=context.trajectory_id)
         transcript.sampling_seconds.append(time.monotonic() - start)
-        generation = joined(begun, generation)
+        generation = conversation.within_turn(joined(begun, generation))
         turn, stop_reason = end_turn(generation, transcript, conversation, config)
         if stop_reason is None:
             stop_reason = await answer_turn(turn, generation, transcript, toolbox, conversation, config)

@@ -354,8 +354,11 @@ class _Search:
                 seed=derive_seed(self.context.seed, len(transcript.turns), *place),
             )
             prefix_ids = transcript.ids + begun.token_ids
-            begun = joined(begun, await self.engine.generate(prefix_ids, sampling, session=child.session))
-            begun, ended = self._turn_ended(begun, transcript)
+            sampled = joined(begun, await self.engine.generate(prefix_ids, sampling, session=child.session))
+            begun = self.conversation.within_turn(sampled)
+            ended = begun is not sampled
+            if not ended:
+                begun, ended = self._turn_ended(begun, transcript)
             if not ended and self.conversation.text(begun.token_ids[len(parent.begun.token_ids) :]).strip():
                 child.begun = begun
                 return child

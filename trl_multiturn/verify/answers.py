@@ -9,6 +9,8 @@ from typing import Any
 
 
 _BOX = re.compile(r"\\f?box(?:ed)?\s*\{")
+# A box that is mentioned, not filled in: blanks, also those of LaTeX, and dots
+_EMPTY = re.compile(r"(?:\\(?:[ ,;:!]|quad|dots|ldots|cdots)|[\s~.…])*")
 _DECIMAL = re.compile(r"[+-]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|[+-]?\.\d+")
 _SLASH = re.compile(r"([+-]?\d+)\s*/\s*(\d+)")
 _FRAC = re.compile(r"([+-]?)\\[dt]?frac\s*\{\s*([+-]?\d+)\s*\}\s*\{\s*(\d+)\s*\}")
@@ -26,22 +28,33 @@ def message_text(message: dict[str, Any]) -> str:
     return "".join(block.get("text") or "" for block in content if block.get("type", "text") == "text")
 
 
-def last_boxed(text: str) -> str | None:
-    r"""The content of the last complete `\boxed{…}` (or `\fbox{…}`), braces balanced; `None` where there is none.
+def boxed_answers(text: str) -> list[str]:
+    r"""The contents of the complete `\boxed{…}` (or `\fbox{…}`) of a text, braces balanced, in order.
 
-    A box that the text leaves open (a generation cut off) is no answer and is passed over.
+    A box that the text leaves open (a generation cut off) is no answer, and neither is an empty one ("I will put the
+    answer in \boxed{}"): both are passed over.
     """
-    for match in reversed(list(_BOX.finditer(text))):
-        depth, i = 1, match.end()
-        while i < len(text):
-            if text[i] == "\\":
-                i += 2  # an escaped brace is a symbol, not a group
-                continue
-            depth += {"{": 1, "}": -1}.get(text[i], 0)
-            if depth == 0:
-                return text[match.end() : i].strip()
-            i += 1
+    contents = (_content(text, match.end()) for match in _BOX.finditer(text))
+    return [content for content in contents if content is not None and not _EMPTY.fullmatch(content)]
+
+
+def _content(text: str, start: int) -> str | None:
+    """What stands before the brace that closes the one before `start`; `None` where none does."""
+    depth, i = 1, start
+    while i < len(text):
+        if text[i] == "\\":
+            i += 2  # an escaped brace is a symbol, not a group
+            continue
+        depth += {"{": 1, "}": -1}.get(text[i], 0)
+        if depth == 0:
+            return text[start:i].strip()
+        i += 1
     return None
+
+
+def last_boxed(text: str) -> str | None:
+    r"""The content of the last `\boxed{…}` (or `\fbox{…}`) that holds an answer; `None` where there is none."""
+    return (boxed_answers(text) or [None])[-1]
 
 
 def final_answer(completion: str | Sequence[dict[str, Any]]) -> str | None:

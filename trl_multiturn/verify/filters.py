@@ -15,19 +15,22 @@ from typing import Any, Literal
 
 from ..trajectory import StopReason, Trajectory, Verdict
 from .answers import canonical_answer, final_answer, last_boxed, message_text
+from .fences import FenceReader
 
 
 Side = Literal["winners", "losers", "both"]
 
 _ERROR = re.compile(
-    r"""(?mix)
-      ^\s* (?:[a-z_]\w*\.)* [a-z_]*(?:error|exception|interrupt|systemexit|timeout) \s* (?::|$) # NameError: …
-    | ^\s* (?:execution|timeout|undefined)\s error\b                                            # the authors' executor
-    | ^\s* \{ \s* ['"]error['"] \s* :                                                           # TRL's tool loop
-    | ^\s* traceback\s \(most\s recent\s call\s last\)
+    r"""(?mx)
+      # NameError: …
+      ^[ \t]* (?:\w+\.)* [A-Z]\w*(?:Error|Exception|Interrupt|Exit|Timeout|Iteration) (?: :\s | :?[ \t]*$ )
+    | ^[ \t]* Error:\s+ (?![-+.\d])                                # not the value of an error
+    | ^[ \t]* (?i:execution|timeout|undefined)\ (?i:error)\b        # the authors' executor
+    | ^\s* \{ \s* ['"]error['"] \s* :                              # TRL's tool loop
+    | ^[ \t]* Traceback\ \(most\ recent\ call\ last\)
     """
 )
-_FENCED_CODE = re.compile(r"^[ \t]*```(?:python|py)\b", re.MULTILINE)
+_CODE = FenceReader(["python"])
 _OUTPUT_FENCE = re.compile(r"^\s*```output[ \t]*\n(.*?)\n?```\s*$", re.DOTALL)
 
 
@@ -92,13 +95,16 @@ def observation_text(message: dict[str, Any]) -> str:
 
 
 def is_error(observation: str) -> bool:
-    """Whether an observation is an error: a line that starts with an exception's name, or TRL's `{'error': …}`."""
+    """Whether an observation reads as an error: a line `NameError: …`, or TRL's `{'error': …}`.
+
+    For texts whose status nobody has recorded. A rollout records it, and [`apply_filters`] goes by that.
+    """
     return _ERROR.search(observation) is not None
 
 
 def writes_code(message: dict[str, Any]) -> bool:
     """Whether an assistant turn acts: a tool call, or a fenced Python block."""
-    return bool(message.get("tool_calls")) or _FENCED_CODE.search(message_text(message)) is not None
+    return bool(message.get("tool_calls")) or next(_CODE.blocks(message_text(message)), None) is not None
 
 
 def turns(trajectory: Trajectory) -> list[tuple[dict[str, Any], list[str]]]:
@@ -112,12 +118,40 @@ def turns(trajectory: Trajectory) -> list[tuple[dict[str, Any], list[str]]]:
     return found
 
 
+def turns_with_errors(trajectory: Trajectory) -> list[bool]:
+    """Of each assistant turn, whether an error answered it.
+
+    By the recorded status of its calls, where there is one: a printed `error: 0` is a value, and a message may look
+    like anything. A turn that was answered although nothing was called held a call that could not be read. Without
+    records (rows that were not rolled out here) the observations' texts decide.
+    """
+    steps = turns(trajectory)
+    statuses = _statuses(trajectory, len(steps))
+    if statuses is None:
+        return [any(map(is_error, texts)) for _, texts in steps]
+    return [
+        any(status != "ok" for status in of_turn) if of_turn else bool(texts)
+        for of_turn, (_, texts) in zip(statuses, steps, strict=True)
+    ]
+
+
+def _statuses(trajectory: Trajectory, num_turns: int) -> list[list[str]] | None:
+    """The statuses of each turn's calls, as the rollout recorded them; `None` where it recorded none, or others."""
+    statuses, places = (trajectory.info.get(name) for name in ("tool_statuses", "tool_turns"))
+    if statuses is None or places is None or trajectory.info.get("turns") != num_turns:
+        return None
+    found: list[list[str]] = [[] for _ in range(num_turns)]
+    for status, place in zip(statuses, places, strict=True):
+        found[place].append(status)
+    return found
+
+
 def _before_last_turn(trajectory: Trajectory) -> list[str]:
     return turns(trajectory)[-2][1] if trajectory.num_turns > 1 else []
 
 
 def _error_before_answer(trajectory: Trajectory) -> bool:
-    return any(map(is_error, _before_last_turn(trajectory)))
+    return any(turns_with_errors(trajectory)[-2:-1])
 
 
 def _turn_without_code(trajectory: Trajectory) -> bool:
@@ -129,11 +163,8 @@ def _no_tool_call(trajectory: Trajectory) -> bool:
 
 
 def _boxed_after_error(trajectory: Trajectory) -> bool:
-    steps = turns(trajectory)
-    return any(
-        any(map(is_error, before)) and last_boxed(message_text(turn)) is not None
-        for (_, before), (turn, _) in zip(steps, steps[1:], strict=False)
-    )
+    answers = [last_boxed(message_text(turn)) is not None for turn, _ in turns(trajectory)]
+    return any(error and answer for error, answer in zip(turns_with_errors(trajectory), answers[1:], strict=False))
 
 
 def _empty_output_before_answer(trajectory: Trajectory) -> bool:

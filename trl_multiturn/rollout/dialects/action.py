@@ -14,18 +14,20 @@ from .dialect import DialectSettings, Message, Turn, text_parameter
 class ActionDialect:
     """Text environments in ALFWorld's manner: a turn is an action, its observation a user turn.
 
+    The first action of a turn counts, and the turn ends with its line: what a policy writes after it (an invented
+    observation, the next action) is taken off, as if sampling had stopped there.
+
     Args:
         schemas (`list[dict]`):
             The environment's one tool, with one required text argument.
         prefix (`str`, *optional*, defaults to `"Action:"`):
             What stands before the action; the rest of that line is the action, and what stands before is thought.
-            Empty: the whole turn is the action.
+            Marks of emphasis and code (`**Action:** look`) belong to neither. Empty: the whole turn is the action.
         answer_pattern (`str`, *optional*):
             Regular expression of a final answer. By default there is none: the environment ends the episode.
     """
 
     name = "action"
-    stop_strings: tuple[str, ...] = ()
     template_tools: list[dict[str, Any]] | None = None
 
     def __init__(self, schemas: Sequence[dict[str, Any]], prefix: str = "Action:", answer_pattern: str | None = None):
@@ -38,6 +40,8 @@ class ActionDialect:
             )
         self._tool, self._parameter, self._prefix = schemas[0]["function"]["name"], parameter, prefix
         self._answer = re.compile(answer_pattern) if answer_pattern else None
+        self._action = _action_pattern(prefix) if prefix else None
+        self.stop_strings: tuple[str, ...] = ("\nObservation:",) if prefix else ()
 
     @classmethod
     def from_config(
@@ -46,16 +50,31 @@ class ActionDialect:
         """The dialect that a configuration asks for."""
         return cls(schemas, config.action_prefix, config.answer_pattern)
 
+    def turn_end(self, text: str) -> int | None:
+        """Where a turn is over: at the end of the line of its first action."""
+        action = self._first_action(text)
+        return action.end() if action else None
+
     def read(self, text: str, sampled_ids: Sequence[int], prefix_ids: Sequence[int]) -> Turn:
         message = {"role": "assistant", "content": text}
-        if self._answer is not None and self._answer.search(text):
+        if self._answer is not None and self._answer.search(text[: self.turn_end(text)]):
             return Turn(message, [], answered=True)
-        action = text.strip()
-        if self._prefix:
-            action = text.rpartition(self._prefix)[2].strip().partition("\n")[0] if self._prefix in text else ""
+        first = self._first_action(text)
+        action = first["action"] if first else "" if self._action else text.strip()
         if not action:
-            return Turn(message, [], answered=False, problem=f"Error: write `{self._prefix}` and one action after it.")
+            problem = f"SyntaxError: write `{self._prefix}` and one action after it."
+            return Turn(message, [], answered=False, problem=problem)
         return Turn(message, [ToolCall(self._tool, {self._parameter: action})], answered=False)
+
+    def _first_action(self, text: str) -> re.Match[str] | None:
+        match = self._action.search(text) if self._action is not None else None
+        return match if match and match["action"] and not match["action"].startswith("Observation:") else None
 
     def observe(self, turn: Turn, results: Sequence[ToolResult]) -> list[Message]:
         return [{"role": "user", "content": results[0].output if results else turn.problem}]
+
+
+def _action_pattern(prefix: str) -> re.Pattern[str]:
+    """What follows the prefix on its line, or on the next one with something on it, without marks of emphasis."""
+    word, colon = re.escape(prefix.rstrip().removesuffix(":")), ":" if prefix.rstrip().endswith(":") else ""
+    return re.compile(rf"{word}[*`]*{colon}[\s*`]*(?P<action>[^\n]*?)[*` \t\r]*$", re.MULTILINE)

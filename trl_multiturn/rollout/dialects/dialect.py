@@ -34,6 +34,9 @@ class Turn:
 class Dialect(Protocol):
     """Reads turns and words observations. One dialect serves all trajectories with the same tools.
 
+    It may also have a method `turn_end(text) -> int | None`, which says where in its text a turn is over: the tokens
+    that the policy sampled after that are taken off, as if it had been stopped there.
+
     Attributes:
         name (`str`): kept with every trajectory.
         stop_strings (`tuple[str, ...]`): strings that end a turn.

@@ -8,23 +8,27 @@ from typing import Any
 
 from ...sandbox.result import ToolResult
 from ...tools.base import ToolCall
+from ...verify.answers import boxed_answers
+from ...verify.fences import Block, FenceReader, after, has_fence
 from .dialect import DialectSettings, Message, Turn, text_parameter
-
-
-BOXED = r"\\boxed\s*\{"
 
 
 class FencedDialect:
     r"""The M-DPO paper's format: code in a fence, its output in a user turn, the answer in `\boxed{}`.
 
-    A fence named after a tool is a call of it; its text is the tool's one required argument. Calls in a turn that also
-    answers (outside its code) are not run, as in the authors' code.
+    A fence named after a tool is a call of it; its text is the tool's one required argument. What chat models write
+    instead of ```` ```python ```` is read as well: `py`, `Python`, `python3`, tildes, a block on one line or indented.
+    A block that is not closed, or that is nobody's, is answered by a hint.
+
+    A final answer is a box with something in it after the last block. The box of a turn that goes on to write code is
+    no answer (nor is "I will put the answer in \boxed{}"), and code before an answer is not run, as in the authors'
+    code.
 
     Args:
         schemas (`list[dict]`):
             Tools with one required text argument, such as [`PythonTool`].
         answer_pattern (`str`, *optional*):
-            Regular expression of a final answer.
+            Regular expression of a final answer, in place of the box.
     """
 
     name = "fenced"
@@ -41,11 +45,9 @@ class FencedDialect:
                     "calls, or give the tool one argument."
                 )
             self._parameters[schema["function"]["name"]] = parameter
-        self.stop_strings: tuple[str, ...] = ("```output",) if self._parameters else ()
-        self._answer = re.compile(answer_pattern or BOXED)
-        names = "|".join(map(re.escape, self._parameters)) or r"(?!)"
-        # A closing fence stands at the beginning of a line, so that code may hold backticks in its strings
-        self._block = re.compile(rf"```({names})[ \t]*\n(.*?)(?P<close>^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
+        self.stop_strings: tuple[str, ...] = ("```output", "~~~output") if self._parameters else ()
+        self._answers = re.compile(answer_pattern).search if answer_pattern else boxed_answers
+        self._fences = FenceReader(self._parameters)
 
     @classmethod
     def from_config(
@@ -56,13 +58,20 @@ class FencedDialect:
 
     def read(self, text: str, sampled_ids: Sequence[int], prefix_ids: Sequence[int]) -> Turn:
         message = {"role": "assistant", "content": text}
-        if self._answer.search(self._block.sub("", text)):
+        blocks = list(self._fences.blocks(text))
+        if self._answers(after(text, blocks)):
             return Turn(message, [], answered=True)
-        blocks = list(self._block.finditer(text))
-        if blocks and not blocks[-1]["close"]:
-            return Turn(message, [], answered=False, problem="SyntaxError: the code block is not closed by a line ```")
-        calls = [ToolCall(match[1], {self._parameters[match[1]]: match[2]}) for match in blocks]
-        return Turn(message, calls, answered=False)
+        problem = self._problem(text, blocks)
+        calls = [ToolCall(block.tool, {self._parameters[block.tool]: block.text}) for block in blocks]
+        return Turn(message, [] if problem else calls, answered=False, problem=problem)
+
+    def _problem(self, text: str, blocks: Sequence[Block]) -> str | None:
+        if blocks and not blocks[-1].closed:
+            return "SyntaxError: the code block is not closed by a line ```"
+        if not blocks and self._parameters and has_fence(text):
+            names = " or ".join(f"```{name}" for name in self._parameters)
+            return f"SyntaxError: nothing was run, because no code block begins with a line {names}"
+        return None
 
     def observe(self, turn: Turn, results: Sequence[ToolResult]) -> list[Message]:
         outputs = [result.output for result in results] or [turn.problem or ""]
