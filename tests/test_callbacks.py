@@ -33,7 +33,7 @@ from trl_multiturn import (
 )
 from trl_multiturn.journal.export import run_trajectories
 from trl_multiturn.journal.run_folder import RunFolder
-from trl_multiturn.rollout import Journal
+from trl_multiturn.rollout import Journal, JournalError
 from trl_multiturn.rollout.judging import Judge
 from trl_multiturn.trainer.loop.policy_weights import load_policy_weights, policy_revision
 from trl_multiturn.verify import Filter
@@ -285,17 +285,91 @@ def test_stopped_run_goes_on_and_ends_where_an_undisturbed_one_does(tmp_path, to
         )
 
 
-def test_other_settings_are_refused_by_name(tmp_path, tool):
-    make_run(tmp_path, tool, iterations=1)[0].train()
-    before = sorted(tmp_path.rglob("*.json"))
-    for changes, name in (
-        (dict(generations=6), "num_generations"),
-        (dict(pairing=PairingConfig(max_pairs_per_prompt=2)), "pairing"),
-        (dict(prompts=problems(3, first=7)), "prompts"),
+def test_rollouts_of_other_settings_or_prompts_are_refused_and_nothing_is_lost(tmp_path, tool):
+    trainer, generator, _ = make_run(tmp_path, tool, iterations=1)
+    trainer.train()
+    before = {path: path.read_bytes() for path in generator.run_folder.rglob("shard-*")}
+    other, second, _ = make_run(tmp_path, tool, iterations=1)
+    second.settings.rollout.temperature = 0.5
+    with pytest.raises(
+        ValueError, match="other settings \\(`temperature`.*which loses 12 trajectories of iteration 1"
     ):
-        with pytest.raises(ValueError, match=f"other settings \\(`{name}`"):
-            make_run(tmp_path, tool, iterations=1, **changes)[0].train()
-    assert sorted(tmp_path.rglob("*.json")) == before  # nothing overwritten
+        other.train()
+    with pytest.raises(JournalError, match="Prompt 0 is not the one"):
+        make_run(tmp_path, tool, iterations=1, prompts=problems(3, first=7))[0].train()
+    assert {path: path.read_bytes() for path in generator.run_folder.rglob("shard-*")} == before
+    again, third, engine = make_run(tmp_path, tool, iterations=1)
+    again.train()
+    assert not engine.calls and [r.rows for r in third.reports] == [3]
+
+
+class Stop(Exception):
+    pass
+
+
+def start_and_stop(number, *args, **kwargs):
+    """A run that ends in the middle of the rollouts of an iteration, of which some have finished."""
+    judge = kwargs.pop("judge", None)
+    trainer, generator, _ = make_run(*args, script=stop_in_iteration(number), **kwargs)
+    generator.settings.rollout.max_concurrent_trajectories = 1
+    generator.settings.judge = judge or generator.settings.judge
+    with pytest.raises(Stop):
+        trainer.train()
+
+
+def stop_in_iteration(number):
+    def script(prompt_text, sampling, session):
+        if session.startswith(f"{number}/current/2"):
+            raise Stop
+        return solve(prompt_text, sampling, session)
+
+    return script
+
+
+def outcome(generator, iteration=1):
+    return training_rows(generator, iteration).to_list()
+
+
+@pytest.mark.parametrize("history", ["latest", "all"])
+def test_a_reward_repaired_between_two_starts_judges_anew_and_mixes_nothing(tmp_path, tool, history):
+    """The first start has a reward of which some are wrong, a filter and a threshold; the second has none of them."""
+
+    def unsteady(completions, **columns):
+        return [float("3" in str(each)) for each in completions]
+
+    pairing = PairingConfig(filters=["turn_without_code"], max_pairs_per_prompt=2)
+    common = dict(history=history, prompts=problems(4))
+    judge = Judge([unsteady], correct_threshold=0.9)
+    start_and_stop(0, tmp_path / "a", tool, pairing=pairing, judge=judge, **common)
+    again, generator, engine = make_run(tmp_path / "a", tool, **common)
+    again.train()
+    whole, undisturbed, _ = make_run(tmp_path / "b", tool, **common)
+    whole.train()
+    assert not [call for call in engine.calls if call.session.startswith("0/current/0")]
+    assert [outcome(generator, i) for i in range(2)] == [outcome(undisturbed, i) for i in range(2)]
+    assert policy_revision(again.model) == policy_revision(whole.model)
+
+
+def test_rows_of_earlier_iterations_are_found_anew_for_a_history_of_all(tmp_path, tool):
+    """A threshold above every reward finds no row; lowered before the second iteration, it does in both."""
+    common = dict(history="all", prompts=problems(3))
+    start_and_stop(1, tmp_path, tool, correct_threshold=2.0, **common)
+    again, generator, engine = make_run(tmp_path, tool, **common)
+    again.train(resume_from_checkpoint=True)
+    assert not [call for call in engine.calls if call.session.startswith("0/")]
+    assert [(r.rows, r.trained_rows) for r in generator.reports] == [(3, 3), (3, 6)]
+
+
+def test_more_generations_and_more_prompts_keep_what_is_there(tmp_path, tool):
+    start_and_stop(1, tmp_path, tool, prompts=problems(3))
+    again, generator, engine = make_run(tmp_path, tool, prompts=problems(4), generations=6)
+    again.train(resume_from_checkpoint=True)
+    calls = {call.session for call in engine.calls if call.session.startswith("1/")}
+    assert "1/previous/0/2" not in calls and "1/current/0/4" in calls and "1/previous/3/2" in calls
+    assert (generator.reports[1].trajectories, generator.reports[1].samples) == (
+        24,
+        {"current": [[0, 2], [4, 6]], "previous": [[2, 4]]},
+    )
 
 
 def settings_with(reward=math_reward, drops=None, **changes):

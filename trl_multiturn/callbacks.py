@@ -243,14 +243,26 @@ class ToolRolloutGenerator(TrainerCallback):
         return rows
 
     def _find_rows(self, beginning: Beginning) -> Dataset:
+        """Rolls out what is missing, judges and selects."""
         iteration, settings = beginning.iteration, beginning.settings
-        begun = IterationReport(iteration, beginning.first_step, None, beginning.policy_revision, settings, False)
-        self._save(begun)
-        rows, self._report = run_iteration(
-            iteration, self._prompts_of(iteration), self.trainer, self.engine, self.settings, self.run
+        before = IterationReport.load(self.run.iteration(iteration).path)
+        samples = self.settings.samples(iteration, before.spans() if before else None)
+        marks = {policy: [[span.start, span.stop] for span in spans] for policy, spans in samples.items()}
+        begun = IterationReport(
+            iteration,
+            beginning.first_step,
+            policy_revision=beginning.policy_revision,
+            settings=settings,
+            ready=False,
+            samples=marks,
         )
-        self._report.settings = settings
-        self._save(self._report)
+        self._save(begun)
+        rows, report = run_iteration(
+            iteration, self._prompts_of, self.trainer, self.engine, self.settings, self.run, samples
+        )
+        report.settings, report.samples = settings, marks
+        self._report = report
+        self._save(report)
         return rows
 
     def position(self, global_step: int) -> tuple[int, int]:

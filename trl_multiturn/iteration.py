@@ -8,7 +8,8 @@ next epoch is one pass over the rows it returns.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Literal
 
 from datasets import Dataset, concatenate_datasets, load_from_disk
@@ -16,13 +17,16 @@ from datasets import Dataset, concatenate_datasets, load_from_disk
 from .distributed.main_process import on_main_at_own_pace
 from .distributed.sharding import weights_of
 from .engines.engine import Engine
+from .errors import JournalError
 from .journal.export import dropped_writer
-from .journal.journal import Journal
+from .journal.journal import Journal, Places
 from .journal.run_folder import IterationFolder, RunFolder
+from .online.plan import found_otherwise
 from .online.reference import with_reference
-from .online.report import IterationReport
+from .online.report import IterationReport, Samples
 from .online.sampling import ready_to_sample
 from .online.settings import IterationSettings
+from .rollout.judging import judge_again
 from .rollout.loop import generate_trajectories
 from .rows.row_files import forget_caches, save_rows, write_rows
 from .rows.selection import PairingConfig, Selection, UnpairedConfig, select_by_prompt
@@ -30,7 +34,13 @@ from .trainer.loop.policy_weights import policy_revision, policy_weights, save_p
 
 
 def run_iteration(
-    iteration: int, prompts: Dataset, trainer: Any, engine: Engine, settings: IterationSettings, run: RunFolder
+    iteration: int,
+    prompts_of: Callable[[int], Dataset],
+    trainer: Any,
+    engine: Engine,
+    settings: IterationSettings,
+    run: RunFolder,
+    samples: Samples | None = None,
 ) -> tuple[Dataset, IterationReport]:
     """Prompts in, the training rows of one iteration out: lines 3 to 7 of Algorithm 1.
 
@@ -41,8 +51,8 @@ def run_iteration(
     Args:
         iteration (`int`):
             0-based.
-        prompts (`Dataset`):
-            The iteration's prompts: `prompt` messages and the columns that the rewards need.
+        prompts_of (`Callable[[int], Dataset]`):
+            The prompts of an iteration: `prompt` messages and the columns that the rewards need.
         trainer:
             The trainer; its model is the policy π_t.
         engine ([`Engine`]):
@@ -51,6 +61,8 @@ def run_iteration(
             Tools, rewards, limits, pairing, choice of reference.
         run ([`RunFolder`]):
             Where the run keeps what it finds.
+        samples (`Samples`, *optional*):
+            Which samples each policy draws (see [`IterationSettings.samples`]).
 
     Returns:
         `(rows, report)`: token rows with the reference's log-probabilities, and the iteration's counts.
@@ -64,14 +76,24 @@ def run_iteration(
     revision = policy_revision(policy)
 
     # Roll out with π_t and, for exploration, with the previous policy; every answer is verified on the way.
-    roll_out(iteration, prompts, trainer, engine, settings, run)
+    prompts = prompts_of(iteration)
+    samples = samples or settings.samples(iteration)
+    places = Places(range(len(prompts)), {f"{iteration}/{policy}": spans for policy, spans in samples.items()})
+    roll_out(iteration, prompts, trainer, engine, settings, run, samples)
 
     # Filter and pair, prompt by prompt.
-    report = on_main_at_own_pace(lambda: find_rows(folder, settings.pairing, trainer.row_format), patience)
+    report = on_main_at_own_pace(
+        lambda: find_rows(folder.journal, folder, places, settings.pairing, trainer.row_format), patience
+    )
     rows = load_from_disk(folder.rows)
 
     # Train on these rows, or on all so far, against the reference of this iteration.
-    prepared = rows if settings.history == "latest" else with_history(rows, iteration, run)
+    prepared = rows
+    if settings.history == "all":
+        earlier = on_main_at_own_pace(
+            lambda: earlier_rows(iteration, prompts_of, settings, trainer.row_format, run), patience
+        )
+        prepared = concatenate_datasets([*map(load_from_disk, earlier), rows])
     prepared = with_reference(prepared, trainer, settings.reference, run)
     on_main_at_own_pace(lambda: save_rows(prepared, folder.training_rows), patience)
     forget_caches(prepared, run.path)  # what was computed on the way, beside the rows
@@ -84,71 +106,125 @@ def run_iteration(
 
 
 def roll_out(
-    iteration: int, prompts: Dataset, trainer: Any, engine: Engine, settings: IterationSettings, run: RunFolder
+    iteration: int,
+    prompts: Dataset,
+    trainer: Any,
+    engine: Engine,
+    settings: IterationSettings,
+    run: RunFolder,
+    samples: Samples,
 ) -> None:
     """Rolls out with the current and, after the first iteration, the previous policy (mixture sampling, section 3.1).
 
     Every finished trajectory is in the iteration's journal the moment it finishes. With several processes each rolls
     out its share of the prompts; what all have rolled out is on the disk when it returns.
     """
-    config, policy = settings.rollout, weights_of(trainer)
-    explore = config.explored_generations if iteration else 0
+    policy = weights_of(trainer)
     share = range(trainer.args.process_index, len(prompts), trainer.args.world_size)
 
-    def sample(label: str, num_generations: int, sample_offset: int) -> None:
+    def sample(label: str) -> None:
         revision = policy_revision(policy)  # like the next line on every process, also on one without a prompt
         with ready_to_sample(engine, trainer, run):
-            if not share:
-                return
-            generate_trajectories(
-                prompts.select(share),
-                engine,
-                **settings.arguments(),
-                num_generations=num_generations,
-                sample_offset=sample_offset,
-                prompt_indices=list(share),
-                policy=label,
-                policy_revision=revision,
-                iteration=iteration,
-                journal=journal,
-                collect=False,  # the main process reads those of all from the journal
-                progress=trainer.args.process_index == 0 and not trainer.args.disable_tqdm,
-            )
+            for span in samples[label] if share else ():
+                generate_trajectories(
+                    prompts.select(share),
+                    engine,
+                    **settings.arguments(),
+                    num_generations=len(span),
+                    sample_offset=span.start,
+                    prompt_indices=list(share),
+                    policy=label,
+                    policy_revision=revision,
+                    iteration=iteration,
+                    journal=journal,
+                    collect=False,  # the main process reads those of all from the journal
+                    progress=trainer.args.process_index == 0 and not trainer.args.disable_tqdm,
+                )
 
     with Journal(run.iteration(iteration).journal) as journal:
-        if explore:  # first, so that the engine goes on with the present policy
+        if samples["previous"]:  # first, so that the engine goes on with the present policy
             with policy_weights(policy, run.iteration(iteration - 1).policy):
-                sample("previous", explore, sample_offset=config.num_generations - explore)
-        sample("current", config.num_generations - explore, sample_offset=0)
+                sample("previous")
+        sample("current")
     trainer.accelerator.wait_for_everyone()
 
 
 def find_rows(
+    journal: Path,
     folder: IterationFolder,
+    places: Places | None,
     pairing: PairingConfig | UnpairedConfig | None,
     row_format: Literal["preference", "unpaired"],
 ) -> IterationReport:
     """Selects an iteration's rows from its journal and writes them, prompt by prompt: memory holds one prompt's
     trajectories, and of the others nothing but counts.
 
+    Args:
+        journal (`Path`):
+            The iteration's journal.
+        folder ([`IterationFolder`]):
+            Where the rows go.
+        places ([`Places`], *optional*):
+            Which trajectories, where earlier settings may have left others there.
+        pairing ([`PairingConfig`] or [`UnpairedConfig`], *optional*):
+            How to select.
+        row_format (`"preference"` or `"unpaired"`):
+            Which rows to write.
+
     Returns:
         The counts of the iteration's report that come from its trajectories.
+
+    Raises:
+        [`JournalError`]: if trajectories are missing; no row was written.
     """
     report = IterationReport(iteration=0)
 
     def selections() -> Iterator[Selection]:
-        for group, selection in select_by_prompt(Journal(folder.journal).read_by_prompt(), pairing):
+        for group, selection in select_by_prompt(Journal(journal).read_by_prompt(places), pairing):
             for trajectory, reason in zip(group, selection.reasons, strict=True):
                 report.count(trajectory, reason)
                 if reason:
                     write_dropped(trajectory, reason)
             yield selection
+        if places is not None:
+            refuse_missing(folder, places, report.trajectories)
 
     with dropped_writer(folder.dropped) as write_dropped:
         write_rows(selections(), folder.rows, row_format)
     return report
 
 
-def with_history(rows: Dataset, iteration: int, run: RunFolder) -> Dataset:
-    """The rows of all iterations so far (`D ← D ∪ D_t`)."""
-    return concatenate_datasets([*(load_from_disk(run.iteration(t).rows) for t in range(iteration)), rows])
+def refuse_missing(folder: IterationFolder, places: Places, found: int) -> None:
+    """Raises where the journal holds fewer trajectories than were rolled out."""
+    if found != places.count:
+        raise JournalError(
+            f"{folder.journal} holds {found} of the {places.count} trajectories of iteration {folder.number + 1}, so "
+            "its rows would come from a part of them. Restore the missing files, or start again with the same "
+            "command: what is missing is rolled out."
+        )
+
+
+def earlier_rows(
+    iteration: int,
+    prompts_of: Callable[[int], Dataset],
+    settings: IterationSettings,
+    row_format: Literal["preference", "unpaired"],
+    run: RunFolder,
+) -> list[Path]:
+    """The folders with the rows of the iterations before one (`D ← D ∪ D_t`).
+
+    Where an iteration's rows were judged or selected by other settings than the present ones, its trajectories are
+    judged and selected anew, so that rows of both never mix. What it trained on stays as it was.
+    """
+    folders = []
+    for earlier in map(run.iteration, range(iteration)):
+        report = IterationReport.load(earlier.path)
+        if report is None or not found_otherwise(report, settings.describe()):
+            folders.append(earlier.rows)
+            continue
+        with Journal(earlier.journal) as journal:
+            judge_again(journal, prompts_of(earlier.number), settings.complete_judge())
+        anew = run.iteration(iteration).found_anew(earlier.number)
+        find_rows(earlier.journal, anew, None, settings.pairing, row_format)
+        folders.append(anew.rows)
+    return folders

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -36,7 +36,11 @@ class LineIndex:
         self._positions.append(position)
 
     def latest(
-        self, scope: str | None = None, by_prompt: bool = False, scope_order: Callable[[str], Any] = str
+        self,
+        scope: str | None = None,
+        by_prompt: bool = False,
+        scope_order: Callable[[str], Any] = str,
+        within: Mapping[str, Sequence[range]] | None = None,
     ) -> np.ndarray:
         """
         What counts, 24 bytes per trajectory.
@@ -48,6 +52,8 @@ class LineIndex:
                 Sort by prompt, scope and sample; otherwise by scope, prompt and sample.
             scope_order (`Callable`, *optional*):
                 Key by which scopes are sorted.
+            within (`Mapping[str, Sequence[range]]`, *optional*):
+                The only scopes to look at, with the samples to look at of each.
 
         Returns:
             `np.ndarray` of int64, (trajectories, 3): prompt, position of the trajectory, position of its verdict (-1
@@ -67,6 +73,11 @@ class LineIndex:
         if not len(order):
             return np.empty((0, 3), np.int64)
 
+        if within is not None:
+            order = order[self._within(within)[order]]
+            if not len(order):
+                return np.empty((0, 3), np.int64)
+
         first = np.zeros(len(order), bool)  # of the lines of its place
         first[0] = True
         for part in place:
@@ -84,6 +95,22 @@ class LineIndex:
         found[:, 1] = positions[order[trajectory]]
         found[:, 2] = np.where(verdict > trajectory, positions[order[verdict]], -1)
         return found
+
+    def finished(self, scope: str) -> tuple[np.ndarray, np.ndarray]:
+        """Prompts and samples of the trajectories of a scope; a place may come more than once."""
+        kinds = np.frombuffer(self._kinds, np.int32)
+        here = kinds == 2 * self._scopes.get(scope, -1)
+        return np.frombuffer(self._prompts, np.int64)[here], np.frombuffer(self._samples, np.int64)[here]
+
+    def _within(self, within: Mapping[str, Sequence[range]]) -> np.ndarray:
+        """Which lines are of these scopes and samples."""
+        kinds, samples = np.frombuffer(self._kinds, np.int32), np.frombuffer(self._samples, np.int64)
+        wanted = np.zeros(len(kinds), bool)
+        for scope, spans in within.items():
+            of_scope = kinds >> 1 == self._scopes.get(scope, -1)
+            for span in spans:
+                wanted |= of_scope & (samples >= span.start) & (samples < span.stop)
+        return wanted
 
 
 class ShardReader:

@@ -18,11 +18,14 @@ import logging
 import os
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from ..distributed.durable import sync_entry, write_whole, written_whole
 from ..errors import JournalError as JournalError
@@ -35,6 +38,25 @@ logger = logging.getLogger(__name__)
 
 _LINE = re.compile(rb'\{"crc32":"([0-9a-f]{8})",("kind":"(\w+)","scope":"([^"]*)","prompt":(\d+),"sample":(\d+),.*\})')
 _ROWS_PER_GROUP = 1000
+_OF_VERDICTS = ("rewards", "verifiers", "prompt_fingerprint")  # what a verdict adds to a trajectory's `info`
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the trajectories of an iteration are.
+
+    Attributes:
+        prompts (`range`): indices of its prompts.
+        samples (`dict[str, list[range]]`): by scope, the samples of each prompt.
+    """
+
+    prompts: range
+    samples: dict[str, list[range]]
+
+    @property
+    def count(self) -> int:
+        """How many trajectories there are."""
+        return len(self.prompts) * sum(len(span) for spans in self.samples.values() for span in spans)
 
 
 class Journal:
@@ -58,7 +80,12 @@ class Journal:
 
     # Writing
 
-    def claim(self, scope: str, settings: Mapping[str, Any]) -> None:
+    def claim(
+        self,
+        scope: str,
+        settings: Mapping[str, Any],
+        decisive: Callable[[dict[str, Any]], dict[str, Any]] = dict,
+    ) -> None:
         """Binds a scope to the settings its trajectories are made with.
 
         Args:
@@ -66,6 +93,8 @@ class Journal:
                 Iteration and policy, e.g. `"0/current"`.
             settings (`Mapping`):
                 JSON values: what decides which trajectories come out.
+            decisive (`Callable`, *optional*):
+                What of the settings must not change, where some of them may; all by default.
 
         Raises:
             [`JournalError`]: if the scope was begun with other settings; the message names them.
@@ -73,7 +102,7 @@ class Journal:
         path = self.folder / f"scope-{re.sub(r'[^0-9A-Za-z._-]', '-', scope)}.json"
         settings = json.loads(json.dumps(dict(settings), default=str))
         if path.exists():
-            self._refuse_other_settings(path, settings)
+            self._refuse_other_settings(scope, path, dict(settings), decisive)
             return
         with _explained(self.folder):
             write_whole(path, json.dumps(settings, indent=2, sort_keys=True).encode())
@@ -89,8 +118,7 @@ class Journal:
     def judge(self, scope: str, trajectory: Trajectory) -> None:
         """Writes the verdict on a trajectory that was appended before."""
         verdict = {"verdict": trajectory.verdict.value, "reward": trajectory.reward}
-        if "rewards" in trajectory.info:
-            verdict["rewards"] = trajectory.info["rewards"]
+        verdict |= {name: trajectory.info[name] for name in _OF_VERDICTS if name in trajectory.info}
         self._write("verdict", scope, trajectory, verdict)
 
     def sync(self) -> None:
@@ -125,16 +153,39 @@ class Journal:
         for _, trajectory in self._read(scope, by_prompt=False):
             yield trajectory
 
-    def read_by_prompt(self) -> Iterator[list[Trajectory]]:
+    def read_by_prompt(self, places: Places | None = None) -> Iterator[list[Trajectory]]:
         """The trajectories of one prompt after another, each prompt's of all scopes together, by scope and sample.
 
         Memory holds those of one prompt at a time.
 
+        Args:
+            places ([`Places`], *optional*):
+                The only ones to read; all by default.
+
         Raises:
             [`JournalError`]: if a line that is not a shard's last one is damaged.
         """
-        for _, group in groupby(self._read(None, by_prompt=True), key=lambda found: found[0]):
-            yield [trajectory for _, trajectory in group]
+        for prompt, group in groupby(self._read(None, by_prompt=True, places=places), key=lambda found: found[0]):
+            if places is None or prompt in places.prompts:
+                yield [trajectory for _, trajectory in group]
+
+    def missing(self, places: Places) -> dict[int, int]:
+        """How many trajectories are not there, by prompt.
+
+        Raises:
+            [`JournalError`]: if a line that is not a shard's last one is damaged.
+        """
+        _, index = self._scan(self._shards())
+        missing: Counter[int] = Counter()
+        for scope, spans in places.samples.items():
+            prompts, samples = index.finished(scope)
+            for span in spans:
+                there = np.zeros((len(places.prompts), len(span)), bool)
+                wanted = (prompts < len(places.prompts)) & (samples >= span.start) & (samples < span.stop)
+                there[prompts[wanted], samples[wanted] - span.start] = True
+                for prompt in np.flatnonzero(~there.all(1)).tolist():
+                    missing[prompt] += int((~there[prompt]).sum())
+        return dict(missing)
 
     def write_dataset(self, path: str | os.PathLike | None = None) -> Path:
         """Writes all trajectories to a Parquet file, by scope, prompt and sample; [`read_dataset`] reads it.
@@ -190,11 +241,13 @@ class Journal:
     def _shards(self) -> list[Path]:
         return sorted(self.folder.glob("shard-*.jsonl"))
 
-    def _read(self, scope: str | None, by_prompt: bool) -> Iterator[tuple[int, Trajectory]]:
+    def _read(
+        self, scope: str | None, by_prompt: bool, places: Places | None = None
+    ) -> Iterator[tuple[int, Trajectory]]:
         """Trajectories in order, each with its prompt's index."""
         shards = self._shards()
         starts, index = self._scan(shards)
-        order = index.latest(scope, by_prompt, _scope_order)
+        order = index.latest(scope, by_prompt, _scope_order, None if places is None else places.samples)
         del index
         with ShardReader(shards, starts) as lines:
             for entry in order:
@@ -229,11 +282,18 @@ class Journal:
             "move it away: what it held is then rolled out again."
         )
 
-    def _refuse_other_settings(self, path: Path, settings: dict[str, Any]) -> None:
+    def _refuse_other_settings(
+        self,
+        scope: str,
+        path: Path,
+        settings: dict[str, Any],
+        decisive: Callable[[dict[str, Any]], dict[str, Any]],
+    ) -> None:
         with _explained(self.folder):
             try:
                 before = json.loads(path.read_text())
-            except json.JSONDecodeError as error:
+                before, settings = decisive(before), decisive(settings)
+            except (AttributeError, LookupError, TypeError, ValueError) as error:
                 raise JournalError(f"{path} is damaged ({error}). Restore it, or use another folder.") from error
         if before == settings:
             return
@@ -244,8 +304,14 @@ class Journal:
         ]
         raise JournalError(
             f"The journal in {self.folder} was begun with other settings, and trajectories of both must not be mixed. "
-            f"{'; '.join(changed)}. Use the earlier settings, or another folder."
+            f"{'; '.join(changed)}. Use the earlier settings, or another folder. {self.how_to_free(scope)}"
         )
+
+    def how_to_free(self, scope: str) -> str:
+        """What to delete so that a scope is rolled out anew, and what that loses."""
+        _, index = self._scan(self._shards())
+        count = len(index.latest(scope))
+        return f"Deleting {self.folder} rolls everything in it out anew; {count} trajectories of {scope} are lost."
 
 
 def read_dataset(path: str | os.PathLike) -> list[Trajectory]:
@@ -288,7 +354,7 @@ def _trajectory(line: bytes, verdict_line: bytes | None) -> Trajectory:
     if verdict_line is None:
         return trajectory
     verdict = json.loads(verdict_line)["record"]
-    info = {**trajectory.info, "rewards": verdict["rewards"]} if "rewards" in verdict else trajectory.info
+    info = {**trajectory.info, **{name: verdict[name] for name in _OF_VERDICTS if name in verdict}}
     return replace(trajectory, verdict=Verdict(verdict["verdict"]), reward=verdict["reward"], info=info)
 
 

@@ -55,6 +55,10 @@ class IterationFolder:
         """The rows that its epoch trains on, with the reference's log-probabilities."""
         return self.path / "training_rows"
 
+    def found_anew(self, earlier: int) -> IterationFolder:
+        """Rows of an earlier iteration, judged and selected by this one's settings (`history="all"`)."""
+        return IterationFolder(self.path / "earlier" / f"iteration_{earlier:03d}")
+
     @property
     def policy(self) -> Path:
         """The snapshot of π_t, the policy with which iteration t starts."""
@@ -74,6 +78,7 @@ class RunFolder:
     │   ├── journal/             every trajectory and every verdict
     │   ├── dropped.jsonl        why trajectories had no part in the selection
     │   ├── rows/                what was selected
+    │   ├── earlier/             the same of earlier iterations, where they were judged otherwise (history="all")
     │   └── training_rows/       what the epoch trains on
     └── engine_0_000003/         weights for an engine that loads checkpoints, by process
     ```

@@ -7,7 +7,16 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..journal.run_folder import IterationFolder
+from ..rollout.provenance import tools_without_patch
 from .report import IterationReport
+
+
+# What may change between two starts of a run. The rollouts stay; they are judged anew,
+_JUDGING = {"reward_funcs", "reward_weights", "correct_threshold", "missing_reward"}
+# selected and prepared anew,
+_SELECTION = {"pairing", "reference", "history"}
+# or those that are missing are added. (A prompt that is another one is refused by the journal, which knows each.)
+_GROWING = {"prompts", "num_generations", "previous_policy_generations"}
 
 
 @dataclass(frozen=True)
@@ -54,11 +63,18 @@ def plan_iteration(folder: IterationFolder, beginning: Beginning) -> Plan:
                 f"The checkpoint lies inside iteration {beginning.iteration + 1}, but {folder.path} does not hold its "
                 "rows. Restore the folder, or resume from a checkpoint at the end of an iteration."
             )
-        return Plan("load", f"{name} goes on inside its epoch, with the rows in {folder.path}.")
+        changed = changed_settings(report.settings, beginning.settings)
+        later = f" What changed ({', '.join(changed)}) counts from the next iteration on." if changed else ""
+        return Plan("load", f"{name} goes on inside its epoch, with the rows in {folder.path}.{later}")
     if report is None:
         return Plan("roll out")
-    _refuse_other_settings(folder, report, beginning.settings)
+    changed = _refuse_other_rollouts(folder, report, beginning.settings)
     if beginning.is_of(report):
+        if changed:
+            names = ", ".join(f"`{name}`" for name in changed)
+            return Plan(
+                "roll out", f"{name} keeps the rollouts in {folder.path} and finds its rows anew: {names} changed."
+            )
         if report.ready:
             return Plan("load", f"{name} has its rows already: {folder.path}.")
         return Plan("roll out", f"{name} goes on with the rollouts in {folder.path}.")
@@ -66,20 +82,40 @@ def plan_iteration(folder: IterationFolder, beginning: Beginning) -> Plan:
         raise ValueError(
             f"{folder.path} was begun from another policy than the present one (revision {report.policy_revision} "
             f"before, {beginning.policy_revision} now), so its rollouts cannot go on. Use the earlier model, resume "
-            "from a checkpoint, or use another `output_dir`."
+            f"from a checkpoint, or use another `output_dir`. Deleting {folder.path.parent} starts anew there and "
+            "loses all iterations."
         )
     return Plan("set aside")
 
 
-def _refuse_other_settings(folder: IterationFolder, report: IterationReport, settings: dict[str, Any]) -> None:
-    changed = [name for name in settings if settings[name] != report.settings.get(name)]
-    if changed:
-        name = changed[0]
+def found_otherwise(report: IterationReport, settings: dict[str, Any]) -> bool:
+    """Whether an iteration's rows were judged or selected by other settings."""
+    return bool(set(changed_settings(report.settings, settings)) & (_JUDGING | _SELECTION))
+
+
+def changed_settings(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Names of the settings that are not what they were, in so far as that may change a row."""
+    return [name for name in now if _comparable(name, before.get(name)) != _comparable(name, now[name])]
+
+
+def _comparable(name: str, value: Any) -> Any:
+    return tools_without_patch(value) if name == "tools" and isinstance(value, dict) else value
+
+
+def _refuse_other_rollouts(folder: IterationFolder, report: IterationReport, settings: dict[str, Any]) -> list[str]:
+    """The settings that changed, none of which decides how a trajectory comes out."""
+    changed = changed_settings(report.settings, settings)
+    decisive = [name for name in changed if name not in _JUDGING | _SELECTION | _GROWING]
+    if decisive:
+        name = decisive[0]
+        count = report.trajectories or "all finished"
         raise ValueError(
             f"{folder.path} was begun with other settings (`{name}`: {_brief(report.settings.get(name))} before, "
-            f"{_brief(settings[name])} now{', and others' if changed[1:] else ''}), and rows of both must not be "
-            "mixed. Use the earlier settings, or another `output_dir`."
+            f"{_brief(settings[name])} now{', and others' if decisive[1:] else ''}), and rollouts of both must not be "
+            f"mixed. Use the earlier settings, or delete {folder.path}, which loses {count} trajectories of iteration "
+            f"{folder.number + 1}, or use another `output_dir`."
         )
+    return changed
 
 
 def _brief(value: Any) -> str:

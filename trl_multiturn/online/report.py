@@ -18,6 +18,8 @@ from ..journal.run_folder import IterationFolder, RunFolder
 
 T = TypeVar("T")
 
+Samples = dict[str, list[range]]  # by policy, which samples of each prompt it draws
+
 
 @dataclass
 class IterationReport:
@@ -28,7 +30,8 @@ class IterationReport:
         first_step (`int`), last_step (`int`, *optional*): optimizer steps of the run before and after this iteration;
             `last_step` is `None` until its epoch is over.
         policy_revision (`str`): hash of the policy that rolled out.
-        settings (`dict`): what decides which rows are found; a run that goes on must have the same.
+        settings (`dict`): what decides which rows are found (see `online.plan` for what of it may change).
+        samples (`dict`, *optional*): by policy, the first and one past the last of each span of samples drawn.
         ready (`bool`): whether the rows are on disk; `False` while the iteration still rolls out.
         trajectories, correct, incorrect, undecided (`int`): rollouts by verdict.
         rows (`int`): pairs (preference) or trajectories (unpaired) found in this iteration.
@@ -60,11 +63,24 @@ class IterationReport:
     train_seconds: float = 0.0
     eval_seconds: float = 0.0
     evaluation: dict[str, float] | None = None
+    samples: dict[str, list[list[int]]] | None = None
 
     @property
     def correct_share(self) -> float:
         """Share of correct rollouts among the decided ones, 0 where none is."""
         return self.correct / max(self.correct + self.incorrect, 1)
+
+    def spans(self) -> Samples | None:
+        """`samples`; of a report of an earlier release, those that its settings imply."""
+        if self.samples is not None:
+            return {policy: [range(*span) for span in spans] for policy, spans in self.samples.items()}
+        try:
+            total = int(self.settings["num_generations"])
+            explored = int(self.settings["previous_policy_generations"]) if self.iteration else 0
+        except (LookupError, TypeError, ValueError):
+            return None
+        spans = {"current": range(total - explored), "previous": range(total - explored, total)}
+        return {policy: [span] if span else [] for policy, span in spans.items()}
 
     def count(self, trajectory: Any, dropped: str | None = None) -> None:
         """Counts a trajectory, and the filter that dropped it."""

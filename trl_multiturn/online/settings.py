@@ -8,9 +8,11 @@ from typing import Any, Literal
 
 from ..rollout.config import RolloutConfig
 from ..rollout.judging import Judge
-from ..rollout.provenance import version_of
+from ..rollout.provenance import behavior_of, version_of
 from ..rows.selection import PairingConfig, UnpairedConfig
 from ..tools.base import tool_name, tool_version
+from ..tools.toolbox import Toolset
+from .report import Samples
 
 
 @dataclass
@@ -43,10 +45,33 @@ class IterationSettings:
             **self.judge.arguments(),
         }
 
+    def samples(self, iteration: int, before: Samples | None = None) -> Samples:
+        """Which samples of each prompt each policy draws: the current one the first, the previous one the others.
+
+        Args:
+            iteration (`int`):
+                0-based; the first has no previous policy.
+            before (`Samples`, *optional*):
+                Those of the same iteration before `num_generations` changed. They are kept, and others added.
+        """
+        explored = self.rollout.explored_generations if iteration else 0
+        samples: Samples = {}
+        unused = max((span.stop for spans in (before or {}).values() for span in spans), default=0)
+        for policy, count in (("current", self.rollout.num_generations - explored), ("previous", explored)):
+            kept = _first(count, (before or {}).get(policy, []))
+            lacking = count - sum(map(len, kept))
+            samples[policy] = [*kept, *([range(unused, unused + lacking)] if lacking else [])]
+            unused += lacking
+        return samples
+
+    def complete_judge(self) -> Judge:
+        """The judge, which also counts the reward of environments that own one."""
+        return self.judge.with_environments(Toolset(self.tools, self.environment_factory))
+
     def describe(self) -> dict[str, Any]:
-        """What decides which rows an iteration finds, as JSON values."""
+        """What decides which rows an iteration finds, as JSON values (see `online.plan` for what of it may change)."""
         pairing: Any = self.pairing
-        filters = [(f, "") if isinstance(f, str) else (f.name, version_of(f.drops)) for f in pairing.filters]
+        filters = [(f, "") if isinstance(f, str) else (f.name, behavior_of(f.drops)) for f in pairing.filters]
         settings = {
             "tools": {tool_name(tool): tool_version(tool) for tool in self.tools},
             "environment_factory": self.environment_factory and version_of(self.environment_factory),
@@ -59,3 +84,12 @@ class IterationSettings:
             "history": self.history,
         }
         return json.loads(json.dumps(settings, default=str))
+
+
+def _first(count: int, spans: list[range]) -> list[range]:
+    """As many of the samples, from the front."""
+    kept = []
+    for span in spans:
+        kept.append(span[: max(count, 0)])
+        count -= len(span)
+    return [span for span in kept if span]

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from ..trajectory import Trajectory
+from ..concurrency import run_coroutine
+from ..errors import JournalError
+from ..journal.journal import Journal
+from ..tools.toolbox import Toolset
+from ..trajectory import Trajectory, Verdict
 from ..verify.rewards import judge_async, resolve_reward_funcs, reward_name
-from .provenance import version_of
+from .provenance import behavior_of, fingerprint
 
 
 @dataclass
@@ -58,6 +63,7 @@ class Judge:
         if self.environment is not None:
             self._funcs.append(_environment_reward(self.environment))
             self._weights.append(1.0)
+        self._versions = self.versions()
 
     def __bool__(self) -> bool:
         return bool(self._funcs)
@@ -75,7 +81,7 @@ class Judge:
     def describe(self) -> dict[str, Any]:
         """What decides its verdicts, by the names of its arguments, as JSON values."""
         return {
-            "reward_funcs": [(reward_name(func), version_of(func)) for func in self.reward_funcs],
+            "reward_funcs": [(reward_name(func), behavior_of(func)) for func in self.reward_funcs],
             "reward_weights": self.reward_weights,
             "correct_threshold": self.correct_threshold,
             "missing_reward": self.missing_reward,
@@ -83,18 +89,38 @@ class Judge:
 
     def versions(self) -> dict[str, Any]:
         """Name and version of every verifier, and what makes a verdict of their values, for provenance."""
-        versions = {reward_name(func): version_of(func) for func in self._funcs}
+        versions: dict[str, Any] = {}
+        for func in self._funcs:
+            name, number = reward_name(func), 2
+            while name in versions:
+                name, number = f"{reward_name(func)}_{number}", number + 1
+            versions[name] = behavior_of(func)
         settings = {"weights": self._weights, "threshold": self.correct_threshold, "missing": self.missing_reward}
-        return {"rewards": versions, **settings}
+        return json.loads(json.dumps({"rewards": versions, **settings}, default=str))
+
+    def with_environments(self, toolset: Toolset) -> Judge:
+        """The same judge, which also counts the reward of environments that own one."""
+        owners = [kind.name for kind in toolset.environments.types.values() if kind.has_reward]
+        return replace(self, reward_funcs=self.reward_funcs or None, environment="+".join(owners) or None)
+
+    def has_judged(self, trajectory: Trajectory, row: Mapping[str, Any]) -> bool:
+        """Whether the verdict on a trajectory is this judge's, given with this row of the prompts."""
+        decided = trajectory.verdict is not Verdict.UNDECIDED or "rewards" in trajectory.info
+        same_row = trajectory.info.get("prompt_fingerprint") == fingerprint(dict(row))
+        return decided and same_row and trajectory.info.get("verifiers") == self._versions
 
     async def judge(self, finished: Sequence[tuple[Trajectory, Mapping[str, Any]]]) -> list[Trajectory]:
-        """Judges trajectories, each with its prompt's row."""
+        """Judges trajectories, each with its prompt's row. `info` says which judge and which row it was."""
         if not self._funcs:
             return [trajectory for trajectory, _ in finished]
+        finished = [
+            (replace(each, info={**each.info, "prompt_fingerprint": fingerprint(dict(row))}), row)
+            for each, row in finished
+        ]
         rows = [
             {**row, "environment_reward": trajectory.info.get("environment_reward")} for trajectory, row in finished
         ]
-        return await judge_async(
+        judged = await judge_async(
             [trajectory for trajectory, _ in finished],
             rows,
             self._funcs,
@@ -103,6 +129,7 @@ class Judge:
             missing=self.missing_reward,
             timeout_seconds=self.reward_timeout_seconds,
         )
+        return [replace(each, info={**each.info, "verifiers": self._versions}) for each in judged]
 
     async def serve(self, queue: asyncio.Queue, deliver: Callable[[Trajectory], None]) -> None:
         """Judges all that waits in `queue` at a time, and hands it to `deliver`, until the queue brings `None`."""
@@ -114,6 +141,53 @@ class Judge:
             more = batch[-1] is not None  # nothing follows the `None`
             for trajectory in await self.judge(batch if more else batch[:-1]):
                 deliver(trajectory)
+            for _ in batch:
+                queue.task_done()
+
+
+def judge_again(journal: Journal, rows: Sequence[Mapping[str, Any]], judge: Judge) -> None:
+    """Judges those trajectories of a journal on which another judge gave the last verdict, or none did.
+
+    Args:
+        journal ([`Journal`]):
+            Where they are, and where the verdicts go.
+        rows (`Sequence[Mapping]`):
+            The prompts' rows, by `prompt_index`.
+        judge ([`Judge`]):
+            What decides.
+    """
+
+    async def work() -> None:
+        for group in journal.read_by_prompt():
+            row = rows[group[0].info["prompt_index"]]
+            for each in group:
+                refuse_other_prompt(each, row, journal)
+            stale = [(each, row) for each in group if not judge.has_judged(each, row)]
+            for judged in await judge.judge(stale) if stale else ():
+                journal.judge(f"{judged.info['iteration']}/{judged.info['policy']}", judged)
+
+    if judge:
+        run_coroutine(work())
+
+
+def refuse_other_prompt(trajectory: Trajectory, row: Mapping[str, Any], journal: Journal) -> None:
+    """Raises where a trajectory was not rolled out from this row of the prompts.
+
+    A row may change in what nothing of the rollout has read, such as the answer that the reward function compares.
+
+    Raises:
+        [`JournalError`]: naming the prompt.
+    """
+    info = trajectory.info
+    if info["prompt_fingerprint"] == fingerprint(dict(row)):
+        return
+    if not info.get("row_was_read", True) and info["read_fingerprint"] == fingerprint(row.get("prompt")):
+        return
+    scope = f"{info['iteration']}/{info['policy']}"
+    raise JournalError(
+        f"Prompt {info['prompt_index']} is not the one that the journal in {journal.folder} was begun with. Use the "
+        f"earlier prompts in the earlier order (new ones at the end), or another folder. {journal.how_to_free(scope)}"
+    )
 
 
 def _environment_reward(name: str) -> Callable[..., list[float | None]]:
@@ -121,5 +195,5 @@ def _environment_reward(name: str) -> Callable[..., list[float | None]]:
         return environment_reward
 
     environment_reward.__name__ = name
-    environment_reward.version = ""  # the environment's own is among the tools
+    environment_reward.version = ""  # type: ignore[attr-defined]  # the environment's own is among the tools
     return environment_reward

@@ -16,21 +16,22 @@ from tqdm.auto import tqdm
 
 from ..concurrency import run_coroutine
 from ..engines.engine import Engine
-from ..errors import JournalError, TooManyToolFailures as TooManyToolFailures
+from ..errors import TooManyToolFailures as TooManyToolFailures
 from ..journal.journal import Journal
 from ..tools.base import RolloutContext
 from ..tools.toolbox import Toolbox, ToolLimits, Toolset
-from ..trajectory import StopReason, Trajectory, Verdict
+from ..trajectory import StopReason, Trajectory
 from ..version import __version__
 from .config import RolloutConfig
 from .episode import Conversation, play_episode, refuse_long_prompt
-from .judging import Judge
-from .provenance import derive_seed, describe_tokenizer, fingerprint
+from .judging import Judge, refuse_other_prompt
+from .provenance import WatchedRow, decides_rollouts, derive_seed, describe_tokenizer, fingerprint
 
 
 logger = logging.getLogger(__name__)
 
 _MIN_FINISHED_FOR_SHARE = 20
+_MOST_WAITING_FOR_VERDICTS = 256
 
 
 def generate_trajectories(
@@ -139,15 +140,8 @@ async def agenerate_trajectories(
         raise ValueError(f"`policy={policy!r}` names files: use letters, digits, `.`, `_` and `-` only.")
     rows = _checked_rows(prompts, optional_prompt=environment_factory is not None)
     toolset = Toolset(tools, environment_factory)
-    environments = [kind.name for kind in toolset.environments.types.values() if kind.has_reward]
-    judge = Judge(
-        reward_funcs,
-        reward_weights,
-        correct_threshold,
-        reward_timeout_seconds,
-        missing_reward,
-        environment="+".join(environments) or None,
-    )
+    judge = Judge(reward_funcs, reward_weights, correct_threshold, reward_timeout_seconds, missing_reward)
+    judge = judge.with_environments(toolset)
     rollouts = _Rollouts(rows, engine, toolset, config, judge, processing_class or engine.processing_class)
     rollouts.provenance |= {"iteration": iteration, "policy": policy, "policy_revision": policy_revision}
     if player is not None:
@@ -218,7 +212,7 @@ class _Rollouts:
             "sampler": config.sampler_settings(),
             "dialects": sorted({conversation.dialect.name for conversation in self.conversations.values()}),
             "tools": toolset.versions(),
-            "verifiers": judge.versions(),
+            **({} if judge else {"verifiers": judge.versions()}),  # else it comes with the verdict
             "versions": {"trl_multiturn": __version__, "trl": trl.__version__},
             **describe_tokenizer(processing_class),
         }
@@ -237,22 +231,21 @@ class _Rollouts:
         """Rolls out and judges what the journal does not hold yet."""
         self.results: dict[tuple[int, int], Trajectory] = {}
         self.known: dict[int, int] = {}  # rolled out by an earlier run: a bit per sample, by prompt
-        self.settled = 0  # of these, those that were judged as well
         self.journal, self.on_trajectory = journal, on_trajectory
         self.failures, self.rolled_out = 0, 0
         queue: asyncio.Queue = asyncio.Queue()
         if journal is not None:
-            self._resume(journal, queue)
+            journal.claim(self._scope(), self.provenance, decides_rollouts)
         total = len(self.rows) * len(self.samples)
         self.counts: Counter[str] = Counter()
-        self.bar = tqdm(
-            total=total, initial=self.settled, desc=f"Rollouts ({self.provenance['policy']})", disable=not progress
-        )
+        self.bar = tqdm(total=total, desc=f"Rollouts ({self.provenance['policy']})", disable=not progress)
         with self.bar:
             try:
                 async with asyncio.TaskGroup() as group:
                     group.create_task(self.judge.serve(queue, self._deliver))
                     try:
+                        if journal is not None:
+                            await self._resume(journal, queue)
                         await self._roll_out_all(queue)
                     finally:
                         queue.put_nowait(None)
@@ -263,26 +256,22 @@ class _Rollouts:
         keys = ((index, sample) for index in self.prompt_indices for sample in self.samples)
         return [self.results[key] for key in keys if key in self.results]
 
-    def _resume(self, journal: Journal, queue: asyncio.Queue) -> None:
-        """Takes over what an earlier run finished; what it did not judge is judged now."""
-        scope = self._scope()
-        journal.claim(scope, self.provenance)
+    async def _resume(self, journal: Journal, queue: asyncio.Queue) -> None:
+        """Takes over what an earlier run finished; what it did not judge, or judged otherwise, is judged now."""
         rows = dict(zip(self.prompt_indices, self.rows, strict=True))
-        for trajectory in journal.read(scope):
+        for trajectory in journal.read(self._scope()):
             key = (trajectory.info["prompt_index"], trajectory.info["sample_index"])
             if key[0] not in rows or key[1] not in self.samples or trajectory.stop_reason is StopReason.TOOL_FAILED:
                 continue  # another process's share; or the machine's failure, which is tried again
-            if trajectory.info["prompt_fingerprint"] != fingerprint(dict(rows[key[0]])):
-                raise JournalError(
-                    f"Prompt {key[0]} is not the one that the journal in {journal.folder} was begun with. Use the "
-                    "earlier prompts in the earlier order, or another folder."
-                )
+            refuse_other_prompt(trajectory, rows[key[0]], journal)
             self.known[key[0]] = self.known.get(key[0], 0) | 1 << key[1]
-            if self.judge and trajectory.verdict is Verdict.UNDECIDED and "rewards" not in trajectory.info:
-                queue.put_nowait((trajectory, rows[key[0]]))
-            else:
-                self.settled += 1
+            if not self.judge or self.judge.has_judged(trajectory, rows[key[0]]):
                 self._keep(trajectory)
+                self.bar.update()
+                continue
+            queue.put_nowait((trajectory, rows[key[0]]))
+            if queue.qsize() >= _MOST_WAITING_FOR_VERDICTS:
+                await queue.join()  # memory does not grow with what is judged anew
 
     def _jobs(self) -> Iterator[tuple[RolloutContext, Mapping[str, Any]]]:
         policy, iteration = self.provenance["policy"], self.provenance["iteration"]
@@ -291,7 +280,8 @@ class _Rollouts:
                 if not self.known.get(prompt_index, 0) >> sample & 1:
                     seed = derive_seed(self.config.seed, iteration, policy, prompt_index, sample)
                     name = f"{self._scope()}/{prompt_index}/{sample}"
-                    yield RolloutContext(name, iteration, policy, prompt_index, sample, seed, row), row
+                    watched = WatchedRow(row)
+                    yield RolloutContext(name, iteration, policy, prompt_index, sample, seed, watched), row
 
     async def _roll_out_all(self, queue: asyncio.Queue) -> None:
         free = asyncio.Semaphore(self.config.max_concurrent_trajectories)
@@ -324,6 +314,8 @@ class _Rollouts:
         trajectory.info.update(
             prompt_index=context.prompt_index,
             prompt_fingerprint=fingerprint(dict(row)),
+            read_fingerprint=fingerprint(row.get("prompt")),
+            row_was_read=bool(self.toolset.environments.types) or context.row.was_read,
             sample_index=context.sample_index,
             dialect=conversation.dialect.name,
             **self.provenance,

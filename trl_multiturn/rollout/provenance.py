@@ -2,14 +2,43 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
+import inspect
 import json
 import re
-from collections.abc import Mapping
+import types
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ..tools.base import tool_version
+
+
+class WatchedRow(Mapping[str, Any]):
+    """A row of the prompts that knows whether a tool has looked at it.
+
+    If none has, what the row says beside the prompt has no part in the rollout, and may be corrected later.
+    """
+
+    def __init__(self, row: Mapping[str, Any]):
+        self._row = row
+        self.was_read = False
+
+    def __getitem__(self, name: str) -> Any:
+        self.was_read = True
+        return self._row[name]
+
+    def __iter__(self) -> Iterator[str]:
+        self.was_read = True
+        return iter(self._row)
+
+    def __len__(self) -> int:
+        return len(self._row)
+
+    def __repr__(self) -> str:
+        self.was_read = True
+        return repr(self._row)
 
 
 def derive_seed(*parts: int | str) -> int:
@@ -42,6 +71,93 @@ def version_of(function: Any) -> Any:
     if isinstance(function, Mapping):
         return {str(name): version_of(each) for name, each in function.items()}
     return tool_version(function)
+
+
+def decides_rollouts(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a rollout's provenance decides which trajectories come out.
+
+    How they were judged does not; that is kept with each verdict. Of versions the first two numbers count, so that a
+    patch release goes on with what is there.
+    """
+    decisive = {name: value for name, value in provenance.items() if name not in ("verifiers", "versions")}
+    decisive["version"] = _release_line(provenance["versions"]["trl_multiturn"])
+    decisive["engine"] = {
+        name: _release_line(value) if name.endswith("_version") else value
+        for name, value in provenance["engine"].items()
+    }
+    decisive["tools"] = tools_without_patch(provenance["tools"])
+    return decisive
+
+
+def tools_without_patch(tools: Mapping[str, str]) -> dict[str, str]:
+    """Versions of tools, where that of this package's interpreter is without its patch number."""
+    return {name: re.sub(r"^(python-\d+\.\d+)[^-]*", r"\1", version) for name, version in tools.items()}
+
+
+def _release_line(version: Any) -> str:
+    return ".".join(str(version).split("+")[0].split(".")[:2])
+
+
+def behavior_of(function: Any) -> Any:
+    """[`version_of`] a function, with the code and the constants of the same package that it uses.
+
+    A reward function is often repaired in a function that it calls. One with a `version` is taken at its word.
+    """
+    seen: dict[str, str] = {}
+    _collect_used(function, seen)
+    version = version_of(function)
+    return f"{version}, uses:{fingerprint(seen)}" if seen else version
+
+
+def _collect_used(function: Any, seen: dict[str, str]) -> None:
+    while isinstance(function, functools.partial):
+        function = function.func
+    if getattr(function, "version", None) is not None:
+        return
+    function = getattr(function, "__func__", function)
+    functions = [function] if inspect.isfunction(function) else _methods(function)
+    for each in functions:
+        package = (each.__module__ or "").partition(".")[0]
+        for name, value in _names_used(each).items():
+            key = f"{each.__module__}.{each.__qualname__}:{name}"
+            if key in seen or inspect.ismodule(value):
+                continue
+            if inspect.isroutine(value) or inspect.isclass(value):
+                if (getattr(value, "__module__", None) or "").partition(".")[0] == package:
+                    seen[key] = tool_version(value)
+                    _collect_used(value, seen)
+            elif (constant := _constant(value)) is not None:
+                seen[key] = constant
+
+
+def _names_used(function: types.FunctionType) -> dict[str, Any]:
+    """Globals and enclosing variables that a function's code names, that of comprehensions and inner functions too."""
+    names: set[str] = set()
+    codes = [function.__code__]
+    while codes:
+        code = codes.pop()
+        names |= {*code.co_names, *code.co_freevars}
+        codes += [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
+    used = {name: function.__globals__[name] for name in sorted(names) if name in function.__globals__}
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        with contextlib.suppress(ValueError):  # a variable that has no value yet
+            used[name] = cell.cell_contents
+    return used
+
+
+def _methods(thing: Any) -> list[Any]:
+    kind = thing if inspect.isclass(thing) else type(thing)
+    return [method for _, method in inspect.getmembers(kind, inspect.isfunction)]
+
+
+def _constant(value: Any) -> str | None:
+    """A number, text, pattern or collection of them; what else a function holds may change while it works."""
+    if isinstance(value, re.Pattern):
+        return f"{value.pattern!r}, {value.flags}"
+    try:
+        return fingerprint(json.loads(json.dumps(value)))
+    except (TypeError, ValueError, RecursionError):
+        return None
 
 
 def _identity(value: Any) -> str:
