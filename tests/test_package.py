@@ -34,15 +34,27 @@ LAYERS = {
     "engines": {"_lazy", "errors", "precision"},
     "journal": {"_lazy", "distributed", "errors", "trajectory"},
     "verify": {"concurrency", "steps", "trajectory", "version"},
+    # rows as other tools write them
+    "formats": {"messages"},
     # rows to batches; verdicts to rows
-    "data": {"_upstream", "errors", "messages", "steps", "templates", "trajectory", "version"},
+    "data": {"_upstream", "errors", "formats", "messages", "steps", "templates", "trajectory", "version"},
     "rows": {"_lazy", "data", "distributed", "trajectory", "verify"},
     # the loop of turns
     "rollout": GROUND | {"engines", "journal", "sandbox", "templates", "tools", "verify"},
     # what the online loop rests on
     "online": {"data", "distributed", "engines", "journal", "rollout", "rows", "tools", "trainer"},
     # never rows, rollouts, tools, engines or verifiers: offline training needs none of them
-    "trainer": {"_upstream", "data", "distributed", "losses", "models", "packing", "templates", "trajectory"},
+    "trainer": {
+        "_upstream",
+        "data",
+        "distributed",
+        "formats",
+        "losses",
+        "models",
+        "packing",
+        "templates",
+        "trajectory",
+    },
 }
 MOST_FILES_PER_FOLDER = 15
 

@@ -129,8 +129,8 @@ def test_unpaired_rows_without_labels_are_told(model, tmp_path):
         label(model, tmp_path, [tokens])
 
 
-def test_rows_of_pairs_taken_apart_are_named_as_such(model, tmp_path):
-    with pytest.raises(ValueError, match=r"Of the pairs taken apart, row \d+: `completion`: The completion holds no"):
+def test_rows_of_pairs_taken_apart_have_their_own_numbers(model, tmp_path):
+    with pytest.raises(ValueError, match=r"Row 2: `chosen`: The completion holds no"):
         label(model, tmp_path, with_row_2(chosen=[]))
 
 

@@ -9,7 +9,6 @@ from trl_multiturn.data.truncation import (
     UNPAIRED_SIDES,
     completion_cut,
     fit_rows,
-    last_turn,
 )
 
 
@@ -46,20 +45,6 @@ def test_completion_cut_never_exceeds_the_room_nor_splits_a_turn_needlessly(mask
         assert not any(mask[end - 1] and not mask[end] for end in range(1, kept + 1))
 
 
-@pytest.mark.parametrize(
-    ("mask", "expected"),
-    [
-        ([1, 1, 0, 1, 1], [0, 0, 0, 1, 1]),
-        ([1, 1, 0, 1, 0], [0, 0, 0, 1, 0]),
-        ([1], [1]),
-        ([0, 0], [0, 0]),
-        ([], []),
-    ],
-)
-def test_last_turn(mask, expected):
-    assert last_turn(mask) == expected
-
-
 def test_rows_are_cut_dropped_and_counted():
     dataset = unpaired([[1, 1], [1, 1, 0, 1, 1], [1] * 5, [0, 0, 0, 0, 1]])
     rows, statistics = fit_rows(dataset, UNPAIRED_SIDES, max_length=6)
@@ -77,16 +62,16 @@ def test_rows_are_cut_dropped_and_counted():
     }
 
 
-def test_sides_that_become_identical_are_dropped_but_not_those_that_were():
+def test_sides_that_are_or_become_identical_are_dropped():
     rows = {
-        "prompt_ids": [[1], [1]],
-        "chosen_ids": [[5, 6, 7], [5, 6]],
-        "chosen_action_mask": [[1, 1, 1], [1, 1]],
-        "rejected_ids": [[5, 6, 8], [5, 6]],
-        "rejected_action_mask": [[1, 1, 1], [1, 1]],
+        "prompt_ids": [[1], [1], [1]],
+        "chosen_ids": [[5, 6, 7], [5, 6], [5, 9]],
+        "chosen_action_mask": [[1, 1, 1], [1, 1], [1, 1]],
+        "rejected_ids": [[5, 6, 8], [5, 6], [5, 6]],
+        "rejected_action_mask": [[1, 1, 1], [1, 1], [1, 1]],
     }
     kept, statistics = fit_rows(Dataset.from_dict(rows), PREFERENCE_SIDES, max_length=3)
-    assert kept["chosen_ids"][:] == [[5, 6]] and statistics["data/rows_dropped_identical"] == 1
+    assert kept["chosen_ids"][:] == [[5, 9]] and statistics["data/rows_dropped_identical"] == 2
 
 
 def test_keep_end_checks_the_window_that_the_collator_will_keep():

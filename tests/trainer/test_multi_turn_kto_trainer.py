@@ -148,16 +148,17 @@ def test_pairs_give_alternating_labels_and_mismatched_kl_rows(folder, tmp_path):
     trainer = make(folder, tmp_path, preference_dataset(6), per_device_train_batch_size=4)
     rows = list(trainer.train_dataset)
     assert [row["label"] for row in rows] == [True, False] * 6
-    text = preference_rows(6)
-    pairs = {(r["prompt"][0]["content"], side) for r in text for side in (True, False)}
-    assert {(row["prompt"][0]["content"], row["label"]) for row in rows} == pairs
+    prompts = [row["prompt_ids"] for row in make(folder, tmp_path, unpaired_dataset(6)).train_dataset]
+    assert sorted((row["prompt_ids"], row["label"]) for row in rows) == sorted(
+        (p, s) for p in prompts for s in (False, True)
+    )
     for start in range(0, 12, 4):
         batch = rows[start : start + 4]
         for index, row in enumerate(batch):
             before = batch[index - 1]
             assert row["KL_completion_ids"] == before["completion_ids"]
             assert row["KL_action_mask"] == before["action_mask"]
-            assert row["prompt"] != before["prompt"]
+            assert row["prompt_ids"] != before["prompt_ids"]
 
 
 def test_last_batch_of_one_row_borrows_from_the_batch_before(folder, tmp_path):

@@ -14,19 +14,32 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from .. import _upstream
+from ..formats import (
+    FORMATS,
+    Shapes,
+    column_shapes,
+    columns_read,
+    conversation_column,
+    describe,
+    find_reward,
+    recognize,
+)
 from ..templates import TurnTemplate
 from .loading import load_rows
 from .preview import MaskPreview, preview_masks
 from .row_checks import check_label, check_margin, holds_messages
 from .tokenization import tokenize_preference_row, tokenize_unpaired_row
 from .truncation import PREFERENCE_SIDES, UNPAIRED_SIDES, completion_cut
+from .turns import choose_tokens, columns_of_turns
 
 
-Kind = Literal["preference", "unpaired", "trajectory"]
+Kind = Literal["preference", "unpaired", "trajectory", "supervised"]
 
 _COLUMNS = (
     "Columns must be `prompt`, `chosen`, `rejected` (preference), or `prompt`, `completion` with `label` (unpaired) "
-    "or `reward` (trajectory), or their token columns (`prompt_ids`, `chosen_ids`, `chosen_action_mask`, …)."
+    "or `reward` (trajectory), or their token columns (`prompt_ids`, `chosen_ids`, `chosen_action_mask`, …), or a "
+    "whole "
+    "conversation (`messages`, `conversations`, `traj`)."
 )
 _MAX_SHOWN = 20
 
@@ -37,20 +50,25 @@ class CheckReport:
 
     Attributes:
         rows (`dict[str, int]`): rows read, by split.
-        kinds (`Counter`): rows by kind: `preference`, `unpaired`, `trajectory`.
+        kinds (`Counter`): rows by kind: `preference`, `unpaired`, `trajectory`; `supervised` where a conversation has
+            no outcome.
+        formats (`Counter`): rows by the form they are written in (`trl`, `tokens`, `sharegpt`, …; see `formats`).
         errors (`list[str]`): one per malformed row, with split, number, reason and remedy; defects of the template.
         warnings (`list[str]`): what trains, but perhaps not as meant.
         lengths, trained (`list[int]`): tokens, and trained tokens, of each sequence.
         previews (`list[MaskPreview]`): the first rows, with their masks.
+        notes (`list[str]`): what the rows were taken for, where they are not written in TRL's form.
     """
 
     rows: dict[str, int] = field(default_factory=dict)
     kinds: Counter[str] = field(default_factory=Counter)
+    formats: Counter[str] = field(default_factory=Counter)
     errors: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
     trained: list[int] = field(default_factory=list)
     previews: list[MaskPreview] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 def check_dataset(
@@ -94,14 +112,17 @@ def check_dataset(
     cut, last_token = 0, max(tokenizer.get_vocab().values())
     for name, rows in splits.items():
         report.rows[name] = len(rows)
+        shapes = column_shapes(rows)
         for index, row in enumerate(tqdm(rows, desc=f"Checking {name}", disable=not progress, unit="row")):
             try:
-                cut += _check_row(row, tokenizer, last_token, max_length, report)
+                tokens, kind = _read(row, tokenizer, shapes, report)
+                cut += _check_row(tokens, kind, last_token, max_length, report)
                 if len(report.previews) < num_previews:
-                    report.previews.append(preview_masks([row], 1, tokenizer, max_length, show=False))
+                    report.previews.append(preview_masks([tokens], 1, tokenizer, max_length, show=False))
             except (ValueError, TypeError, KeyError) as error:
                 report.errors.append(f"{name}, row {index}: {_reason(error)}")
     _warn(report, cut, max_length)
+    _note_formats(report, dataset if isinstance(dataset, str) else "IN")
     return report
 
 
@@ -123,30 +144,36 @@ def _check_template(tokenizer: PreTrainedTokenizerBase, report: CheckReport) -> 
         )
 
 
-def _check_row(
-    row: dict[str, Any],
-    tokenizer: PreTrainedTokenizerBase,
-    last_token: int,
-    max_length: int | None,
-    report: CheckReport,
-) -> int:
-    """Tokenizes a row, adds its counts, and returns how many of its sides `max_length` cuts."""
-    kind = _kind(row)
+def _read(
+    row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, shapes: Shapes, report: CheckReport
+) -> tuple[dict[str, Any], Kind]:
+    """A row's tokens, with masks of what trains, and its kind."""
+    written = recognize(row)
+    if written is not None:
+        report.formats[written] += 1
+    kind = _kind(row, written)
     if kind == "preference":
         check_margin(row.get("margin"))
     elif kind == "unpaired":
         check_label(row["label"])
     sides = PREFERENCE_SIDES if kind == "preference" else UNPAIRED_SIDES
     if sides[0][1] not in row:
-        row = row | _tokenize(row, kind, tokenizer)
-    cut, sequences = 0, []
+        row = row | _tokenize(row, kind, tokenizer, shapes)
     for ids, mask in sides:
-        length = len(row["prompt_ids"]) + len(row[ids])
         if len(row[ids]) != len(row[mask] or []):
             raise ValueError(
                 f"`{mask}` has {len(row[mask] or [])} entries but `{ids}` has {len(row[ids])}, so it is unknown which "
                 "tokens are trained. Write one mask entry per token."
             )
+        row = row | {mask: choose_tokens(row, ids, row[mask]), columns_of_turns(ids)[0]: None}
+    return row, kind
+
+
+def _check_row(row: dict[str, Any], kind: Kind, last_token: int, max_length: int | None, report: CheckReport) -> int:
+    """Adds the counts of a row's tokens, and returns how many of its sides `max_length` cuts."""
+    cut, sequences = 0, []
+    for ids, mask in PREFERENCE_SIDES if kind == "preference" else UNPAIRED_SIDES:
+        length = len(row["prompt_ids"]) + len(row[ids])
         kept = len(row[ids]) if max_length is None else completion_cut(row[mask], max_length - len(row["prompt_ids"]))
         if not any(row[mask][: max(kept, 0)]):
             limit = "" if max_length is None else f" within `max_length={max_length}`"
@@ -170,28 +197,37 @@ def _check_row(
     return cut
 
 
-def _kind(row: dict[str, Any]) -> Kind:
+def _kind(row: dict[str, Any], written: str | None) -> Kind:
     if {"chosen", "rejected"} <= row.keys() or {"chosen_ids", "rejected_ids"} <= row.keys():
         return "preference"
-    if "completion" in row or "completion_ids" in row:
-        if row.get("label") is None and row.get("reward") is None:
-            raise ValueError("there is neither a `label` nor a `reward`, so nothing says how good the completion is.")
-        return "unpaired" if row.get("label") is not None else "trajectory"
+    if written == "logs":
+        raise ValueError(f"the row is of {describe(written)}. Write such rows as token rows with that converter.")
+    read = columns_read(row)
+    if "chosen" in read:
+        return "preference"
+    if "completion" in row or "completion_ids" in row or "completion" in read:
+        if row.get("label") is not None:
+            return "unpaired"
+        if find_reward(row) is not None:
+            return "trajectory"
+        if "completion" not in row and "completion_ids" not in row and not {"label", "reward"} & row.keys():
+            return "supervised"
+        raise ValueError("there is neither a `label` nor a `reward`, so nothing says how good the completion is.")
     raise ValueError(f"the columns are {sorted(row)}. {_COLUMNS}")
 
 
-def _tokenize(row: dict[str, Any], kind: Kind, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    if kind == "preference" and "prompt" not in row:
-        row = row | _upstream.extract_prompt(row)
+def _tokenize(row: dict[str, Any], kind: Kind, tokenizer: PreTrainedTokenizerBase, shapes: Shapes) -> dict[str, Any]:
     sides = ("chosen", "rejected") if kind == "preference" else ("completion",)
-    if not holds_messages(row, sides):
+    if conversation_column(row) is None and not holds_messages(row, sides):
+        if kind == "preference" and "prompt" not in row:
+            row = row | _upstream.extract_prompt(row)
         encoded = {"prompt_ids": tokenizer(row["prompt"])["input_ids"]}
         for side in sides:
             ids = tokenizer(row[side], add_special_tokens=False)["input_ids"]
             mask = "action_mask" if side == "completion" else f"{side}_action_mask"
             encoded |= {f"{side}_ids": ids, mask: [1] * len(ids)}
         return encoded
-    return (tokenize_preference_row if kind == "preference" else tokenize_unpaired_row)(row, tokenizer)
+    return (tokenize_preference_row if kind == "preference" else tokenize_unpaired_row)(row, tokenizer, shapes)
 
 
 def _warn(report: CheckReport, cut: int, max_length: int | None) -> None:
@@ -203,6 +239,22 @@ def _warn(report: CheckReport, cut: int, max_length: int | None) -> None:
         report.warnings.append(
             f"`max_length={max_length}` cuts {cut} of {len(report.lengths)} sequences. Raise it to train on whole "
             "trajectories."
+        )
+
+
+def _note_formats(report: CheckReport, name: str) -> None:
+    for written, count in report.formats.items():
+        if written == "logs" or written in ("trl", "tokens"):
+            continue
+        report.notes.append(
+            f"{count} rows are {FORMATS[written].description}. They are read as they are; `trl-multiturn convert "
+            f"{name} "
+            f"OUT --from {written}` writes them in TRL's form."
+        )
+    if supervised := report.kinds["supervised"]:
+        report.warnings.append(
+            f"{supervised} conversations have neither a `reward` nor a `label`: `supervised_rows` takes them, but no "
+            "preference or value trainer does. Add the column that says how good they are."
         )
 
 
@@ -225,6 +277,8 @@ def print_check(report: CheckReport) -> None:
         console.print(table)
         share = sum(report.trained) / max(sum(report.lengths), 1)
         console.print(f"{100 * share:.1f} % of all tokens are trained.")
+    for note in report.notes:
+        console.print(f"note: {note}", markup=False)
     for warning in report.warnings:
         console.print(f"warning: {warning}", style="yellow", markup=False)
     for error in report.errors[:_MAX_SHOWN]:

@@ -13,9 +13,11 @@ from rich.panel import Panel
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
+from ..formats import column_shapes, columns_read
 from ..trajectory import Trajectory
 from .tokenization import tokenize_preference_row, tokenize_unpaired_row
 from .truncation import PREFERENCE_SIDES, UNPAIRED_SIDES, completion_cut
+from .turns import choose_tokens
 
 
 Kind = Literal["context", "trained", "truncated"]
@@ -111,19 +113,21 @@ def _sequences(source: Any, num_rows: int, processing_class: Any) -> Iterator[tu
     if isinstance(source, Trajectory):
         source = [source]
     rows = source.take(num_rows) if not isinstance(source, list) else source[:num_rows]
+    shapes = {} if isinstance(source, list) else column_shapes(source)
     for index, row in enumerate(rows):
         if isinstance(row, Trajectory):
             title = f"trajectory {index} · {row.stop_reason.value} · {row.verdict.value}"
             yield title, row.prompt_ids, row.completion_ids, row.action_mask
             continue
-        paired = "chosen" in row or "chosen_ids" in row
+        paired = "chosen_ids" in row or columns_read(row) >= {"chosen", "rejected"}
         sides = PREFERENCE_SIDES if paired else UNPAIRED_SIDES
         if sides[0][1] not in row:
-            row = row | (tokenize_preference_row if paired else tokenize_unpaired_row)(row, processing_class)
+            row = row | (tokenize_preference_row if paired else tokenize_unpaired_row)(row, processing_class, shapes)
         for ids, mask in sides:
             side = ids.removesuffix("_ids")
             label = f" · label {row['label']}" if "label" in row else ""
-            yield f"row {index} · {side}{label}", row["prompt_ids"], row[ids], row[mask]
+            trained = choose_tokens(row, ids, row[mask])
+            yield f"row {index} · {side}{label}", row["prompt_ids"], row[ids], trained
 
 
 def _segments(

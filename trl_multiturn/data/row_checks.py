@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
+
+from ..formats import begins_both_sides, columns_read, conversation_column, describe, listed, recognize
+from ..messages.text import brief
 
 
 Sides = tuple[tuple[str, str], ...]
@@ -34,6 +36,7 @@ def find_format(
             The first row.
         text_formats (`Sequence[tuple[str, ...]]`):
             The columns of each format of text or messages that the trainer reads; of a row with several, the first.
+            Columns that [`formats.read_row`] finds under other names count as there.
         sides (`tuple[tuple[str, str], ...]`):
             `(ids, mask)` column names of its token rows.
         dataset_name (`str`):
@@ -49,16 +52,32 @@ def find_format(
     if row.keys() >= set(token_columns):
         return "tokens"
     found = next((columns for columns in text_formats if row.keys() >= set(columns)), None)
-    if found is None:
-        half = [name for name in token_columns if name in row]
-        hint = f" `{half[0]}` is there, but not {_listed(c for c in token_columns if c not in row)}." if half else ""
-        formats = " or ".join(_listed(columns) for columns in text_formats)
-        raise ValueError(
-            f"The {dataset_name} dataset has the columns {_listed(row)}, which are rows of no format that this "
-            f"trainer reads: {formats} (text or lists of messages), or {_listed(token_columns)}.{hint} Rename or add "
-            "columns."
-        )
-    return "messages" if holds_messages(row, found) else "text"
+    if found is not None and ("prompt" in row or conversation_column(row) is None):
+        return "messages" if holds_messages(row, found) else "text"
+    if any(columns_read(row) >= set(columns) for columns in text_formats):
+        return "messages"
+    raise _unreadable(row, text_formats, token_columns, dataset_name)
+
+
+def _unreadable(
+    row: Mapping[str, Any], text_formats: Sequence[tuple[str, ...]], token_columns: Sequence[str], dataset_name: str
+) -> ValueError:
+    half = [name for name in token_columns if name in row]
+    hint = f" `{half[0]}` is there, but not {listed(c for c in token_columns if c not in row)}." if half else ""
+    remedy = "Rename or add columns."
+    known, read = recognize(row), columns_read(row)
+    if known == "logs":
+        hint, remedy = f" They are {describe(known)}.", "Write them as token rows with `trl-multiturn convert`."
+    elif known is not None and read:
+        lacking = min(([c for c in columns if c not in read] for columns in text_formats), key=len)
+        hint = f" They are {describe(known)}, read as {listed(sorted(read))}, so {listed(lacking)} is missing."
+        if lacking == ["label"] or lacking == ["reward"]:
+            remedy = f"Add the column {listed(lacking)}, which says how good a completion is."
+    formats = " or ".join(listed(columns) for columns in text_formats)
+    return ValueError(
+        f"The {dataset_name} dataset has the columns {listed(row)}, which are rows of no format that this trainer "
+        f"reads: {formats} (text or lists of messages), or {listed(token_columns)}.{hint} {remedy}"
+    )
 
 
 def holds_messages(row: Mapping[str, Any], columns: Sequence[str]) -> bool:
@@ -68,9 +87,11 @@ def holds_messages(row: Mapping[str, Any], columns: Sequence[str]) -> bool:
         `ValueError`: if some hold one and some the other.
     """
     read = [name for name in _CONVERSATION if name in row and (name == "prompt" or name in columns)]
+    if "chosen" in columns and "prompt" in row and begins_both_sides(row):
+        read.remove("prompt")  # the same words as the first of both sides
     is_text = {column: isinstance(row[column], str) for column in read}
     if len(set(is_text.values())) > 1:
-        text, messages = (_listed(c for c in is_text if is_text[c] is kind) for kind in (True, False))
+        text, messages = (listed(c for c in is_text if is_text[c] is kind) for kind in (True, False))
         raise ValueError(
             f"Text in {text}, but messages in {messages}: they cannot be joined into one conversation. Write all of "
             "them as text, or all of them as lists of messages (`[{'role': 'user', 'content': …}]`)."
@@ -78,53 +99,11 @@ def holds_messages(row: Mapping[str, Any], columns: Sequence[str]) -> bool:
     return not any(is_text.values())
 
 
-def check_messages(messages: Any, column: str) -> None:
-    """Raises `ValueError` where a column does not hold a list of messages that a chat template can render."""
-    if messages is None or isinstance(messages, (str, Mapping)):
-        raise ValueError(f"`{column}` is {_brief(messages)}, not a list of messages. Write one, or drop the row.")
-    if column == "prompt" and not len(messages):
-        raise ValueError("`prompt` holds no message, so there is nothing to answer. Give it a user's turn.")
-    for number, message in enumerate(messages):
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise ValueError(
-                f"`{column}`: message {number} has no `role` ({_brief(message)}), so nobody knows who speaks. Give it "
-                "one: 'system', 'user', 'assistant' or 'tool'."
-            )
-        says = any(value for key, value in message.items() if key not in ("role", "name", "content"))
-        if message.get("content") is None and not says:
-            raise ValueError(
-                f"`{column}`: message {number} ({message['role']}) has neither `content` nor `tool_calls`. Write what "
-                "was said (an empty string, if nothing was), or drop the row."
-            )
-
-
-def read_tools(tools: Any) -> list | None:
-    """A row's `tools`: a list of JSON schemas or callables, given as such or as a JSON string.
-
-    Raises:
-        `ValueError`: if it is something else.
-    """
-    try:
-        tools = json.loads(tools) if isinstance(tools, str) else tools
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"`tools` is no valid JSON ({error}): {_brief(tools)}. Pass a list of JSON schemas, or `json.dumps` of it."
-        ) from error
-    if tools is not None and not (
-        isinstance(tools, (list, tuple)) and all(isinstance(tool, Mapping) or callable(tool) for tool in tools)
-    ):
-        raise ValueError(
-            f"`tools` is {_brief(tools)}, but chat templates take a list of JSON schemas "
-            "(`[{'type': 'function', 'function': {…}}]`) or of functions. Wrap a single schema in a list."
-        )
-    return tools
-
-
 def check_label(label: Any) -> None:
     """Raises `ValueError` where a label says neither good nor bad."""
     if isinstance(label, str) or label is None or label not in (0, 1):
         raise ValueError(
-            f"the label is {_brief(label)}, but it says whether the completion is good (True or 1) or not (False or "
+            f"the label is {brief(label)}, but it says whether the completion is good (True or 1) or not (False or "
             "0). Write one of these; drop rows that are undecided."
         )
 
@@ -133,8 +112,17 @@ def check_margin(margin: Any) -> None:
     """Raises `ValueError` where a margin is neither a finite number nor `None`."""
     if margin is not None and (isinstance(margin, str) or not math.isfinite(margin)):
         raise ValueError(
-            f"the margin is {_brief(margin)}, which would make the loss of its whole batch NaN. Write a finite "
+            f"the margin is {brief(margin)}, which would make the loss of its whole batch NaN. Write a finite "
             "number, or `None` for no margin."
+        )
+
+
+def check_logp(logp: Any) -> None:
+    """Raises `ValueError` where a reference log-probability of a completion is no finite number."""
+    if logp is None or isinstance(logp, (str, list)) or not math.isfinite(logp):
+        raise ValueError(
+            f"the reference log-probability is {brief(logp)}, but it is the sum over the completion's trained tokens, "
+            "one finite number. Write it, or remove the column from all rows."
         )
 
 
@@ -145,12 +133,3 @@ def check_column(values: Iterable[Any], check: Callable[[Any], None]) -> None:
             check(value)
         except ValueError as error:
             raise ValueError(f"Row {index}: {error}") from error
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(f"`{name}`" for name in names)
-
-
-def _brief(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:80]}…"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from .tokenization import tokenize_trajectory
+from ..formats import Shapes, column_shapes
+from .tokenization import read_messages, tokenize_trajectory
+from .turns import choose_tokens
 
 
 IGNORED = -100
@@ -25,8 +28,9 @@ def supervised_rows(
 
     Args:
         dataset (`Dataset` or `IterableDataset`):
-            Rows with `messages`, with `prompt` and `completion`, or token rows with `prompt_ids`, `completion_ids` and
-            `action_mask`; optionally `tools` and `chat_template_kwargs`.
+            Rows with `messages` (or `conversations`), with `prompt` and `completion`, or token rows with `prompt_ids`,
+            `completion_ids` and `action_mask`; optionally `tools` and `chat_template_kwargs`. Turns that a row flags
+            (`"train": False` on a message, `turn_weights` 0) are no labels.
         processing_class ([`~transformers.PreTrainedTokenizerBase`]):
             Tokenizer.
         num_proc (`int`, *optional*):
@@ -41,30 +45,34 @@ def supervised_rows(
     kwargs: dict[str, Any] = {"remove_columns": dataset.column_names}
     if isinstance(dataset, Dataset):
         kwargs |= {"num_proc": num_proc, "desc": "Labelling the policy's tokens"}
-    return dataset.map(supervised_row, with_indices=True, fn_kwargs={"processing_class": processing_class}, **kwargs)
+    fn_kwargs = {"processing_class": processing_class, "shapes": column_shapes(dataset)}
+    return dataset.map(supervised_row, with_indices=True, fn_kwargs=fn_kwargs, **kwargs)
 
 
 def supervised_row(
-    row: dict[str, Any], index: int, processing_class: PreTrainedTokenizerBase | ProcessorMixin
+    row: Mapping[str, Any],
+    index: int,
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin,
+    shapes: Shapes | None = None,
 ) -> dict[str, list[int]]:
     """One row of [`supervised_rows`]."""
-    if "completion_ids" not in row:
-        prompt, completion = _split(row, index)
-        kwargs = row.get("chat_template_kwargs") or {}
-        try:
-            row = tokenize_trajectory(processing_class, prompt, completion, row.get("tools"), **kwargs)
-        except ValueError as error:
-            raise ValueError(f"Row {index}: {error}") from error
-    prompt_ids, completion_ids = row["prompt_ids"], row["completion_ids"]
-    labels = [token if bit else IGNORED for token, bit in zip(completion_ids, row["action_mask"], strict=True)]
+    try:
+        tokens = row if "completion_ids" in row else _tokenize(row, processing_class, shapes)
+        mask = choose_tokens(tokens, "completion_ids", tokens["action_mask"])
+    except ValueError as error:
+        raise ValueError(f"Row {index}: {error}") from error
+    prompt_ids, completion_ids = tokens["prompt_ids"], tokens["completion_ids"]
+    labels = [token if bit else IGNORED for token, bit in zip(completion_ids, mask, strict=True)]
     return {"input_ids": prompt_ids + completion_ids, "labels": [IGNORED] * len(prompt_ids) + labels}
 
 
-def _split(row: dict[str, Any], index: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    if "messages" not in row:
-        return row["prompt"], row["completion"]
-    messages = row["messages"]
-    first = next((i for i, message in enumerate(messages) if message["role"] == "assistant"), None)
-    if first is None:
-        raise ValueError(f"Row {index}: no message is an assistant's, so there is nothing to imitate. Drop the row.")
-    return messages[:first], messages[first:]
+def _tokenize(
+    row: Mapping[str, Any], processing_class: PreTrainedTokenizerBase | ProcessorMixin, shapes: Shapes | None
+) -> dict[str, list[int]]:
+    read = read_messages(row, processing_class, shapes)
+    if "completion" not in read:
+        raise ValueError(
+            "the row is a pair, of which nobody says what is to be imitated. Pass one completion per row."
+        )
+    kwargs = read["chat_template_kwargs"]
+    return tokenize_trajectory(processing_class, read["prompt"], read["completion"], read["tools"], **kwargs)

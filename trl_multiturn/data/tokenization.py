@@ -8,13 +8,16 @@ import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from datasets import Dataset, IterableDataset
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from .. import _upstream
+from ..formats import Shapes, column_shapes, read_row
+from ..messages import normalize_tools, without_flags
 from ..templates import TurnTemplate
 from ..version import __version__
-from .row_checks import check_messages, read_tools
+from .turns import TURN_COLUMNS, turn_spans
 
 
 logger = logging.getLogger(__name__)
@@ -69,8 +72,8 @@ def turn_template(
     chat_template_kwargs: dict[str, Any] | None = None,
 ) -> TurnTemplate:
     """The [`TurnTemplate`] for these arguments, built once per tokenizer, template, tool set and keyword arguments."""
-    tools = read_tools(tools)
-    kwargs = chat_template_kwargs or {}
+    tools = normalize_tools(tools)
+    kwargs = dict(chat_template_kwargs or {})
     templates = _TEMPLATES.setdefault(processing_class, {})
     # The tokenizer's template is part of the key: a user may set another one on the same tokenizer
     key = json.dumps([processing_class.chat_template, tools, kwargs], sort_keys=True, default=repr)
@@ -81,47 +84,102 @@ def turn_template(
     return templates[key]
 
 
-def tokenize_completion(
-    example: dict[str, Any], column: str, processing_class: PreTrainedTokenizerBase | ProcessorMixin
-) -> dict[str, list[int]]:
-    """Tokenizes `example["prompt"]` followed by `example[column]`, with the row's `tools` and `chat_template_kwargs`.
-
-    As [`tokenize_trajectory`], but for one assistant turn without tool calls a template that proves nothing is no
-    reason to refuse: such a row holds no observations, so it is tokenized as TRL's own trainers do, every token after
-    the prompt trained, and the defect is logged.
-    """
-    for name in ("prompt", column):
-        check_messages(example[name], name)
-    prompt, completion = _without_nulls(example["prompt"]), _without_nulls(example[column])
-    tools, kwargs = read_tools(example.get("tools")), example.get("chat_template_kwargs") or {}
+def read_messages(
+    example: Mapping[str, Any],
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin,
+    shapes: Shapes | None = None,
+) -> dict[str, Any]:
+    """The conversation of a row in TRL's form (see [`formats.read_row`]), with its `chat_template_kwargs`."""
+    kwargs = example.get("chat_template_kwargs") or {}
     if not isinstance(kwargs, Mapping):
         raise ValueError(
             f"`chat_template_kwargs` is {kwargs!r}, but holds keyword arguments of the chat template. Write a mapping "
             "such as `{'enable_thinking': False}`."
         )
+    template = str(kwargs.get("chat_template") or processing_class.chat_template)
+    return {**read_row(example, shapes=shapes, template=template), "chat_template_kwargs": kwargs}
+
+
+def _read_answers(
+    example: Mapping[str, Any], processing_class: PreTrainedTokenizerBase | ProcessorMixin, shapes: Shapes | None
+) -> dict[str, Any]:
+    row = read_messages(example, processing_class, shapes)
+    if not row["prompt"]:
+        raise ValueError("`prompt` holds no message, so there is nothing to answer. Give it a user's turn.")
+    return row
+
+
+def tokenize_side(
+    row: Mapping[str, Any],
+    side: str,
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin,
+    all_tokens: bool = False,
+) -> dict[str, Any]:
+    """Tokenizes `row["prompt"]` followed by `row[side]`, of what [`read_messages`] returned.
+
+    As [`tokenize_trajectory`], but for one assistant turn without tool calls a template that proves nothing is no
+    reason to refuse: such a row holds no observations, so it is tokenized as TRL's own trainers do, every token after
+    the prompt trained, and the defect is logged.
+
+    Args:
+        row (`Mapping[str, Any]`):
+            Messages in TRL's form, `tools` and `chat_template_kwargs`.
+        side (`str`):
+            `"completion"`, `"chosen"` or `"rejected"`.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]):
+            Tokenizer.
+        all_tokens (`bool`, *optional*, defaults to `False`):
+            Every token of the completion trains, so where turns begin and end needs no proof, unless flags of the
+            messages ask for it.
+
+    Returns:
+        `dict`: `prompt_ids`, `completion_ids`, `action_mask` (1 on all that the policy sampled, whatever the flags),
+        `turn_weights` and `turn_calls` (per assistant turn whether it trains and whether it calls a tool; `None` where
+        turns are not told apart).
+    """
+    prompt, tools, kwargs = row["prompt"], row["tools"], row["chat_template_kwargs"]
+    plain_prompt, _ = without_flags(prompt)
+    completion, flags = without_flags(row[side])
+    turns = [(flag, m) for flag, m in zip(flags, completion, strict=True) if m.get("role") == "assistant"]
     try:
-        return tokenize_trajectory(processing_class, prompt, completion, tools, **kwargs)
+        if all_tokens and completion and all(flags):
+            return _tokenize_as_upstream(processing_class, plain_prompt, completion, tools, kwargs)
+        template = turn_template(processing_class, tools, kwargs)
+        output: dict[str, Any] = template.tokenize(plain_prompt, completion, with_turns=True)
     except ValueError as error:
-        single = len(completion) == 1 and completion[0].get("role") == "assistant"
-        if not single or completion[0].get("tool_calls"):
-            raise ValueError(f"`{column}`: {error}") from error
+        if len(completion) != 1 or not turns or completion[0].get("tool_calls"):
+            raise ValueError(f"`{side}`: {error}") from error
         try:
-            output = _tokenize_as_upstream(processing_class, prompt, completion, tools, kwargs)
+            output = _tokenize_as_upstream(processing_class, plain_prompt, completion, tools, kwargs)
         except (TemplateError, TypeError, KeyError, IndexError):  # it cannot be rendered at all
-            raise ValueError(f"`{column}`: {error}") from error
+            raise ValueError(f"`{side}`: {error}") from error
         _warn_once(
             "The tokenized prompt is not a prefix of the tokenized prompt+completion, or a turn has no end. One-turn "
             f"completions are then tokenized as TRL does, all of their tokens trained. {error}"
         )
-        return output
+    except (TemplateError, TypeError, KeyError, IndexError) as error:
+        raise ValueError(f"`{side}`: the chat template cannot render the row: {error}.") from error
+    output.pop("turn_ids", None)
+    if len(turn_spans(output["action_mask"])) != len(turns):
+        if not all(flags):
+            raise ValueError(
+                f"`{side}`: the chat template prints nothing between two assistant turns, so it cannot be told which "
+                "tokens belong to the one that must not train. Join the two, or drop the row."
+            )
+        return {**output, **dict.fromkeys(TURN_COLUMNS)}
+    output["turn_weights"] = [int(flag) for flag, _ in turns]
+    output["turn_calls"] = [int(bool(message.get("tool_calls"))) for _, message in turns]
+    return output
 
 
-def _without_nulls(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Arrow gives every message of a column the keys of all, filled with None; templates ask which keys are there."""
-    return [{key: value for key, value in m.items() if value is not None or key == "content"} for m in messages]
-
-
-def _tokenize_as_upstream(processing_class, prompt, completion, tools, kwargs) -> dict[str, list[int]]:
+def _tokenize_as_upstream(
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin,
+    prompt: list[dict[str, Any]],
+    completion: list[dict[str, Any]],
+    tools: list[Any] | None,
+    kwargs: Mapping[str, Any],
+) -> dict[str, Any]:
+    """As TRL does: where prompt and whole conversation part, the completion begins."""
     if isinstance(processing_class, ProcessorMixin):
         prompt = _upstream.prepare_multimodal_messages(prompt)
         completion = _upstream.prepare_multimodal_messages(completion)
@@ -132,14 +190,19 @@ def _tokenize_as_upstream(processing_class, prompt, completion, tools, kwargs) -
     prompt_ids = tokenizer(header, add_special_tokens=False)["input_ids"]
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     start = common_prefix_length(prompt_ids, ids)
-    return {"prompt_ids": ids[:start], "completion_ids": ids[start:], "action_mask": [1] * (len(ids) - start)}
+    output = {"prompt_ids": ids[:start], "completion_ids": ids[start:], "action_mask": [1] * (len(ids) - start)}
+    return {**output, **dict.fromkeys(TURN_COLUMNS)}
 
 
-Tokenize = Callable[[dict[str, Any], PreTrainedTokenizerBase | ProcessorMixin], dict[str, list[int]]]
+# What rows of messages become: `tokenize(example, processing_class, shapes, all_tokens)`
+Tokenize = Callable[..., dict[str, Any]]
 
 
 def row_tokenization_kwargs(
-    processing_class: PreTrainedTokenizerBase | ProcessorMixin, tokenize: Tokenize, row_name: str = "Row"
+    dataset: Dataset | IterableDataset,
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin,
+    tokenize: Tokenize,
+    all_tokens: bool = False,
 ) -> dict[str, Any]:
     """`fn_kwargs` for mapping [`tokenize_numbered_row`] over a dataset.
 
@@ -149,7 +212,8 @@ def row_tokenization_kwargs(
     return {
         "processing_class": processing_class,
         "tokenize": tokenize,
-        "row_name": row_name,
+        "shapes": column_shapes(dataset),
+        "all_tokens": all_tokens,
         "version": __version__,
     }
 
@@ -159,37 +223,59 @@ def tokenize_numbered_row(
     index: int,
     processing_class: PreTrainedTokenizerBase | ProcessorMixin,
     tokenize: Tokenize,
-    row_name: str,
+    shapes: Shapes,
+    all_tokens: bool,
     version: str,
-) -> dict[str, list[int]]:
-    """`tokenize(example, processing_class)`; what it refuses is refused with the row's number."""
+) -> dict[str, Any]:
+    """`tokenize(example, …)`; what it refuses is refused with the row's number."""
     try:
-        return tokenize(example, processing_class)
+        return tokenize(example, processing_class, shapes, all_tokens)
     except ValueError as error:
-        raise ValueError(f"{row_name} {index}: {error}") from error
+        raise ValueError(f"Row {index}: {error}") from error
 
 
 def tokenize_preference_row(
-    example: dict[str, Any], processing_class: PreTrainedTokenizerBase | ProcessorMixin
-) -> dict[str, list[int]]:
-    """Token columns of a conversational preference row (`prompt`, `chosen`, `rejected`)."""
-    chosen = tokenize_completion(example, "chosen", processing_class)
-    rejected = tokenize_completion(example, "rejected", processing_class)
+    example: dict[str, Any],
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin,
+    shapes: Shapes | None = None,
+    all_tokens: bool = False,
+) -> dict[str, Any]:
+    """Token columns of a conversational preference row (`prompt`, `chosen`, `rejected`), with those of its turns."""
+    row = _read_answers(example, processing_class, shapes)
+    sides = {side: tokenize_side(row, side, processing_class, all_tokens) for side in ("chosen", "rejected")}
     # The sides share one prompt. Where theirs differ, what is left of each moves into its completion, untrained.
-    shared = common_prefix_length(chosen["prompt_ids"], rejected["prompt_ids"])
-    output = {"prompt_ids": chosen["prompt_ids"][:shared]}
-    for name, side in (("chosen", chosen), ("rejected", rejected)):
+    shared = common_prefix_length(sides["chosen"]["prompt_ids"], sides["rejected"]["prompt_ids"])
+    output = {"prompt_ids": sides["chosen"]["prompt_ids"][:shared]}
+    for name, side in sides.items():
         rest = side["prompt_ids"][shared:]
         output[f"{name}_ids"] = rest + side["completion_ids"]
         output[f"{name}_action_mask"] = [0] * len(rest) + side["action_mask"]
+        output |= {f"{name}_{column}": side[column] for column in TURN_COLUMNS}
     return output
 
 
 def tokenize_unpaired_row(
-    example: dict[str, Any], processing_class: PreTrainedTokenizerBase | ProcessorMixin
-) -> dict[str, list[int]]:
-    """Token columns of a conversational row with one completion (`prompt`, `completion`)."""
-    return tokenize_completion(example, "completion", processing_class)
+    example: dict[str, Any],
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin,
+    shapes: Shapes | None = None,
+    all_tokens: bool = False,
+) -> dict[str, Any]:
+    """Token columns of a conversational row with one completion, with those of its turns, and with its `reward` where
+    that stands under another name."""
+    row = _read_answers(example, processing_class, shapes)
+    output = tokenize_side(row, "completion", processing_class, all_tokens)
+    return {**output, "reward": row["reward"]} if "reward" in row else output
+
+
+def tokenize_pair_apart(
+    example: dict[str, Any],
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin,
+    shapes: Shapes | None = None,
+    all_tokens: bool = False,
+) -> dict[str, dict[str, Any]]:
+    """The two sides of a conversational preference row, each with the columns of [`tokenize_unpaired_row`]."""
+    row = _read_answers(example, processing_class, shapes)
+    return {side: tokenize_side(row, side, processing_class, all_tokens) for side in ("chosen", "rejected")}
 
 
 def common_prefix_length(first: list[int], second: list[int]) -> int:

@@ -7,15 +7,14 @@ gradient is dropped and counted.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from datasets import Dataset, IterableDataset
 
 from ..errors import NoRowsLeftError as NoRowsLeftError
+from .turns import TrainOnTurns, choose_tokens, columns_of_turns
 
-
-TrainOnTurns = Literal["all", "last"]
 
 PREFERENCE_SIDES = (("chosen_ids", "chosen_action_mask"), ("rejected_ids", "rejected_action_mask"))
 UNPAIRED_SIDES = (("completion_ids", "action_mask"),)
@@ -49,8 +48,9 @@ def fit_rows(
             collator cuts, and rows are only checked here.
         mask_observations (`bool`, *optional*, defaults to `True`):
             Whether only the policy's tokens train. Otherwise every completion token does, and no turn ends are known.
-        train_on_turns (`"all"` or `"last"`, *optional*, defaults to `"all"`):
-            Whether all turns of the policy train or only its last. The choice comes before the cut.
+        train_on_turns (`"all"`, `"last"` or `"answer"`, *optional*, defaults to `"all"`):
+            Whether all turns of the policy train, only its last, or only those that call no tool; of these, those to
+            which the rows give the weight 1 (`turn_weights`). The choice comes before the cut.
         aligned_columns (`tuple[str, ...]`, *optional*):
             Further per-token columns of the completion, cut with it (e.g. `behavior_logps`).
 
@@ -69,8 +69,11 @@ def fit_rows(
         aligned_columns=aligned_columns,
     )
     streamed = isinstance(dataset, IterableDataset)
-    map_kwargs = {} if streamed else {"num_proc": num_proc, "desc": desc}
-    dataset = dataset.map(_fit_row, with_indices=True, fn_kwargs=kwargs, **map_kwargs)
+    map_kwargs: dict[str, Any] = {} if streamed else {"num_proc": num_proc, "desc": desc}
+    # What they say is in the masks from here on
+    present = dataset.column_names or list(next(iter(dataset), {}))
+    turns = [name for ids, _ in sides for name in columns_of_turns(ids) if name in present]
+    dataset = dataset.map(_fit_row, with_indices=True, fn_kwargs=kwargs, remove_columns=turns, **map_kwargs)
     stats: dict[str, float] = {}
     if not streamed:
         stats = _statistics(dataset, max_length)
@@ -80,17 +83,6 @@ def fit_rows(
     if streamed or stats["data/rows_dropped"]:
         dataset = dataset.filter(_is_kept, input_columns=[_STATUS], **map_kwargs)
     return dataset.remove_columns([_STATUS, _LENGTH]), stats
-
-
-def last_turn(mask: list[int]) -> list[int]:
-    """`mask` with only its last run of ones."""
-    end = len(mask)
-    while end and not mask[end - 1]:
-        end -= 1
-    start = end
-    while start and mask[start - 1]:
-        start -= 1
-    return [0] * start + mask[start:end] + [0] * (len(mask) - end)
 
 
 def completion_cut(mask: list[int], room: int) -> int:
@@ -138,27 +130,29 @@ def _fit_row(
                 f"Row {index}: `{mask_column}` has {len(actions)} entries but `{ids_column}` has {len(ids)}, so it is "
                 "unknown which tokens are trained. Write one mask entry per token."
             )
-        mask = _trained(actions, mask_observations, train_on_turns)
+        try:
+            mask = choose_tokens(
+                example,
+                ids_column,
+                actions,
+                train_on_turns=train_on_turns,
+                mask_observations=mask_observations,
+            )
+        except ValueError as error:
+            raise ValueError(f"Row {index}: {error}") from error
         kept, status = _fit_side(len(prompt), actions if mask_observations else mask, max_length, keep_start)
         window = slice(None) if keep_start or max_length is None else slice(-max_length, None)
         # The first token of a sequence is predicted from nothing, so it never enters a loss
         trains = any(([0] * len(prompt) + mask[:kept])[window][1:])
         statuses.append(status if trains else "untrained")
-        sequences.append((prompt + ids[:kept])[window])
+        sequences.append(((prompt + ids[:kept])[window], mask[:kept]))
         output[_LENGTH] = max(output[_LENGTH], len(prompt) + len(ids))
         output[ids_column], output[mask_column] = ids[:kept], mask[:kept]
         output |= {name: example[name][:kept] for name in aligned_columns if example.get(name) is not None}
     output[_STATUS] = max(statuses, key=_SEVERITY.index)
     if output[_STATUS] != "untrained" and len(sides) == 2 and sequences[0] == sequences[1]:
-        if example[sides[0][0]] != example[sides[1][0]]:
-            output[_STATUS] = "identical"
+        output[_STATUS] = "identical"
     return output
-
-
-def _trained(actions: list[int], mask_observations: bool, train_on_turns: TrainOnTurns) -> list[int]:
-    if train_on_turns == "last":
-        return last_turn(actions)
-    return actions if mask_observations else [1] * len(actions)
 
 
 def _fit_side(prompt_length: int, actions: list[int], max_length: int | None, keep_start: bool) -> tuple[int, str]:
@@ -191,7 +185,7 @@ def _nothing_left(stats: dict[str, float], max_length: int | None) -> str:
     untrained, identical = stats["data/rows_dropped_untrained"], stats["data/rows_dropped_identical"]
     return (
         f"No row is left to train on: of {untrained + identical} rows, {untrained} have no token sampled by the "
-        f"policy within `max_length={max_length}` on one side, and the two sides of {identical} become identical "
+        f"policy within `max_length={max_length}` on one side, and the two sides of {identical} are identical "
         f"there (95th percentile of lengths: {stats['data/length_p95']:.0f} tokens). Raise `max_length` or shorten "
         "the prompts; where that is not it, see that completions hold turns with the role `assistant`."
     )

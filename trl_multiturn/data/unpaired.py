@@ -6,6 +6,12 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset, concatenate_datasets
 
+from ..formats import CONVERSATIONS, TOOLS
+from .tokenization import row_tokenization_kwargs, tokenize_numbered_row, tokenize_pair_apart
+
+
+_MESSAGE_COLUMNS = {"prompt", "chosen", "rejected", "chat_template_kwargs", *CONVERSATIONS, *TOOLS}
+
 
 def unpair_interleaved(
     dataset: Dataset | IterableDataset, desc: str | None = None, num_proc: int | None = None
@@ -19,6 +25,32 @@ def unpair_interleaved(
     map_kwargs: dict[str, Any] = {"num_proc": num_proc, "desc": desc} if isinstance(dataset, Dataset) else {}
     columns = dataset.column_names or list(next(iter(dataset)))
     return dataset.map(_unpair_batch, batched=True, remove_columns=columns, **map_kwargs)
+
+
+def tokenize_interleaved(
+    dataset: Dataset | IterableDataset,
+    processing_class: Any,
+    all_tokens: bool = False,
+    desc: str | None = None,
+    num_proc: int | None = None,
+) -> Dataset | IterableDataset:
+    """Tokenizes preference rows of messages into twice as many unpaired token rows, in the order of
+    [`unpair_interleaved`]. Tokens are taken apart, not messages, whose forms may differ from row to row."""
+    map_kwargs: dict[str, Any] = {"num_proc": num_proc, "desc": desc} if isinstance(dataset, Dataset) else {}
+    fn_kwargs = row_tokenization_kwargs(dataset, processing_class, tokenize_pair_apart, all_tokens)
+    columns = dataset.column_names or list(next(iter(dataset)))
+    return dataset.map(
+        _tokenize_batch, batched=True, with_indices=True, fn_kwargs=fn_kwargs, remove_columns=columns, **map_kwargs
+    )
+
+
+def _tokenize_batch(batch: dict[str, list[Any]], indices: list[int], **kwargs: Any) -> dict[str, list[Any]]:
+    rows = (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
+    pairs = [tokenize_numbered_row(row, index, **kwargs) for row, index in zip(rows, indices, strict=True)]
+    kept = {key: values for key, values in batch.items() if key not in _MESSAGE_COLUMNS}
+    taken_apart = _unpair_batch(kept | {side: [pair[side] for pair in pairs] for side in ("chosen", "rejected")})
+    sides = taken_apart.pop("completion")
+    return taken_apart | {name: [side[name] for side in sides] for name in sides[0]}
 
 
 def _unpair_batch(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:

@@ -10,9 +10,11 @@ import torch
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
+from ..formats import find_reward
 from ..steps import StepDelimiter, step_ids
 from .collators import DataCollatorForMultiTurnUnpairedPreference
 from .truncation import NoRowsLeftError
+from .turns import TURN_COLUMNS, TrainOnTurns, choose_tokens
 
 
 # Per-token columns of a completion that the collator lays out beside `input_ids`
@@ -72,6 +74,7 @@ def finish_rows(
     *,
     max_length: int | None,
     step_delimiter: StepDelimiter | None = None,
+    train_on_turns: TrainOnTurns = "all",
     num_proc: int | None = None,
     desc: str | None = None,
 ) -> tuple[Dataset | IterableDataset, dict[str, float]]:
@@ -89,6 +92,9 @@ def finish_rows(
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): reads step delimiters.
         max_length (`int`, *optional*): most tokens of prompt and completion together.
         step_delimiter (`str`, *optional*): adds `step_ids`; absent where nothing reads them.
+        train_on_turns (`"all"`, `"last"` or `"answer"`, *optional*, defaults to `"all"`): which of the policy's turns
+            are actions, of those to which the rows give the weight 1 (`turn_weights`). The others are context, and
+            what they earned is paid at the last action before them.
 
     Returns:
         The rows, and for a [`~datasets.Dataset`] its counts under `data/…` (empty for a streamed one).
@@ -99,8 +105,11 @@ def finish_rows(
     """
     streamed = isinstance(dataset, IterableDataset)
     map_kwargs = {} if streamed else {"num_proc": num_proc, "desc": desc}
-    fn_kwargs = {"tokenizer": tokenizer, "step_delimiter": step_delimiter}
-    dataset = dataset.map(_finish_row, with_indices=True, fn_kwargs=fn_kwargs, **map_kwargs)
+    fn_kwargs = {"tokenizer": tokenizer, "step_delimiter": step_delimiter, "train_on_turns": train_on_turns}
+    # What they say is in the masks from here on
+    present = dataset.column_names or list(next(iter(dataset), {}))
+    turns = [name for name in TURN_COLUMNS if name in present]
+    dataset = dataset.map(_finish_row, with_indices=True, fn_kwargs=fn_kwargs, remove_columns=turns, **map_kwargs)
     stats: dict[str, float] = {}
     if not streamed:
         lengths = [len(p) + len(c) for p, c in zip(dataset["prompt_ids"], dataset["completion_ids"], strict=True)]
@@ -126,7 +135,7 @@ def finish_rows(
 
 def outcome(example: dict[str, Any], index: int) -> float:
     """The row's terminal reward: `reward`, or its `label` as 1 or 0."""
-    reward, label = example.get("reward"), example.get("label")
+    reward, label = find_reward(example), example.get("label")
     if reward is None and label is None:
         raise ValueError(
             f"Row {index}: neither `reward` nor `label` is set, so the trajectory has no outcome to learn from. Give "
@@ -147,7 +156,11 @@ def outcome(example: dict[str, Any], index: int) -> float:
 
 
 def _finish_row(
-    example: dict[str, Any], index: int, tokenizer: PreTrainedTokenizerBase, step_delimiter: StepDelimiter | None
+    example: dict[str, Any],
+    index: int,
+    tokenizer: PreTrainedTokenizerBase,
+    step_delimiter: StepDelimiter | None,
+    train_on_turns: TrainOnTurns,
 ) -> dict[str, Any]:
     if not example["prompt_ids"]:
         raise ValueError(
@@ -163,29 +176,35 @@ def _finish_row(
                 f"Row {index}: `{name}` has {entries} but `completion_ids` has {count}, so it is unknown which token "
                 f"each belongs to. Write one entry per token, or remove the column `{name}` from all rows."
             )
-    mask = [int(bool(x)) for x in example["action_mask"]]
-    _refuse_numbers(example, mask, index)
+    sampled = [int(bool(x)) for x in example["action_mask"]]
+    try:
+        mask = choose_tokens(example, "completion_ids", sampled, train_on_turns=train_on_turns)
+    except ValueError as error:
+        raise ValueError(f"Row {index}: {error}") from error
+    _refuse_numbers(example, mask, sampled, index)
     reward = outcome(example, index)
     label = example.get("label")
     output = {"action_mask": mask, "reward": reward, "label": reward > 0 if label is None else bool(label)}
     output["length"] = len(example["prompt_ids"]) + count  # for `train_sampling_strategy="group_by_length"`
-    token_rewards = _token_rewards(mask, reward, example.get("turn_rewards"), index)
+    token_rewards = _token_rewards(sampled, reward, example.get("turn_rewards"), index)
     process_rewards = example.get("process_rewards") or [0.0] * count
-    output["token_rewards"] = [
-        paid + (process if action else 0.0)
-        for paid, process, action in zip(token_rewards, process_rewards, mask, strict=True)
+    paid = [
+        earned + (process if action else 0.0)
+        for earned, process, action in zip(token_rewards, process_rewards, sampled, strict=True)
     ]
+    output["token_rewards"] = paid if mask == sampled else _paid_at_actions(paid, mask)
     if step_delimiter is not None:
         output["step_ids"] = step_ids(tokenizer, example["completion_ids"], mask, step_delimiter)
     return output
 
 
-def _refuse_numbers(example: dict[str, Any], mask: list[int], index: int) -> None:
+def _refuse_numbers(example: dict[str, Any], mask: list[int], sampled: list[int], index: int) -> None:
     """Raises where a number that a loss reads is none. Outside the mask the per-token columns may hold anything."""
     for name in ("behavior_logps", "ref_logps", "process_rewards", "turn_rewards"):
         numbers = example.get(name) or []
         for position, number in enumerate(numbers):
-            if name != "turn_rewards" and not mask[position]:
+            read = {"turn_rewards": None, "process_rewards": sampled}.get(name, mask)
+            if read is not None and not read[position]:
                 continue
             if number is None or not math.isfinite(number):
                 raise ValueError(
@@ -212,6 +231,16 @@ def _token_rewards(mask: list[int], reward: float, turn_rewards: list[float] | N
     if turn_ends:
         rewards[turn_ends[-1]] += reward
     return rewards
+
+
+def _paid_at_actions(rewards: list[float], mask: list[int]) -> list[float]:
+    """Rewards of turns that are no actions, moved to the last action before them; before the first, they are gone."""
+    paid, last = [0.0] * len(mask), None
+    for position, (reward, action) in enumerate(zip(rewards, mask, strict=True)):
+        last = position if action else last
+        if last is not None:
+            paid[last] += reward
+    return paid
 
 
 def _can_train(example: dict[str, Any], max_length: int | None) -> bool:

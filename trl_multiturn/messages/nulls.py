@@ -64,7 +64,7 @@ def without_fill_ins(arguments: Any, shape: Shape, schema: Any, where: str) -> A
     if shape == EXACT:
         return arguments
     if isinstance(arguments, Mapping):
-        kept = {}
+        kept: dict[str, Any] = {}
         for key, value in arguments.items():
             if value is None:
                 if _is_written(key, shape, schema, where):

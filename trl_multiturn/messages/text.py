@@ -41,9 +41,9 @@ def read_text(content: Any, role: str, where: str) -> str:
         return content
     if isinstance(content, (list, tuple)):
         parts = [_part(part) for part in content if part is not None]
-        if all(isinstance(part, str) for part in parts):
-            if role != "tool" or not any(isinstance(part, str) for part in content):
-                return "".join(parts)
+        data = role == "tool" and any(isinstance(part, str) for part in content)  # a list of words that it returned
+        if None not in parts and not data:
+            return "".join(part for part in parts if part is not None)
         for number, part in enumerate(content):
             _refuse_other_part(part, number, where)
     if role == "tool":

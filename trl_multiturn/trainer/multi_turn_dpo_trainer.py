@@ -101,14 +101,13 @@ class MultiTurnDPOTrainer(PackedTrainerMixin, IterativeTrainerMixin, PolicyMixin
         row_format = find_format(first, [("chosen", "rejected")], self._sides, dataset_name)
         if "margin" in first and isinstance(dataset, Dataset):
             check_column(dataset["margin"], check_margin)
-        if row_format == "messages" and self._needs_turns(args):
+        if row_format == "messages":
+            all_tokens = not self._needs_turns(args)
+            fn_kwargs = row_tokenization_kwargs(dataset, processing_class, tokenize_preference_row, all_tokens)
             with _upstream.global_then_local_main_first():
-                if "prompt" not in first:
-                    dataset = dataset.map(_upstream.extract_prompt, **map_kwargs)
-                fn_kwargs = row_tokenization_kwargs(processing_class, tokenize_preference_row)
                 dataset = dataset.map(tokenize_numbered_row, with_indices=True, fn_kwargs=fn_kwargs, **map_kwargs)
         elif row_format != "tokens":
-            # Plain text has no turns, or all of them train: the parent tokenizes, and every token counts
+            # Plain text has no turns: the parent tokenizes, and every token counts
             dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
             with _upstream.global_then_local_main_first():
                 dataset = dataset.map(_add_full_masks, **map_kwargs)

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from trl import KTOConfig
 
+from ..data.turns import check_train_on_turns
 from .packed_config import PackedConfig
 
 
@@ -26,7 +27,8 @@ class MultiTurnKTOConfig(PackedConfig, KTOConfig):
             headers. `False` trains on every token after the prompt, which is single-turn KTO on the whole trajectory,
             the baseline of the [M-DPO](https://huggingface.co/papers/2409.02392) paper.
         train_on_turns (`str`, *optional*, defaults to `"all"`):
-            `"all"` trains every turn of the policy, `"last"` only the last one.
+            `"all"` trains every turn of the policy, `"last"` only the last one, `"answer"` the turns that call no
+            tool. Turns that the rows flag (`"train": False` on a message, `turn_weights` 0) train in no case.
     """
 
     mask_observations: bool = field(
@@ -39,12 +41,12 @@ class MultiTurnKTOConfig(PackedConfig, KTOConfig):
     train_on_turns: str = field(
         default="all",
         metadata={
-            "help": "Which of the policy's turns are trained: 'all' or only the 'last' one.",
-            "choices": ["all", "last"],
+            "help": "Which of the policy's turns are trained: 'all', only the 'last' one, or each 'answer' (the "
+            "turns that call no tool).",
+            "choices": ["all", "last", "answer"],
         },
     )
 
     def __post_init__(self):
-        if self.train_on_turns not in ("all", "last"):
-            raise ValueError(f"`train_on_turns` must be 'all' or 'last', got {self.train_on_turns!r}.")
+        check_train_on_turns(self.train_on_turns)
         super().__post_init__()

@@ -13,7 +13,8 @@ from ..data.collators import DataCollatorForMultiTurnUnpairedPreference
 from ..data.row_checks import check_column, check_label, find_format, first_row
 from ..data.tokenization import row_tokenization_kwargs, tokenize_numbered_row, tokenize_unpaired_row
 from ..data.truncation import UNPAIRED_SIDES
-from ..data.unpaired import add_mismatched_completions, unpair_interleaved
+from ..data.unpaired import add_mismatched_completions, tokenize_interleaved, unpair_interleaved
+from ..formats import columns_read
 from .loop.iterative import IterativeTrainerMixin
 from .multi_turn_dpo_trainer import MultiTurnDPOTrainer
 from .packed import PackedTrainerMixin
@@ -22,8 +23,6 @@ from .rows.token_rows import TokenRowsMixin
 
 
 logger = get_logger(__name__)
-
-_TEXT_FORMATS = [("chosen", "rejected"), ("prompt", "completion", "label")]
 
 
 class MultiTurnKTOTrainer(PackedTrainerMixin, IterativeTrainerMixin, PolicyMixin, TokenRowsMixin, KTOTrainer):
@@ -51,6 +50,7 @@ class MultiTurnKTOTrainer(PackedTrainerMixin, IterativeTrainerMixin, PolicyMixin
     _paper = MultiTurnDPOTrainer._paper
 
     _sides = UNPAIRED_SIDES
+    _text_formats: list[tuple[str, ...]] = [("chosen", "rejected"), ("prompt", "completion", "label")]
     args: KTOConfig
     _reference_columns: tuple[str, ...] = ("ref_logps", "ref_KL_logps")
     _extra_signature_columns: tuple[str, ...] = ("KL_action_mask",)
@@ -73,8 +73,8 @@ class MultiTurnKTOTrainer(PackedTrainerMixin, IterativeTrainerMixin, PolicyMixin
         map_kwargs: dict[str, Any] = {}
         if isinstance(dataset, Dataset):  # an IterableDataset takes neither
             map_kwargs = {"num_proc": args.dataset_num_proc, "desc": f"Tokenizing {dataset_name} dataset"}
-        first, row_name = first_row(dataset, dataset_name), "Row"
-        row_format = find_format(first, _TEXT_FORMATS, self._sides, dataset_name)
+        first = first_row(dataset, dataset_name)
+        row_format = find_format(first, self._text_formats, self._sides, dataset_name)
         token_rows = row_format == "tokens"
         if token_rows and "label" not in first:
             raise ValueError(
@@ -82,17 +82,15 @@ class MultiTurnKTOTrainer(PackedTrainerMixin, IterativeTrainerMixin, PolicyMixin
                 "good. Add the column, with True or False in each row."
             )
         with _upstream.global_then_local_main_first():
-            if not token_rows and {"chosen", "rejected"} <= first.keys():
+            if row_format == "messages":
+                dataset = self._tokenize_messages(dataset, first, processing_class, args, map_kwargs)
+                token_rows = True
+            elif not token_rows and {"chosen", "rejected"} <= first.keys():
                 if "prompt" not in first:
                     dataset = dataset.map(_upstream.extract_prompt, **map_kwargs)
                 dataset = unpair_interleaved(dataset, **map_kwargs)
-                row_name = "Of the pairs taken apart, row"
-            if row_format == "messages" and self._needs_turns(args):
-                fn_kwargs = row_tokenization_kwargs(processing_class, tokenize_unpaired_row, row_name)
-                dataset = dataset.map(tokenize_numbered_row, with_indices=True, fn_kwargs=fn_kwargs, **map_kwargs)
-                token_rows = True
         if not token_rows:
-            # Plain text has no turns, or all of them train: the parent tokenizes, and every token counts
+            # Plain text has no turns: the parent tokenizes, and every token counts
             dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         elif dataset_name == "train" and isinstance(dataset, Dataset):
             self._warn_about_balance(dataset)  # as the parent does
@@ -103,6 +101,20 @@ class MultiTurnKTOTrainer(PackedTrainerMixin, IterativeTrainerMixin, PolicyMixin
             if self.calculate_KL:
                 dataset = add_mismatched_completions(dataset, args.per_device_train_batch_size)
         return dataset
+
+    def _tokenize_messages(
+        self,
+        dataset: Dataset | IterableDataset,
+        first: dict[str, Any],
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin,
+        args: KTOConfig,
+        map_kwargs: dict[str, Any],
+    ) -> Dataset | IterableDataset:
+        all_tokens = not self._needs_turns(args)
+        if columns_read(first) >= {"chosen", "rejected"}:
+            return tokenize_interleaved(dataset, processing_class, all_tokens, **map_kwargs)
+        fn_kwargs = row_tokenization_kwargs(dataset, processing_class, tokenize_unpaired_row, all_tokens)
+        return dataset.map(tokenize_numbered_row, with_indices=True, fn_kwargs=fn_kwargs, **map_kwargs)
 
     def _warn_about_balance(self, dataset: Dataset) -> None:
         labels = dataset["label"][:]

@@ -20,6 +20,7 @@ from datasets.fingerprint import Hasher
 from torch.utils.data import DataLoader
 
 from ... import _upstream
+from ...data.row_checks import check_column, check_logp
 from ...data.truncation import fit_rows
 from ..host import TrainerHost, trl_class
 
@@ -85,7 +86,7 @@ class TokenRowsMixin(TrainerHost):
     @staticmethod
     def _needs_turns(args: Any) -> bool:
         """Whether masks tell the policy's tokens from others. Where every token trains, TRL tokenizes as it is."""
-        return getattr(args, "mask_observations", True) or getattr(args, "train_on_turns", "all") == "last"
+        return getattr(args, "mask_observations", True) or getattr(args, "train_on_turns", "all") != "all"
 
     def _fit(self, dataset: Dataset | IterableDataset, args: Any, dataset_name: str) -> Dataset | IterableDataset:
         """Chooses trained tokens, truncates and drops (see [`fit_rows`]); keeps and logs the counts."""
@@ -99,10 +100,26 @@ class TokenRowsMixin(TrainerHost):
             num_proc=args.dataset_num_proc,
             desc=f"Fitting {dataset_name} dataset to max_length",
         )
+        self._check_given_reference(dataset, statistics, args, dataset_name)
         if dataset_name == "train" and statistics:
             self._data_statistics = statistics
         self._warn_about(statistics, args, dataset_name)
         return dataset
+
+    def _check_given_reference(self, dataset: Any, statistics: dict[str, float], args: Any, dataset_name: str) -> None:
+        """Sums of the user's reference are of whole completions, and are read only where they are asked for."""
+        given = [column for column in self._reference_columns if column in (dataset.column_names or ())]
+        cut = statistics.get("data/rows_cut_at_turn", 0) + statistics.get("data/rows_cut_inside_turn", 0)
+        if given and not args.precompute_ref_log_probs:
+            logger.warning(
+                f"The {dataset_name} dataset has the columns {given}, which are not used: the reference scores each "
+                "batch. Set `precompute_ref_log_probs=True` to use them."
+            )
+        elif given and cut:
+            raise ValueError(
+                f"`max_length={args.max_length}` cuts {cut} rows of the {dataset_name} dataset, but {given} are sums "
+                "over whole completions, so they would not fit. Raise `max_length`, or remove the columns."
+            )
 
     def _warn_about(self, statistics: dict[str, float], args: Any, dataset_name: str) -> None:
         if statistics.get("data/rows_dropped"):
@@ -110,7 +127,7 @@ class TokenRowsMixin(TrainerHost):
                 f"Dropped {statistics['data/rows_dropped']} of "
                 f"{statistics['data/rows'] + statistics['data/rows_dropped']} rows of the {dataset_name} dataset: "
                 f"{statistics['data/rows_dropped_untrained']} without a trained token within "
-                f"`max_length={args.max_length}`, {statistics['data/rows_dropped_identical']} whose sides became "
+                f"`max_length={args.max_length}`, {statistics['data/rows_dropped_identical']} whose sides are "
                 "identical there."
             )
         if args.max_length is not None and statistics.get("data/length_p95", 0) > args.max_length:
@@ -196,6 +213,8 @@ class TokenRowsMixin(TrainerHost):
             model.train(was_training)
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
+        if isinstance(dataset, Dataset) and self._brings_reference(dataset, name):
+            return dataset
         # The parent writes a cache file that every process then opens. Rows in memory have no folder in common, and
         # each process would look into its own; computing without a file needs none.
         on_disk = isinstance(dataset, Dataset) and bool(dataset.cache_files) and is_caching_enabled()
@@ -212,3 +231,18 @@ class TokenRowsMixin(TrainerHost):
                 return super()._precompute_ref_logps(dataset, name, batch_size)
         finally:
             self._precompute_model_hash = model_hash
+
+    def _brings_reference(self, dataset: Dataset, name: str) -> bool:
+        """Whether the rows bring log-probabilities of the user's own reference, which are then used as they are."""
+        wanted = [c for c in self._reference_columns if c != "ref_KL_logps" or getattr(self, "calculate_KL", False)]
+        found = [column for column in wanted if column in dataset.column_names]
+        if not found:
+            return False
+        if found != wanted:
+            raise ValueError(
+                f"The {name} dataset has the column {found}, but the reference needs {wanted}: with one of them alone "
+                "the others would come from another reference. Give all of them, or none."
+            )
+        for column in found:
+            check_column(dataset[column], check_logp)
+        return True

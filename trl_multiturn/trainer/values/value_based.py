@@ -26,8 +26,10 @@ from transformers import (
     TrainerCallback,
 )
 
+from ...data.row_checks import find_format, first_row
 from ...data.value_rows import ALIGNED_COLUMNS, DataCollatorForTrajectories, finish_rows, outcome
 from ...distributed.sharding import plain_name, weights_of, whole_parameters, write_parameters
+from ...formats import columns_read
 from ...models.value_model import ValueModel
 from ..multi_turn_kto_trainer import MultiTurnKTOTrainer
 from ..rows.token_reference import TokenReferenceMixin
@@ -54,6 +56,11 @@ class ValueBasedTrainer(TokenReferenceMixin, MultiTurnKTOTrainer):
     _config_class: type[ValueBasedConfig]
 
     _reference_columns = ("ref_logps",)
+    _text_formats = [
+        ("prompt", "completion", "reward"),
+        ("prompt", "completion", "label"),
+        ("chosen", "rejected"),
+    ]
     _extra_signature_columns = ("reward", "length", *ALIGNED_COLUMNS)
     _collator_class = DataCollatorForTrajectories
 
@@ -155,9 +162,10 @@ class ValueBasedTrainer(TokenReferenceMixin, MultiTurnKTOTrainer):
     # Rows
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
-        first = next(iter(dataset))
+        first = first_row(dataset, dataset_name)
         _refuse_half_token_rows(first, dataset_name)
-        if "label" not in first and "chosen" not in first:
+        find_format(first, self._text_formats, self._sides, dataset_name)
+        if "label" not in first and not columns_read(first) >= {"chosen", "rejected"}:
             map_kwargs = {"num_proc": args.dataset_num_proc} if isinstance(dataset, Dataset) else {}
             dataset = dataset.map(_add_label, with_indices=True, **map_kwargs)
         return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
@@ -168,6 +176,7 @@ class ValueBasedTrainer(TokenReferenceMixin, MultiTurnKTOTrainer):
             self._tokenizer,
             max_length=args.max_length,
             step_delimiter=self._step_delimiter(args),
+            train_on_turns=args.train_on_turns,
             num_proc=args.dataset_num_proc,
             desc=f"Reading rewards of {dataset_name} dataset",
         )

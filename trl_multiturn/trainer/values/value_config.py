@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from trl import KTOConfig
 
+from ...data.turns import check_train_on_turns
 from ..packed_config import PackedConfig
 
 
@@ -19,6 +20,13 @@ class ValueBasedConfig(PackedConfig, KTOConfig):
     `undesirable_weight` belong to KTO's own loss and have no effect.
 
     Parameters:
+        > Parameters that control which tokens are trained
+
+        train_on_turns (`str`, *optional*, defaults to `"all"`):
+            Which of the policy's turns are actions: `"all"`, only the `"last"`, or each `"answer"` (the turns that
+            call no tool). Turns that the rows flag (`"train": False` on a message, `turn_weights` 0) are none. What is
+            no action is context, and what it earned is paid at the last action before it.
+
         > Parameters that control the value model
 
         value_model (`str`, *optional*, defaults to `"adapter"`):
@@ -66,6 +74,16 @@ class ValueBasedConfig(PackedConfig, KTOConfig):
         },
     )
 
+    # Parameters that control which tokens are trained
+    train_on_turns: str = field(
+        default="all",
+        metadata={
+            "help": "Which of the policy's turns are trained: 'all', only the 'last' one, or each 'answer' (the "
+            "turns that call no tool).",
+            "choices": ["all", "last", "answer"],
+        },
+    )
+
     # Parameters that control the value model
     value_model: Literal["adapter", "full", "head"] = field(
         default="adapter",
@@ -92,6 +110,7 @@ class ValueBasedConfig(PackedConfig, KTOConfig):
     )
 
     def __post_init__(self):
+        check_train_on_turns(self.train_on_turns)
         if self.value_model not in ("adapter", "full", "head"):
             raise ValueError(f"`value_model` must be 'adapter', 'full' or 'head', got {self.value_model!r}.")
         if self.loss_type != "apo_zero_unpaired":
