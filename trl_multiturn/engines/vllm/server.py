@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 import itertools
-import json
-import ssl
+import math
 import threading
-import urllib.error
-import urllib.request
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
-from urllib.parse import urlsplit
+from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
 from ..engine import Generation, SamplingParams
-
-
-SERVER_OPTIONS = (
-    "VLLM_SERVER_DEV_MODE=1 VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 vllm serve … --logprobs-mode processed_logprobs"
-)
+from .connection import SERVER_OPTIONS, ServerConnection, ServerFailed, WrongAnswer
 
 
 class VLLMServerEngine:
@@ -32,24 +25,31 @@ class VLLMServerEngine:
     --max-lora-rank <rank>` for LoRA policies. Checkpoint folders are read by the server: they have to be at the same
     path there. Processes that train with full weights need a server each, as one server holds one set of weights.
 
-    Every call of `generate` is one request on a connection of its own, closed where the caller is cancelled, upon
-    which the server stops sampling.
+    Every call of `generate` is one request from a pool of connections, closed where the caller is cancelled, upon
+    which the server stops sampling. What may pass by itself (a server that restarts, 429, 5xx, a broken answer) is
+    tried again for `patience_seconds`. A server that was restarted is given the policy's weights again before it
+    samples another token.
+
+    With several servers each trajectory stays on one, which keeps its prefix; where that one is away, the trajectory
+    goes on at another. Each of them may be a group (`vllm serve --data-parallel-size`), on this machine or another.
 
     Args:
-        base_url (`str`):
-            E.g. `"http://localhost:8000"`.
+        base_url (`str` or `Sequence[str]`):
+            E.g. `"http://localhost:8000"`; several servers of the same model.
         processing_class ([`~transformers.PreTrainedTokenizerBase`]):
             Tokenizer of the model.
         max_concurrency (`int`, *optional*, defaults to `1024`):
-            Most connections at once; more requests wait here.
+            Most connections at once to a server; more requests wait here.
         timeout_seconds (`float`, *optional*, defaults to `600.0`):
             How long one turn, or one command, may take.
         api_key (`str`, *optional*):
             Sent as a bearer token.
+        patience_seconds (`float`, *optional*, defaults to `120.0`):
+            How long a server may be away, or answer wrongly, before a turn fails.
 
     Raises:
         ConnectionError: if no server answers at `base_url`.
-        ValueError: if it reports log-probabilities of another distribution.
+        ValueError: if it reports log-probabilities of another distribution, or the servers have different models.
     """
 
     # The loop hands `refresh` a checkpoint folder.
@@ -57,28 +57,31 @@ class VLLMServerEngine:
 
     def __init__(
         self,
-        base_url: str,
+        base_url: str | Sequence[str],
         processing_class: PreTrainedTokenizerBase,
         max_concurrency: int = 1024,
         timeout_seconds: float = 600.0,
         api_key: str | None = None,
+        patience_seconds: float = 120.0,
     ) -> None:
-        self.base_url = base_url.rstrip("/").removesuffix("/v1")
+        urls = [base_url] if isinstance(base_url, str) else list(base_url)
+        if not urls:
+            raise ValueError("`base_url` names no server. Pass the address of one, or a list of them.")
         self.processing_class = processing_class
-        self.max_concurrency = max_concurrency
-        self.timeout_seconds = timeout_seconds
-        self._headers = {"Content-Type": "application/json"}
-        if api_key is not None:
-            self._headers["Authorization"] = f"Bearer {api_key}"
+        self._vocabulary = len(processing_class)
         self._lock = threading.Lock()
-        self._in_flight = 0
-        self._gates: dict[asyncio.AbstractEventLoop, asyncio.Semaphore] = {}
         self._adapters = itertools.count(1)
-        self._adapter: str | None = None
-        self._version = self._command("/version", None)["version"]
-        card = self._command("/v1/models", None)["data"][0]
-        self._model, self._max_model_len = card["id"], card["max_model_len"]
-        self._check_logprobs_mode()
+        self._sessions: dict[str, _Server] = {}
+        self._servers = [
+            _Server(url.rstrip("/").removesuffix("/v1"), max_concurrency, timeout_seconds, patience_seconds, api_key)
+            for url in urls
+        ]
+        for server in self._servers:
+            server.read_card()
+            self._check_logprobs_mode(server)
+        lengths = {server.max_model_len for server in self._servers}
+        if len(lengths) > 1:
+            raise ValueError(f"The servers have different `max_model_len` ({sorted(lengths)}). Start them alike.")
 
     async def generate(
         self, prompt_ids: list[int], sampling: SamplingParams, *, session: str | None = None
@@ -87,162 +90,181 @@ class VLLMServerEngine:
 
         Raises:
             ValueError: if the server refuses the request, e.g. as longer than its `max_model_len`.
-            ConnectionError: if it cannot be reached, or fails.
-            TimeoutError: if the turn takes longer than `timeout_seconds`.
+            ConnectionError: if every server is away, or fails, for longer than `patience_seconds`.
         """
-        body = json.dumps(self._request(prompt_ids, sampling)).encode()
+        server, away = self._server_of(session), set[_Server]()
+        while True:
+            try:
+                return await server.complete(_request(prompt_ids, sampling), self._vocabulary)
+            except ServerFailed:
+                away.add(server)
+                others = [other for other in self._servers if other not in away]
+                if not others:
+                    raise
+                server = self._move(session, others)
+
+    def _server_of(self, session: str | None) -> _Server:
+        """The server that keeps a trajectory's prefix; a new trajectory goes where least is in flight."""
         with self._lock:
-            self._in_flight += 1
-        try:
-            async with self._gate():
-                async with asyncio.timeout(self.timeout_seconds):
-                    status, answer = await self._post("/v1/completions", body)
-        finally:
-            with self._lock:
-                self._in_flight -= 1
-        _raise_for_status("/v1/completions", status, answer)
-        return _generation(json.loads(answer))
+            if session in self._sessions:
+                return self._sessions[session]
+        return self._move(session, self._servers)
+
+    def _move(self, session: str | None, servers: list[_Server]) -> _Server:
+        with self._lock:
+            held = list(self._sessions.values())
+            server = min(servers, key=lambda one: (one.connection.in_flight, held.count(one)))
+            if session is not None:
+                self._sessions[session] = server
+            return server
 
     def release(self, session: str) -> None:
-        """Nothing to do: the server's prefix cache evicts by use."""
+        """Forgets which server a trajectory was on; the server's prefix cache evicts by use."""
+        with self._lock:
+            self._sessions.pop(session, None)
 
     def refresh(self, model_path: str | None = None) -> None:
-        """Has the server load the policy's new weights; see [`VLLMEngine.refresh`]. The folder has to be at the same
-        path on the server's machine."""
-        with self._lock:
-            if self._in_flight:
-                raise RuntimeError(
-                    f"`refresh` was called while {self._in_flight} requests are being generated, so their turns would "
-                    "mix two policies. Await or cancel them first."
-                )
+        """Has every server load the policy's new weights; see [`VLLMEngine.refresh`]. The folder has to be at the same
+        path on the servers' machines."""
+        in_flight = sum(server.connection.in_flight for server in self._servers)
+        if in_flight:
+            raise RuntimeError(
+                f"`refresh` was called while {in_flight} requests are being generated, so their turns would "
+                "mix two policies. Await or cancel them first."
+            )
         if model_path is None or not Path(model_path).is_dir():
             raise ValueError(
                 f"The server would go on with the old weights: `model_path={model_path!r}` is no folder. Pass the "
                 "folder of the policy's newest checkpoint."
             )
         folder = str(Path(model_path).resolve())
-        previous, self._adapter = self._adapter, None
-        if (Path(folder) / "adapter_config.json").exists():
-            # A new name each time: no prefix of an earlier policy is taken for this one's.
-            adapter = f"policy-{id(self):x}-{next(self._adapters)}"
-            self._command("/v1/load_lora_adapter", {"lora_name": adapter, "lora_path": folder})
-            self._adapter = adapter
-        else:
-            self._command("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": folder}})
-            self._command("/reset_prefix_cache", {})
-        if previous is not None:
-            self._command("/v1/unload_lora_adapter", {"lora_name": previous})
+        # A new name each time: no prefix of an earlier policy is taken for this one's.
+        adapter = f"policy-{id(self):x}-{next(self._adapters)}"
+        self._at_all(lambda server: server.load(folder, adapter))
 
     def sleep(self, level: int = 1) -> None:
-        """Frees the server's device while the trainer works; see [`VLLMEngine.sleep`]."""
-        self._command(f"/sleep?level={level}", {})
+        """Frees the servers' devices while the trainer works; see [`VLLMEngine.sleep`]."""
+        self._at_all(lambda server: server.connection.command(f"/sleep?level={level}", {}))
 
     def wake_up(self) -> None:
-        """Takes the device's memory back after [`sleep`]."""
-        self._command("/wake_up", {})
+        """Takes the devices' memory back after [`sleep`]."""
+        self._at_all(lambda server: server.connection.command("/wake_up", {}))
+
+    def _at_all(self, do: Any) -> None:
+        with ThreadPoolExecutor(len(self._servers)) as pool:
+            list(pool.map(do, self._servers))
 
     def describe(self) -> dict[str, Any]:
         """Name, version and settings; not the weights, so that a run taken up again finds the engine it had."""
+        first = self._servers[0]
         return {
             "engine": "vllm_server",
-            "vllm_version": self._version,
-            "model": self._model,
-            "max_model_len": self._max_model_len,
+            "vllm_version": first.version,
+            "model": first.model,
+            "max_model_len": first.max_model_len,
         }
 
-    def _request(self, prompt_ids: list[int], sampling: SamplingParams) -> dict[str, Any]:
-        return {
-            "model": self._adapter or self._model,
-            "prompt": list(prompt_ids),
-            "max_tokens": sampling.max_new_tokens,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "top_k": sampling.top_k,
-            "min_p": sampling.min_p,
-            "seed": None if sampling.seed is None else sampling.seed % 2**63,
-            "stop_token_ids": list(sampling.stop_token_ids),
-            "stop": list(sampling.stop_strings),
-            "include_stop_str_in_output": True,
-            "skip_special_tokens": False,
-            "ignore_eos": True,
-            "logprobs": 0,
-            "return_token_ids": True,
-        }
-
-    def _check_logprobs_mode(self) -> None:
+    def _check_logprobs_mode(self, server: _Server) -> None:
         """With `top_k=1` one token is left, so the distribution drawn from gives it probability 1."""
-        request = self._request([0], SamplingParams(1, top_k=1))
-        (logp,) = _generation(self._command("/v1/completions", request)).logps
+        request = _request([0], SamplingParams(1, top_k=1)) | {"model": server.model}
+        answer = server.connection.command("/v1/completions", request)
+        (logp,) = _generation(answer, self._vocabulary).logps
         if logp < -1e-4:
             raise ValueError(
                 f"The server reports log-probabilities before temperature and truncation ({logp:.3f} where only one "
                 f"token was left), so they are not the behaviour policy's. Start it as `{SERVER_OPTIONS}`."
             )
 
-    def _gate(self) -> asyncio.Semaphore:
-        """The bound on connections of the running event loop; semaphores of closed loops are dropped."""
-        loop = asyncio.get_running_loop()
-        with self._lock:
-            if loop not in self._gates:
-                self._gates = {other: gate for other, gate in self._gates.items() if not other.is_closed()}
-                self._gates[loop] = asyncio.Semaphore(self.max_concurrency)
-            return self._gates[loop]
 
-    async def _post(self, path: str, body: bytes) -> tuple[int, bytes]:
-        """One request in HTTP/1.0, whose answer simply ends with the connection."""
-        url = urlsplit(self.base_url)
-        secure = ssl.create_default_context() if url.scheme == "https" else None
-        reader, writer = await asyncio.open_connection(
-            url.hostname, url.port or (443 if secure else 80), ssl=secure, limit=2**24
+class _Server:
+    """One server: what it serves, and the weights that it was last given."""
+
+    def __init__(
+        self, url: str, max_concurrency: int, timeout_seconds: float, patience_seconds: float, api_key: str | None
+    ) -> None:
+        self.connection = ServerConnection(
+            url, self._load_again, max_concurrency, timeout_seconds, patience_seconds, api_key
         )
-        try:
-            headers = {"Host": url.netloc, "Content-Length": str(len(body)), **self._headers}
-            lines = [f"POST {url.path}{path} HTTP/1.0", *(f"{name}: {value}" for name, value in headers.items())]
-            writer.write("\r\n".join([*lines, "", ""]).encode() + body)
-            await writer.drain()
-            head, _, answer = (await reader.read()).partition(b"\r\n\r\n")
-        finally:
-            writer.close()
-        if not head.startswith(b"HTTP/"):
-            raise ConnectionError(
-                f"{self.base_url} closed the connection without an answer. Look at the server's log."
+        self._folder: str | None = None
+        self._adapter: str | None = None
+
+    def read_card(self) -> None:
+        """Asks the server what it is."""
+        # a first sign of life is not waited for: an address may be wrong
+        self.version = self.connection.command("/version", patience_seconds=0.0)["version"]
+        card = self.connection.command("/v1/models")["data"][0]
+        self.model, self.max_model_len = card["id"], card["max_model_len"]
+        self.connection.remember()
+
+    async def complete(self, request: dict[str, Any], vocabulary: int) -> Generation:
+        """Samples one turn."""
+        request = request | {"model": self._adapter or self.model}
+        return await self.connection.post("/v1/completions", request, lambda answer: _generation(answer, vocabulary))
+
+    def load(self, folder: str, adapter: str) -> None:
+        """Loads a checkpoint, or an adapter under the given name."""
+        is_adapter = (Path(folder) / "adapter_config.json").exists()
+        if is_adapter:
+            self.connection.command("/v1/load_lora_adapter", {"lora_name": adapter, "lora_path": folder})
+        else:
+            self.connection.command(
+                "/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": folder}}
             )
-        return int(head.split(maxsplit=2)[1]), answer
+            self.connection.command("/reset_prefix_cache", {})
+        previous, self._adapter = self._adapter, adapter if is_adapter else None
+        self._folder = folder
+        self.connection.remember()
+        if previous not in (None, adapter):
+            self.connection.command("/v1/unload_lora_adapter", {"lora_name": previous})
 
-    def _command(self, path: str, payload: dict[str, Any] | None) -> Any:
-        """A blocking request: GET without a payload, POST with one."""
-        body = None if payload is None else json.dumps(payload).encode()
-        request = urllib.request.Request(self.base_url + path, data=body, headers=self._headers)
-        try:
-            with urllib.request.urlopen(request, timeout=self.timeout_seconds) as response:
-                status, answer = response.status, response.read()
-        except urllib.error.HTTPError as error:
-            status, answer = error.code, error.read()
-        except urllib.error.URLError as error:
-            raise ConnectionError(f"No vLLM server answers at {self.base_url} ({error.reason}). Is it up?") from error
-        _raise_for_status(path, status, answer)
-        try:
-            return json.loads(answer)
-        except json.JSONDecodeError:  # commands answer with a sentence, or nothing
-            return None
+    def _load_again(self) -> None:
+        """After a restart: the server has forgotten the weights that it was given."""
+        if self._folder is not None:
+            self.load(self._folder, self._adapter or "")
 
 
-def _raise_for_status(path: str, status: int, answer: bytes) -> None:
-    if status < 400:
-        return
-    message = answer.decode(errors="replace")
-    if status == 404 and path != "/v1/completions":
-        raise ValueError(f"The server does not offer {path.partition('?')[0]}. Start it as `{SERVER_OPTIONS}`.")
-    if status < 500:
-        raise ValueError(f"The server refused the request to {path} (status {status}): {message}")
-    raise ConnectionError(f"The server failed at {path} (status {status}): {message}")
+def _request(prompt_ids: list[int], sampling: SamplingParams) -> dict[str, Any]:
+    return {
+        "prompt": list(prompt_ids),
+        "max_tokens": sampling.max_new_tokens,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "min_p": sampling.min_p,
+        "seed": None if sampling.seed is None else sampling.seed % 2**63,
+        "stop_token_ids": list(sampling.stop_token_ids),
+        "stop": list(sampling.stop_strings),
+        "include_stop_str_in_output": True,
+        "skip_special_tokens": False,
+        "ignore_eos": True,
+        "logprobs": 0,
+        "return_token_ids": True,
+    }
 
 
-def _generation(answer: dict[str, Any]) -> Generation:
-    (choice,) = answer["choices"]
-    reason = choice["finish_reason"]
-    if reason == "stop" and isinstance(choice["stop_reason"], str):
+def _generation(answer: Any, vocabulary: int) -> Generation:
+    """The turn in an answer; [`WrongAnswer`] for one that is incomplete or impossible."""
+    try:
+        (choice,) = answer["choices"]
+        token_ids, logps = list(choice["token_ids"]), [float(logp) for logp in choice["logprobs"]["token_logprobs"]]
+        reason, stopped_by = choice["finish_reason"], choice.get("stop_reason")
+    except (KeyError, TypeError, ValueError) as error:
+        raise WrongAnswer(f"an answer without {error}") from error
+    if reason == "stop" and isinstance(stopped_by, str):
         reason = "stop_string"
     if reason not in ("stop", "stop_string", "length"):
-        raise ConnectionError(f"The server ended the request with {reason!r}, so the turn is not complete.")
-    return Generation(choice["token_ids"], choice["logprobs"]["token_logprobs"], reason)
+        raise WrongAnswer(f"a request that ended with {reason!r}, so the turn is not complete")
+    if len(token_ids) != len(logps) or not token_ids:
+        raise WrongAnswer(f"{len(token_ids)} token ids with {len(logps)} log-probabilities")
+    if any(not isinstance(token, int) or not 0 <= token < vocabulary for token in token_ids):
+        raise WrongAnswer(f"token ids outside of the vocabulary of {vocabulary}: {token_ids[:20]}")
+    if not all(math.isfinite(logp) and logp <= 1e-3 for logp in logps):
+        raise WrongAnswer(f"numbers that are no log-probabilities: {logps[:20]}")
+    return Generation(token_ids, logps, _FINISH[reason])
+
+
+_FINISH: dict[str, Literal["stop", "stop_string", "length"]] = {
+    "stop": "stop",
+    "stop_string": "stop_string",
+    "length": "length",
+}
