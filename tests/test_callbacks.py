@@ -511,7 +511,7 @@ def test_an_iteration_of_rows_that_are_all_too_long_is_skipped(tmp_path, tool, c
 class LoadingEngine(ScriptedEngine):
     """An engine with weights of its own: remembers the revision of each checkpoint it was given."""
 
-    loads_checkpoints = True
+    weights = "own"
 
     def refresh(self, model_path=None):
         super().refresh(model_path)

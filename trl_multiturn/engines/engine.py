@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -77,15 +78,16 @@ class Engine(Protocol):
     """What the rollout loop needs of an inference engine.
 
     `generate` is awaited once per turn, by many trajectories at the same time; batching them is the engine's business.
+    What an engine can do beyond this is said by optional protocols: [`Forks`] and [`Sleeps`].
 
-    An engine may also have `fork(session, new_session)`, called where one trajectory goes on as several (a search):
-    what is kept under `session` is then kept under `new_session`, too, so that the shared prefix is not read again.
-    Without it, or where the cache was dropped meanwhile, it is read.
-
-    An engine whose `sleeps_while_training` is true has `sleep()` and `wake_up()`: the online loop wakes it before it
-    refreshes it, and lets it sleep while the policy is trained. Both may be called twice in a row.
+    Attributes:
+        weights (`str`): whose weights the engine samples with. `"shared"`: those of the model that is being trained.
+            `"own"`: a copy of its own, so the online loop writes a checkpoint and hands its folder to `refresh`. An
+            engine that does not say is refused, for one with a copy would sample from an old policy.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`]): the tokenizer of the model.
     """
 
+    weights: Literal["shared", "own"]
     processing_class: PreTrainedTokenizerBase
 
     async def generate(
@@ -109,10 +111,69 @@ class Engine(Protocol):
         ...
 
     def refresh(self, model_path: str | None = None) -> None:
-        """Called whenever the policy's weights changed: caches are dropped; an engine with weights of its own loads
-        them from the checkpoint folder `model_path`."""
+        """Called whenever the policy's weights changed: caches are dropped. With `weights = "own"`, the weights are
+        loaded from the checkpoint folder `model_path`; else it is `None`."""
         ...
 
     def describe(self) -> dict[str, Any]:
         """Name, version and settings, for provenance; JSON values."""
         ...
+
+
+@runtime_checkable
+class Forks(Protocol):
+    """An engine that lets one trajectory go on as several (a search) without reading their shared prefix again."""
+
+    def fork(self, session: str, new_session: str) -> None:
+        """Keeps under `new_session`, too, what is kept under `session`. Nothing, if the cache was dropped meanwhile:
+        then the prefix is read."""
+        ...
+
+
+@runtime_checkable
+class Sleeps(Protocol):
+    """An engine that can free its device while the policy is trained.
+
+    The online loop wakes it before it refreshes it, and lets it sleep afterwards. Both may be called twice in a row.
+
+    Attributes:
+        sleeps_while_training (`bool`): whether the loop is to let it sleep.
+    """
+
+    sleeps_while_training: bool
+
+    def sleep(self) -> None:
+        """Frees the device."""
+        ...
+
+    def wake_up(self) -> None:
+        """Takes the device back."""
+        ...
+
+
+def check_engine(engine: Any) -> Engine:
+    """The engine, if it is one.
+
+    Raises:
+        `TypeError`: if it lacks what [`Engine`] asks for, or does not say whose weights it samples with.
+    """
+    missing = [name for name in _METHODS if not callable(getattr(engine, name, None))]
+    if missing or inspect.isclass(engine):
+        what = f"the class {engine.__name__}" if inspect.isclass(engine) else f"a {type(engine).__name__}"
+        lacks = f", which lacks {', '.join(f'`{name}`' for name in missing)}" if missing else ", not an object of it"
+        raise TypeError(
+            f"`engine` is {what}{lacks}, so nothing can be sampled from it. Pass a `TransformersEngine`, a "
+            "`VLLMEngine`, or an object with what `trl_multiturn.Engine` describes."
+        )
+    weights = getattr(engine, "weights", None)
+    if weights not in ("shared", "own"):
+        raise TypeError(
+            f"The engine {type(engine).__name__} has `weights={weights!r}` and does not say whose weights it samples "
+            "with, so it might sample from an old policy for a whole run. Give its class "
+            '`weights = "own"` if it loads checkpoints (`refresh(model_path)` then gets a folder), or '
+            '`weights = "shared"` if it samples with the model that is being trained.'
+        )
+    return engine
+
+
+_METHODS = ("generate", "release", "refresh", "describe")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
@@ -69,6 +69,8 @@ class ScriptedEngine:
     >>> engine.calls[1].prompt_text  # what the policy read after the tool had answered
     ```
     """
+
+    weights: Literal["shared", "own"] = "shared"
 
     def __init__(
         self,

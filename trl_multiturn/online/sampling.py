@@ -9,7 +9,7 @@ from typing import Any
 
 from ..distributed.pace import at_own_pace
 from ..distributed.sharding import gathered_for_sampling, whole_state_dict
-from ..engines.engine import Engine
+from ..engines.engine import Engine, Sleeps
 from ..journal.run_folder import RunFolder
 
 
@@ -26,8 +26,7 @@ def ready_to_sample(engine: Engine, trainer: Any, run: RunFolder) -> Iterator[No
     An engine that sleeps while the policy is trained sleeps again afterwards.
     """
     refresh(engine, trainer, run)
-    loads_checkpoints = getattr(engine, "loads_checkpoints", False)
-    in_place = nullcontext() if loads_checkpoints else gathered_for_sampling(trainer)
+    in_place = nullcontext() if engine.weights == "own" else gathered_for_sampling(trainer)
     try:
         with in_place, at_own_pace(trainer.args.ddp_timeout):  # rollouts take one process longer than another
             yield
@@ -37,16 +36,16 @@ def ready_to_sample(engine: Engine, trainer: Any, run: RunFolder) -> Iterator[No
 
 def rest(engine: Engine) -> None:
     """Frees the device for training, where the engine offers that."""
-    if getattr(engine, "sleeps_while_training", False):
+    if isinstance(engine, Sleeps) and engine.sleeps_while_training:
         engine.sleep()
 
 
 def refresh(engine: Engine, trainer: Any, run: RunFolder) -> None:
     """Tells the engine that the policy's weights changed, and wakes it; one with weights of its own gets a checkpoint
     to load."""
-    if getattr(engine, "sleeps_while_training", False):
+    if isinstance(engine, Sleeps) and engine.sleeps_while_training:
         engine.wake_up()
-    if not getattr(engine, "loads_checkpoints", False):
+    if engine.weights == "shared":
         engine.refresh()
         return
     # Each process has an engine of its own. The last checkpoint stays: an engine may load an adapter when it is used.

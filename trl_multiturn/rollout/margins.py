@@ -14,8 +14,8 @@ from ..engines.engine import Generation
 from ..tools.base import RolloutContext, ToolCall, enter_rollout
 from ..tools.toolbox import ToolLimits, Toolset
 from .config import RolloutConfig
+from .conversation import Conversation
 from .dialects.dialect import Turn
-from .episode import Conversation
 from .provenance import derive_seed
 
 

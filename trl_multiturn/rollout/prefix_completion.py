@@ -7,16 +7,14 @@ kept as they are; before the policy goes on, the calls in it are run again, so t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from datasets import Dataset
 
 from ..engines.engine import Engine, Generation
 from ..steps import StepDelimiter
-from ..tools.base import RolloutContext
-from ..tools.toolbox import Toolbox
 from ..trajectory import Trajectory, Verdict
 from ..verify.process_rewards import (
     Segment,
@@ -27,13 +25,14 @@ from ..verify.process_rewards import (
     turn_totals,
 )
 from .config import RolloutConfig
-from .dialects.dialect import Message
-from .episode import Conversation, Opening, Transcript, play_episode
+from .conversation import Conversation
+from .episode import Episode
 from .loop import generate_trajectories
 from .provenance import derive_seed
+from .transcript import Transcript
 
 
-Prompts = Dataset | Sequence[Mapping[str, Any]]
+Prompts: TypeAlias = Dataset | Sequence[Mapping[str, Any]]
 
 
 class Prefix(NamedTuple):
@@ -215,20 +214,11 @@ class _PrefixPlayer:
     def __init__(self, prefixes: Mapping[int, Prefix]):
         self.prefixes = prefixes
 
-    async def __call__(
-        self,
-        prompt: list[Message],
-        context: RolloutContext,
-        open_toolbox: Callable[[], Toolbox],
-        conversation: Conversation,
-        engine: Engine,
-        config: RolloutConfig,
-    ) -> Trajectory:
-        opening = _opening(self.prefixes[context.prompt_index], conversation)
-        return await play_episode(prompt, context, open_toolbox(), conversation, engine, config, opening)
+    async def __call__(self, episode: Episode) -> Trajectory:
+        return await episode.play(_opening(self.prefixes[episode.context.prompt_index], episode.conversation))
 
 
-def _opening(prefix: Prefix, conversation: Conversation) -> Opening:
+def _opening(prefix: Prefix, conversation: Conversation) -> Transcript:
     """What a prefix holds, read as the rollout loop read it."""
     trajectory, length = prefix
     logps = trajectory.logps or [0.0] * len(trajectory.completion_ids)
@@ -248,7 +238,8 @@ def _opening(prefix: Prefix, conversation: Conversation) -> Opening:
     transcript.completion_ids = trajectory.completion_ids[:begins]
     transcript.action_mask = trajectory.action_mask[:begins]
     transcript.logps = list(logps[:begins])
-    return Opening(transcript, sampled(begins, length))
+    transcript.begun = sampled(begins, length)
+    return transcript
 
 
 def _prefix(trajectory: Trajectory, step: Segment) -> Prefix:

@@ -10,34 +10,23 @@ import asyncio
 import math
 import time
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
 from datasets import Dataset
 
 from ..concurrency import run_coroutine
-from ..engines.engine import Engine, Generation
+from ..engines.engine import Engine, Forks
 from ..sandbox.result import ToolFailure
-from ..tools.base import RolloutContext, enter_rollout
-from ..tools.environments import append_observation
+from ..tools.base import enter_rollout
 from ..tools.toolbox import Toolbox
 from ..trajectory import StopReason, Trajectory
 from .config import RolloutConfig
-from .dialects.dialect import Message, Turn
-from .episode import (
-    Conversation,
-    Transcript,
-    answer_turn,
-    end_turn,
-    finish_trajectory,
-    joined,
-    refuse_long_prompt,
-    replay,
-    turn_room,
-)
+from .episode import Episode
 from .loop import agenerate_trajectories
 from .provenance import derive_seed
 from .scoring import Score, Scorer
+from .transcript import Transcript
 
 
 T = TypeVar("T")
@@ -191,67 +180,41 @@ class _SearchPlayer:
 
     def __init__(self, scorer: Scorer, settings: _Settings):
         self.scorer, self.settings = scorer, settings
-        self.provenance = {"decoding": {"score": scorer.name, **vars(settings)}}
+        self.provenance: dict[str, Any] = {"decoding": {"score": scorer.name, **vars(settings)}}
 
-    async def __call__(
-        self,
-        prompt: list[Message],
-        context: RolloutContext,
-        open_toolbox: Callable[[], Toolbox],
-        conversation: Conversation,
-        engine: Engine,
-        config: RolloutConfig,
-    ) -> Trajectory:
-        enter_rollout(context)
-        return await _Search(self, context, open_toolbox, conversation, engine, config).run(prompt)
+    async def __call__(self, episode: Episode) -> Trajectory:
+        enter_rollout(episode.context)
+        return await _Search(episode, self.scorer, self.settings).run()
 
 
 @dataclass(eq=False)
 class _Node:
-    """A partial trajectory: answered turns, and what is sampled of the turn after them.
+    """A partial trajectory.
 
-    Where a turn was just sampled, `turn` and `sampled` hold it until its calls are run. `toolbox` is at the
-    transcript's state; without one, a new one is brought there when it is needed.
+    `toolbox` is at the transcript's state; without one, a new one is brought there when it is needed.
     """
 
     transcript: Transcript
     session: str
-    begun: Generation = field(default_factory=lambda: Generation([], [], "stop"))
     toolbox: Toolbox | None = None
-    turn: Turn | None = None
-    sampled: Generation | None = None
     stop_reason: StopReason | None = None
     failure: str | None = None
     score: float = -math.inf
-
-    @property
-    def ids(self) -> list[int]:
-        return self.transcript.ids + self.begun.token_ids
 
 
 class _Search:
     """The search for one prompt."""
 
-    def __init__(
-        self,
-        player: _SearchPlayer,
-        context: RolloutContext,
-        open_toolbox: Callable[[], Toolbox],
-        conversation: Conversation,
-        engine: Engine,
-        config: RolloutConfig,
-    ):
-        self.scorer, self.settings = player.scorer, player.settings
-        self.context, self.open_toolbox, self.conversation = context, open_toolbox, conversation
-        self.engine, self.config = engine, config
+    def __init__(self, episode: Episode, scorer: Scorer, settings: _Settings):
+        self.episode, self.scorer, self.settings = episode, scorer, settings
         self.toolboxes: set[Toolbox] = set()
         self.sessions: set[str] = set()
         self.named = 0
         self.counts = {"drawn": 0, "duplicates": 0}
 
-    async def run(self, prompt: list[Message]) -> Trajectory:
+    async def run(self) -> Trajectory:
         start, reward = time.monotonic(), None
-        root = _Node(Transcript(prompt), self._new_session())
+        root = _Node(Transcript(self.episode.prompt), self._new_session())
         best = root
         try:
             await self._prepare(root)
@@ -262,27 +225,30 @@ class _Search:
             best.stop_reason, best.failure = StopReason.TOOL_FAILED, str(error)
         finally:
             for session in self.sessions:
-                self.engine.release(session)
+                self.episode.engine.release(session)
             for toolbox in list(self.toolboxes):
                 await self._close(toolbox)
+        assert best.stop_reason is not None
         seconds = time.monotonic() - start
-        trajectory = finish_trajectory(best.transcript, self.context, best.stop_reason, seconds, best.failure, reward)
+        trajectory = best.transcript.finish(self.episode.context, best.stop_reason, seconds, best.failure, reward)
         trajectory.info["search"] = {"score": best.score if math.isfinite(best.score) else None, **self.counts}
         return trajectory
 
     async def _prepare(self, root: _Node) -> None:
         """The prompt, with an environment's first observation."""
-        transcript = root.transcript
-        try:
-            if not self.settings.rewindable:
-                root.toolbox = self._new_toolbox()
-                transcript.prompt = append_observation(transcript.prompt, await root.toolbox.reset())
-        finally:
-            transcript.prompt_ids = self.conversation.prompt_ids(transcript.prompt)
-        refuse_long_prompt(len(transcript), self.context.prompt_index, self.config)
+        observation = None
+        if not self.settings.rewindable:
+            root.toolbox = self._new_toolbox()
+            try:
+                observation = await root.toolbox.reset()
+            except ToolFailure:
+                root.transcript.prompt_ids = self.episode.conversation.prompt_ids(root.transcript.prompt)
+                raise
+        self.episode.open(root.transcript, observation)
 
     async def _search(self, root: _Node) -> _Node:
-        live, answered, stopped = [root], [], []
+        live, answered = [root], list[_Node]()
+        stopped: list[_Node] = []
         while live:
             parents = live
             children = await self._expand(parents)
@@ -314,7 +280,7 @@ class _Search:
         in_use = {node.session for node in live}
         for session in [*self.sessions - in_use]:
             self.sessions.discard(session)
-            self.engine.release(session)
+            self.episode.engine.release(session)
         if self.settings.rewindable:
             held = {node.toolbox for node in live}
             await _all(self._close(toolbox) for toolbox in [*self.toolboxes] if toolbox not in held)
@@ -331,7 +297,7 @@ class _Search:
         self.counts["drawn"] += len(drawn)
         children: dict[tuple[int, ...], _Node] = {}
         for (rank, _), child in zip(places, drawn, strict=True):
-            if children.setdefault(tuple(child.ids), child) is not child:
+            if children.setdefault(tuple(child.transcript.ids), child) is not child:
                 self.counts["duplicates"] += 1
             elif self.settings.rewindable:  # the first child goes on with the sessions, the others replay
                 child.toolbox, parents[rank].toolbox = parents[rank].toolbox, None
@@ -341,55 +307,49 @@ class _Search:
 
     async def _draw(self, parent: _Node, rank: int, k: int, session: str) -> _Node:
         """Samples one step after `parent`; blank lines belong to the step before them and are no step."""
-        transcript, begun = parent.transcript.fork(), parent.begun
+        conversation, transcript = self.episode.conversation, parent.transcript.fork()
         child = _Node(transcript, session)
-        ended = False
-        while not ended:
-            place = () if rank == k == 0 and not begun.token_ids else (rank, k, len(begun.token_ids))
-            sampling = self.config.sampling(
-                turn_room(transcript, begun, self.config),
-                self.context.sample_index + k,
-                stop_token_ids=self.conversation.stop_token_ids,
-                stop_strings=(*self.conversation.stop_strings, *STEP_STOPS[self.settings.step]),
-                seed=derive_seed(self.context.seed, len(transcript.turns), *place),
-            )
-            prefix_ids = transcript.ids + begun.token_ids
-            sampled = joined(begun, await self.engine.generate(prefix_ids, sampling, session=child.session))
-            begun = self.conversation.within_turn(sampled)
-            ended = begun is not sampled
-            if not ended:
-                begun, ended = self._turn_ended(begun, transcript)
-            if not ended and self.conversation.text(begun.token_ids[len(parent.begun.token_ids) :]).strip():
-                child.begun = begun
+        alike = self.episode.sampling(k, STEP_STOPS[self.settings.step])
+        earlier = len(transcript.begun.token_ids)
+        while True:
+            begun = len(transcript.begun.token_ids)
+            place = () if rank == k == begun == 0 else (rank, k, begun)
+            room = transcript.room(self.episode.config)
+            seed = derive_seed(self.episode.context.seed, len(transcript.turns), *place)
+            sampling = replace(alike, max_new_tokens=room, seed=seed)
+            transcript.add_sampled(await self.episode.engine.generate(transcript.ids, sampling, session=session))
+            sampled, transcript.begun = transcript.begun, conversation.within_turn(transcript.begun)
+            if transcript.begun is not sampled or self._turn_ended(transcript):
+                turn = conversation.read(transcript.begun, transcript.last_read)
+                child.stop_reason = transcript.end_turn(turn, self.episode.config)
                 return child
-        child.sampled = begun
-        child.turn, child.stop_reason = end_turn(begun, transcript, self.conversation, self.config)
-        return child
+            if conversation.text(transcript.begun.token_ids[earlier:]).strip():
+                return child
 
-    def _turn_ended(self, begun: Generation, transcript: Transcript) -> tuple[Generation, bool]:
+    def _turn_ended(self, transcript: Transcript) -> bool:
+        begun, conversation = transcript.begun, self.episode.conversation
         if self.settings.step == "turn" or begun.finish_reason != "stop_string":
-            return begun, True
-        text = self.conversation.text(begun.token_ids)
-        if any(stop in text for stop in self.conversation.stop_strings):
-            return begun, True
-        if turn_room(transcript, begun, self.config) < 1:
-            return replace(begun, finish_reason="length"), True
-        return begun, False
+            return True
+        text = conversation.text(begun.token_ids)
+        if any(stop in text for stop in conversation.stop_strings):
+            return True
+        if transcript.room(self.episode.config) < 1:
+            transcript.begun = replace(begun, finish_reason="length")
+            return True
+        return False
 
     async def _answer(self, node: _Node) -> None:
         """Runs the calls of a turn that was just sampled."""
-        if node.turn is None or node.stop_reason is not None:
+        transcript = node.transcript
+        if transcript.unanswered is None or node.stop_reason is not None:
             return
-        turn, node.turn = node.turn, None
         try:
             if node.toolbox is None:
                 node.toolbox = self._new_toolbox()
-                differing = await replay(node.transcript, node.toolbox, self.conversation)
+                differing = await self.episode.replay(transcript, node.toolbox)
                 if differing:
-                    node.transcript.replays_differ = max(differing, node.transcript.replays_differ or 0)
-            node.stop_reason = await answer_turn(
-                turn, node.sampled, node.transcript, node.toolbox, self.conversation, self.config
-            )
+                    transcript.replays_differ = max(differing, transcript.replays_differ or 0)
+            node.stop_reason = await self.episode.answer(transcript, node.toolbox)
         except ToolFailure as error:
             node.stop_reason, node.failure = StopReason.TOOL_FAILED, str(error)
 
@@ -400,19 +360,19 @@ class _Search:
                 node.score = score
 
     def _state(self, node: _Node) -> list[int]:
-        mask = node.transcript.action_mask
-        if node.begun.token_ids:
-            return node.ids
+        ids, mask = node.transcript.ids, node.transcript.action_mask
+        if node.transcript.begun.token_ids:
+            return ids
         if self.settings.score_at == "action":
             unsampled = next((i for i, bit in enumerate(reversed(mask)) if bit), len(mask))
-            return node.ids[: len(node.ids) - unsampled]
-        return self.conversation.without_end(node.ids) if mask and mask[-1] else node.ids
+            return ids[: len(ids) - unsampled]
+        return self.episode.conversation.without_end(ids) if mask and mask[-1] else ids
 
     # What is held
 
     def _new_session(self) -> str:
         """A name for the engine's cache; the first is that of plain sampling."""
-        name = self.context.trajectory_id
+        name = self.episode.context.trajectory_id
         session = f"{name}/{self.named}" if self.named else name
         self.named += 1
         self.sessions.add(session)
@@ -420,13 +380,12 @@ class _Search:
 
     def _fork_session(self, session: str) -> str:
         new_session = self._new_session()
-        fork = getattr(self.engine, "fork", None)
-        if fork is not None:
-            fork(session, new_session)
+        if isinstance(self.episode.engine, Forks):
+            self.episode.engine.fork(session, new_session)
         return new_session
 
     def _new_toolbox(self) -> Toolbox:
-        toolbox = self.open_toolbox()
+        toolbox = self.episode.open_toolbox()
         self.toolboxes.add(toolbox)
         return toolbox
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import json
 from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -39,7 +38,11 @@ class ToolCall:
 
 @runtime_checkable
 class ToolSession(Protocol):
-    """A trajectory's own instance of a session tool. `arun` and `aclose`, where present, are awaited instead."""
+    """A trajectory's own instance of a session tool.
+
+    One that is at home on an event loop offers [`RunsAsync`] and [`ClosesAsync`] besides: then these are awaited,
+    where `run` and `close` are called in a thread.
+    """
 
     def run(self, **arguments: Any) -> Any:
         """Answers one call with a [`ToolResult`] or with text; raises [`ToolFailure`] where the machine failed."""
@@ -51,14 +54,41 @@ class ToolSession(Protocol):
 
 
 @runtime_checkable
+class RunsAsync(Protocol):
+    """A session whose calls are awaited."""
+
+    async def arun(self, **arguments: Any) -> Any:
+        """[`ToolSession.run`] for event loops."""
+        ...
+
+
+@runtime_checkable
+class ClosesAsync(Protocol):
+    """A session whose end is awaited."""
+
+    async def aclose(self) -> None:
+        """[`ToolSession.close`] for event loops."""
+        ...
+
+
+@runtime_checkable
 class SessionTool(Protocol):
-    """A tool that keeps state within a trajectory, and never across."""
+    """A tool that keeps state within a trajectory, and never across; [`OpensAsync`] is optional."""
 
     name: str
     schema: dict[str, Any]
 
     def open(self) -> ToolSession:
         """A new session."""
+        ...
+
+
+@runtime_checkable
+class OpensAsync(Protocol):
+    """A session tool whose opening is awaited."""
+
+    async def aopen(self) -> ToolSession:
+        """[`SessionTool.open`] for event loops."""
         ...
 
 
@@ -156,30 +186,3 @@ def _source_version(defined: Any) -> str:
     except (OSError, TypeError):
         return "unknown"
     return "source:" + hashlib.sha256(source.encode()).hexdigest()[:12]
-
-
-def parse_arguments(arguments: Any, schema: Mapping[str, Any]) -> dict[str, Any]:
-    """The policy's arguments as keywords.
-
-    Raises:
-        `ValueError`: saying to the policy what is wrong with them.
-    """
-    if isinstance(arguments, str):  # some templates carry arguments as JSON text
-        try:
-            arguments = json.loads(arguments)
-        except (ValueError, RecursionError) as error:  # the other: brackets in brackets
-            raise ValueError(f"The arguments are not valid JSON: {error}.") from None
-    if arguments is None:
-        arguments = {}
-    if not isinstance(arguments, dict):
-        raise ValueError(f"The arguments must be an object of names and values, got {type(arguments).__name__}.")
-    parameters = schema.get("function", schema).get("parameters", {})
-    known = parameters.get("properties", {})
-    missing = [name for name in parameters.get("required", []) if name not in arguments]
-    unknown = [name for name in arguments if name not in known]
-    if missing:
-        raise ValueError(f"Missing argument(s): {', '.join(missing)}.")
-    if unknown:
-        expected = ", ".join(known) or "none"
-        raise ValueError(f"Unknown argument(s): {', '.join(map(str, unknown))}. Expected: {expected}.")
-    return arguments

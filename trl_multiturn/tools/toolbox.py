@@ -10,21 +10,25 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import json
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from ..concurrency import run_in_thread
 from ..errors import ToolFailure, UnsupportedOutput as UnsupportedOutput
 from ..sandbox.result import ToolResult, encodable
 from .base import (
+    ClosesAsync,
+    OpensAsync,
+    RunsAsync,
     SessionTool,
     ToolCall,
     ToolSession,
     is_session_tool,
-    parse_arguments,
     tool_name,
     tool_schema,
     tool_version,
@@ -121,6 +125,10 @@ class Toolbox:
         self._row = row
         self._limits = limits
         self._sessions: dict[str, ToolSession] = {}
+        self._runs: dict[str, Callable[..., Awaitable[Any]]] = {}  # of the sessions that are open
+        # Calls that may depend on earlier ones of the same session, or of the environment
+        self._lanes: dict[str, Any] = {name: name for name in toolset.sessions}
+        self._lanes |= dict.fromkeys(kind.tool_names if kind is not None else (), kind)
         self._environment: Environment | None = None
         self._schemas = {schema["function"]["name"]: schema for schema in toolset.schemas(kind)}
 
@@ -131,7 +139,7 @@ class Toolbox:
 
     def keeps_state(self, name: str) -> bool:
         """Whether calls of `name` may depend on earlier ones: those of a session or of the environment."""
-        return name in self._toolset.sessions or (self._kind is not None and name in self._kind.tool_names)
+        return name in self._lanes
 
     async def reset(self) -> str | list[dict[str, Any]] | None:
         """Starts the environment, if there is one; returns its first observation.
@@ -168,7 +176,7 @@ class Toolbox:
         results: list[ToolResult | None] = [None] * len(calls)
         lanes: dict[Any, list[int]] = {}
         for index, call in enumerate(calls):
-            lanes.setdefault(self._lane(call.name, index), []).append(index)
+            lanes.setdefault(self._lanes.get(call.name, index), []).append(index)
 
         async def run_lane(indices: list[int]) -> None:
             for index in indices:
@@ -182,21 +190,16 @@ class Toolbox:
 
     async def close(self) -> None:
         """Ends the sessions. A session that fails to end is logged, for the trajectory is finished anyway."""
-        sessions, self._sessions = self._sessions, {}
+        sessions, self._sessions, self._runs = self._sessions, {}, {}
         for name, session in sessions.items():
             try:
-                if hasattr(session, "aclose"):
+                if isinstance(session, ClosesAsync):
                     await session.aclose()
                 else:
                     await run_in_thread(session.close)
             except Exception:
                 logger.warning("A session of tool `%s` did not close cleanly.", name, exc_info=True)
         self._environment = None
-
-    def _lane(self, name: str, index: int) -> Any:
-        if not self.keeps_state(name):
-            return index
-        return name if name in self._toolset.sessions else self._kind
 
     async def _answer(self, call: ToolCall) -> ToolResult:
         if call.name not in self._schemas:
@@ -219,21 +222,21 @@ class Toolbox:
 
     async def _invoke(self, name: str, arguments: dict[str, Any]) -> ToolResult | str:
         if name in self._toolset.sessions:
-            session = await self._session(name)
-            if hasattr(session, "arun"):
-                return _text(await session.arun(**arguments))
-            return _text(await run_in_thread(session.run, **arguments))
+            run = self._runs.get(name) or await self._open(name)
+            return _text(await run(**arguments))
         if self._environment is not None and name in self._environment.methods:
             method = self._environment.methods[name]
             return _text(await self._in_environment(name, lambda: _call(method, arguments)))
         function = self._toolset.functions[name]
         return _text(await self._clocked(lambda: _call(function, arguments), _own_limit(function)))
 
-    async def _session(self, name: str) -> ToolSession:
-        if name not in self._sessions:
-            tool = self._toolset.sessions[name]
-            self._sessions[name] = await tool.aopen() if hasattr(tool, "aopen") else await run_in_thread(tool.open)
-        return self._sessions[name]
+    async def _open(self, name: str) -> Callable[..., Awaitable[Any]]:
+        """Opens the session of a tool; what runs its calls."""
+        tool = self._toolset.sessions[name]
+        session = await tool.aopen() if isinstance(tool, OpensAsync) else await run_in_thread(tool.open)
+        self._sessions[name] = session
+        self._runs[name] = session.arun if isinstance(session, RunsAsync) else partial(run_in_thread, session.run)
+        return self._runs[name]
 
     async def _in_environment(self, name: str, call: Callable[[], Any]) -> Any:
         try:
@@ -278,6 +281,33 @@ class _EnvironmentHangs(ToolFailure):
     """Not tried again: the first call may still be running inside the environment."""
 
 
+def parse_arguments(arguments: Any, schema: Mapping[str, Any]) -> dict[str, Any]:
+    """The policy's arguments as keywords.
+
+    Raises:
+        `ValueError`: saying to the policy what is wrong with them.
+    """
+    if isinstance(arguments, str):  # some templates carry arguments as JSON text
+        try:
+            arguments = json.loads(arguments)
+        except (ValueError, RecursionError) as error:  # the other: brackets in brackets
+            raise ValueError(f"The arguments are not valid JSON: {error}.") from None
+    if arguments is None:
+        arguments = {}
+    if not isinstance(arguments, dict):
+        raise ValueError(f"The arguments must be an object of names and values, got {type(arguments).__name__}.")
+    parameters = schema.get("function", schema).get("parameters", {})
+    known = parameters.get("properties", {})
+    missing = [name for name in parameters.get("required", []) if name not in arguments]
+    unknown = [name for name in arguments if name not in known]
+    if missing:
+        raise ValueError(f"Missing argument(s): {', '.join(missing)}.")
+    if unknown:
+        expected = ", ".join(known) or "none"
+        raise ValueError(f"Unknown argument(s): {', '.join(map(str, unknown))}. Expected: {expected}.")
+    return arguments
+
+
 def _own_limit(function: Callable[..., Any]) -> float | None:
     """A tool's own time limit, set as an attribute of the function."""
     return getattr(function, "timeout_seconds", None)
@@ -295,7 +325,7 @@ async def _call(function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
 def _text(output: Any) -> ToolResult | str:
     """What the policy reads of a tool's return value."""
     if isinstance(output, ToolResult):
-        return replace(output, output=encodable(output.output))
+        return output if output.output.isascii() else replace(output, output=encodable(output.output))
     if isinstance(output, str):
         return encodable(output)
     if isinstance(output, list) and output and all(isinstance(block, dict) and "type" in block for block in output):

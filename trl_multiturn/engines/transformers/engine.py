@@ -8,7 +8,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -70,6 +70,8 @@ class TransformersEngine:
         seed (`int`, *optional*):
             Seed of the draws for requests without one of their own; by default they differ from run to run.
     """
+
+    weights: Literal["shared", "own"] = "shared"
 
     def __init__(
         self,

@@ -8,7 +8,7 @@ import threading
 import weakref
 from collections.abc import Coroutine
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from packaging.version import InvalidVersion, Version
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -45,8 +45,7 @@ class VLLMEngine:
         ImportError: if vLLM is not installed.
     """
 
-    # The loop hands `refresh` a checkpoint folder.
-    loads_checkpoints = True
+    weights: Literal["shared", "own"] = "own"
 
     def __init__(
         self, model: str, processing_class: PreTrainedTokenizerBase | None = None, **engine_args: Any

@@ -52,8 +52,7 @@ class VLLMServerEngine:
         ValueError: if it reports log-probabilities of another distribution, or the servers have different models.
     """
 
-    # The loop hands `refresh` a checkpoint folder.
-    loads_checkpoints = True
+    weights: Literal["shared", "own"] = "own"
 
     def __init__(
         self,

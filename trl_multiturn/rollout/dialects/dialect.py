@@ -34,8 +34,7 @@ class Turn:
 class Dialect(Protocol):
     """Reads turns and words observations. One dialect serves all trajectories with the same tools.
 
-    It may also have a method `turn_end(text) -> int | None`, which says where in its text a turn is over: the tokens
-    that the policy sampled after that are taken off, as if it had been stopped there.
+    One that ends turns by itself is an [`EndsTurns`] too.
 
     Attributes:
         name (`str`): kept with every trajectory.
@@ -57,6 +56,16 @@ class Dialect(Protocol):
 
     def observe(self, turn: Turn, results: Sequence[ToolResult]) -> list[Message]:
         """The messages that answer a turn's calls, or its problem where there are no `results`."""
+        ...
+
+
+@runtime_checkable
+class EndsTurns(Protocol):
+    """A dialect that ends turns by itself."""
+
+    def turn_end(self, text: str) -> int | None:
+        """Where in its text a turn is over, `None` where it is not. The tokens that the policy sampled after that are
+        taken off, as if it had been stopped there."""
         ...
 
 

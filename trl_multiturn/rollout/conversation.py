@@ -1,0 +1,140 @@
+"""What all trajectories with the same tools share: how a turn is read, and how its answer is rendered."""
+
+from __future__ import annotations
+
+import json
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any
+
+from ..engines.engine import Generation
+from ..sandbox.result import ToolResult
+from ..templates import TurnTemplate
+from ..tools.base import ToolCall
+from .config import RolloutConfig
+from .dialects.choice import choose_dialect
+from .dialects.dialect import EndsTurns, Message, Turn
+
+
+class Conversation:
+    """What all trajectories with the same tools share: the template, the dialect, the ids that end a turn.
+
+    Args:
+        config ([`RolloutConfig`]):
+            Dialect and template options.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`]):
+            The policy's tokenizer.
+        schemas (`list[dict]`):
+            JSON schemas of the tools.
+
+    Raises:
+        `ValueError`: if tools, dialect and chat template do not fit together.
+    """
+
+    def __init__(self, config: RolloutConfig, processing_class: Any, schemas: Sequence[dict[str, Any]]):
+        self.dialect = choose_dialect(config.dialect, processing_class, schemas, config)
+        kwargs = config.chat_template_kwargs or {}
+        self.template = TurnTemplate(processing_class, tools=self.dialect.template_tools, **kwargs)
+        self._tokenizer = getattr(processing_class, "tokenizer", processing_class)
+        eos = self._tokenizer.eos_token_id
+        self.stop_token_ids = tuple(dict.fromkeys([*self.template.end_of_turn_ids, *([] if eos is None else [eos])]))
+        self.stop_strings = tuple(dict.fromkeys([*self.dialect.stop_strings, *config.stop_strings]))
+        # No trajectory has more characters, for no token stands for more than its own text
+        self.most_characters = config.max_trajectory_tokens * max(map(len, self._tokenizer.get_vocab()))
+        # The samples of a prompt begin one after another, and most turns look alike to the template
+        self._prompt_ids = lru_cache(maxsize=64)(self._render_prompt)
+        self._observations_after = lru_cache(maxsize=64)(self._render_turn)
+        # A template that cannot answer a turn is the user's mistake, to be told before the first trajectory
+        self.observation_ids(*self._probe())
+
+    def prompt_ids(self, messages: list[Message]) -> list[int]:
+        """Ids of a prompt, the generation prompt included."""
+        return list(self._prompt_ids(json.dumps(messages)))
+
+    def read(self, generation: Generation, prefix_ids: list[int]) -> Turn:
+        """Reads a turn that was sampled after `prefix_ids`, which reach back to the generation prompt at least."""
+        ids = generation.token_ids
+        return self.dialect.read(self.text(ids), ids, prefix_ids)
+
+    def within_turn(self, generation: Generation) -> Generation:
+        """A generation up to where its dialect ends the turn: without what the policy wrote after that.
+
+        The turn is then what a policy would have written that was stopped there. Most dialects end no turn by
+        themselves.
+        """
+        if not isinstance(self.dialect, EndsTurns):
+            return generation
+        ids = generation.token_ids
+        text = self.text(ids)
+        end = self.dialect.turn_end(text)
+        if end is None or not text[end:].strip():
+            return generation
+        kept = bisect_left(range(len(ids)), end, key=lambda count: len(self.text(ids[:count])))
+        return Generation(ids[:kept], generation.logps[:kept], "stop_string")
+
+    def text(self, sampled_ids: Sequence[int]) -> str:
+        """The text of a sampled turn, without the token that ended it."""
+        return self._tokenizer.decode(
+            self.without_end(sampled_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+
+    def without_end(self, sampled_ids: Sequence[int]) -> list[int]:
+        """A turn's ids without the token that ended it, where one did."""
+        ended = bool(sampled_ids) and sampled_ids[-1] in self.stop_token_ids
+        return list(sampled_ids[:-1] if ended else sampled_ids)
+
+    def answer_ids(self, turn: Turn, sampled_ids: list[int], observations: list[Message]) -> list[int]:
+        """Ids between a turn, as it was sampled, and the next: its end, where it has none, and the observations.
+
+        Raises:
+            `ValueError`: if the template cannot render these observations.
+        """
+        observation_ids = self.observation_ids(turn, observations)
+        return self.template.close_turn(sampled_ids) + observation_ids
+
+    def observation_ids(self, turn: Turn, observations: list[Message]) -> list[int]:
+        """Ids from a turn's end to the end of the next generation prompt.
+
+        They are measured behind a stand-in for the turn with the same calls: what a policy wrote, however odd, cannot
+        break the rendering, and the cost does not grow with the conversation. Templates that print one call per turn
+        are given one, as in [`~trl.GRPOTrainer`].
+
+        Raises:
+            `ValueError`: if the template cannot render these observations.
+        """
+        calls = [_without_arguments(call) for call in turn.message.get("tool_calls") or []]
+        try:
+            return self._observations_after(_stand_in(calls))(observations)
+        except ValueError:
+            if len(calls) < 2:
+                raise
+            return self._observations_after(_stand_in(calls[:1]))(observations)
+
+    def _render_prompt(self, messages: str) -> list[int]:
+        return self.template.prompt_ids(json.loads(messages))
+
+    def _render_turn(self, skeleton: str) -> Callable[[list[Message]], list[int]]:
+        return self.template.after_turn([{"role": "user", "content": "prompt"}, json.loads(skeleton)])
+
+    def _probe(self) -> tuple[Turn, list[Message]]:
+        if self.dialect.template_tools:
+            name = self.dialect.template_tools[0]["function"]["name"]
+            call = {"type": "function", "function": {"name": name, "arguments": {}}}
+            message = {"role": "assistant", "content": "", "tool_calls": [call]}
+            turn = Turn(message, [ToolCall(name, {})], answered=False)
+            return turn, self.dialect.observe(turn, [ToolResult("result")])
+        turn = Turn({"role": "assistant", "content": "turn"}, [], answered=False, problem="result")
+        return turn, self.dialect.observe(turn, [])
+
+
+def _stand_in(calls: list[dict[str, Any]]) -> str:
+    """A turn with these calls, as the cache's key: what the policy wrote besides changes nothing after it."""
+    skeleton: Message = {"role": "assistant", "content": "turn"}
+    return json.dumps({**skeleton, "content": "", "tool_calls": calls} if calls else skeleton)
+
+
+def _without_arguments(call: dict[str, Any]) -> dict[str, Any]:
+    if "function" in call:
+        return {**call, "function": {**call["function"], "arguments": {}}}
+    return {**call, "arguments": {}}
