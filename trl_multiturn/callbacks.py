@@ -17,7 +17,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from .distributed.main_process import on_main
 from .distributed.sharding import weights_of
-from .engines.engine import Engine
+from .engines.engine import Engine, check_engine, is_engine_factory
 from .evaluation import evaluate_policy, summarize
 from .iteration import run_iteration
 from .journal.run_folder import RunFolder
@@ -31,6 +31,7 @@ from .rollout.judging import Judge
 from .rollout.provenance import fingerprint
 from .rows.pairing import PairingConfig, UnpairedConfig
 from .tools.environments import owns_reward
+from .tools.toolbox import Toolset
 from .trainer.loop.policy_weights import load_policy_weights, policy_revision, save_policy_weights
 from .trainer.values.value_based import ValueBasedTrainer
 
@@ -124,6 +125,9 @@ class ToolRolloutGenerator(TrainerCallback):
                 "No `reward_funcs` were given, and no environment with a `get_reward`, so no rollout could be told "
                 "from another and no row could be built. Pass for example `reward_funcs=[math_reward]`."
             )
+        Toolset(tools, environment_factory)  # raises for what is no tool
+        if engine is not None and not is_engine_factory(engine):
+            check_engine(engine)
         for name, dataset in (("prompts", prompts), ("eval_prompts", eval_prompts)):
             if dataset is not None and "prompt" not in dataset.column_names:
                 raise ValueError(
@@ -193,8 +197,9 @@ class ToolRolloutGenerator(TrainerCallback):
             from .engines.transformers.engine import TransformersEngine as engine_class
 
             self.engine = engine_class(unwrapped_policy(trainer), trainer.processing_class)
-        elif not isinstance(self.engine, Engine):
+        elif is_engine_factory(self.engine):
             self.engine = self.engine(unwrapped_policy(trainer), trainer.processing_class)
+        check_engine(self.engine, unwrapped_policy(trainer))
 
     def begin_iteration(self, iteration: int, resumed_inside: bool) -> Dataset:
         """Rolls out, or takes up what the iteration has found already; the rows that its epoch trains on.

@@ -151,11 +151,32 @@ class Sleeps(Protocol):
         ...
 
 
-def check_engine(engine: Any) -> Engine:
+@runtime_checkable
+class Shares(Protocol):
+    """An engine with `weights = "shared"` that knows whose weights these are."""
+
+    def shares_weights_with(self, model: Any) -> bool:
+        """Whether it samples with the weights of `model`, which may be wrapped."""
+        ...
+
+
+def is_engine_factory(engine: Any) -> bool:
+    """Whether `engine` is a function (or a class) that builds one, rather than an engine."""
+    return inspect.isclass(engine) or (callable(engine) and not hasattr(engine, "generate"))
+
+
+def check_engine(engine: Any, model: Any = None) -> Engine:
     """The engine, if it is one.
+
+    Args:
+        engine:
+            What was passed as one.
+        model ([`~torch.nn.Module`], *optional*):
+            The model that is being trained, where there is one.
 
     Raises:
         `TypeError`: if it lacks what [`Engine`] asks for, or does not say whose weights it samples with.
+        `ValueError`: if it shares its weights with another model than the one that is being trained.
     """
     missing = [name for name in _METHODS if not callable(getattr(engine, name, None))]
     if missing or inspect.isclass(engine):
@@ -168,11 +189,18 @@ def check_engine(engine: Any) -> Engine:
     weights = getattr(engine, "weights", None)
     if weights not in ("shared", "own"):
         raise TypeError(
-            f"The engine {type(engine).__name__} has `weights={weights!r}` and does not say whose weights it samples "
-            "with, so it might sample from an old policy for a whole run. Give its class "
+            f"The engine {type(engine).__name__} has `weights={weights!r}` and so does not say whose weights it "
+            "samples with: it might sample from an old policy for a whole run. Give its class "
             '`weights = "own"` if it loads checkpoints (`refresh(model_path)` then gets a folder), or '
             '`weights = "shared"` if it samples with the model that is being trained.'
         )
+    if model is not None and isinstance(engine, Shares) and weights == "shared":
+        if not engine.shares_weights_with(model):
+            raise ValueError(
+                f"The engine {type(engine).__name__} samples with another model than the one that is being trained, "
+                "so every iteration would sample from the same old policy. Leave `engine` out, or pass a function of "
+                "the model and the tokenizer that builds it."
+            )
     return engine
 
 

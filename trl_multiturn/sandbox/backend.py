@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 
 @dataclass(frozen=True)
@@ -30,15 +30,21 @@ class Begun(Protocol):
 
 
 class Interpreter(Protocol):
-    """One live interpreter process: the thing that a session replaces when it dies.
-
-    It may also have a method `begin(code, timeout) -> Reply | Begun`, which runs a cell on the caller's thread: to its
-    reply, if that takes milliseconds and leaves the process alive, and otherwise as far as it gets.
-    """
+    """One live interpreter process: the thing that a session replaces when it dies. [`Begins`] is optional."""
 
     async def execute(self, code: str, timeout: float) -> Reply: ...
 
     async def close(self) -> None: ...
+
+
+@runtime_checkable
+class Begins(Protocol):
+    """An interpreter that runs short cells without a change of thread."""
+
+    def begin(self, code: str, timeout: float) -> Reply | Begun:
+        """Runs a cell on the caller's thread: to its reply, if that takes milliseconds and leaves the process alive,
+        and otherwise as far as it gets."""
+        ...
 
 
 class Backend(Protocol):

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from ._admission import Gate, Visit
 from ._loop import LoopThread
-from .backend import Begun, Interpreter, Reply
+from .backend import Begins, Begun, Interpreter, Reply
 from .config import SandboxConfig
 from .observation import clean, truncate
 from .result import ToolResult
@@ -127,8 +127,8 @@ class Session:
         """Runs a cell without a change of thread, unless others come first or it turns out to be a long one."""
         if not self._turn.join(visit):
             return None
-        begin = getattr(self._interpreter, "begin", None)
-        if begin is None or self._closed or thread.is_current or not thread.usable:
+        interpreter = self._interpreter
+        if not isinstance(interpreter, Begins) or self._closed or thread.is_current or not thread.usable:
             return None
         refusal = self._refusal(code)
         if refusal is not None:
@@ -137,7 +137,7 @@ class Session:
             return None
         visit.caller = threading.get_ident()
         start = time.monotonic()
-        reply = begin(code, self._config.timeout_seconds)
+        reply = interpreter.begin(code, self._config.timeout_seconds)
         return self._conclude(code, reply, time.monotonic() - start) if isinstance(reply, Reply) else reply
 
     def _give_up(self, thread: LoopThread, visit: Visit) -> None:

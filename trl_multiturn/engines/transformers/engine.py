@@ -172,6 +172,10 @@ class TransformersEngine:
         self._retained.clear()
         self._batch.drop_buffers()
 
+    def shares_weights_with(self, model: nn.Module) -> bool:
+        """Whether the model sampled from is the one in `model`, which may be wrapped (DDP, PEFT)."""
+        return unwrap_policy(model)[1] is self._policy
+
     def describe(self) -> dict[str, Any]:
         """Name, versions and settings."""
         config = self._policy.config
