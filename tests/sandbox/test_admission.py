@@ -313,7 +313,7 @@ def test_ctrl_c_between_any_two_lines_leaves_nothing_occupied(sandbox):
                 sys.settrace(before)
             assert in_time(victim.run, "x").output == "6", where
         assert interrupted > 50
-        assert not any(gate._inside or gate._queue for gate in (victim._turn, sandbox._admission))
+        assert not any(gate._inside or gate._queue for gate in (victim._turn, sandbox.admission))
 
 
 @linux

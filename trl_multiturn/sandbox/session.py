@@ -52,6 +52,7 @@ class Session:
         self._sandbox = sandbox
         self._config = sandbox.config
         self._interpreter: Interpreter | None = None
+        self._begins: Begins | None = None  # the same, if it can begin a cell on the caller's thread
         self._history: list[str] = []
         self._cells = 0
         self._turn = Gate(1)
@@ -127,8 +128,8 @@ class Session:
         """Runs a cell without a change of thread, unless others come first or it turns out to be a long one."""
         if not self._turn.join(visit):
             return None
-        interpreter = self._interpreter
-        if not isinstance(interpreter, Begins) or self._closed or thread.is_current or not thread.usable:
+        begins = self._begins
+        if begins is None or self._closed or thread.is_current or not thread.usable:
             return None
         refusal = self._refusal(code)
         if refusal is not None:
@@ -137,7 +138,7 @@ class Session:
             return None
         visit.caller = threading.get_ident()
         start = time.monotonic()
-        reply = interpreter.begin(code, self._config.timeout_seconds)
+        reply = begins.begin(code, self._config.timeout_seconds)
         return self._conclude(code, reply, time.monotonic() - start) if isinstance(reply, Reply) else reply
 
     def _give_up(self, thread: LoopThread, visit: Visit) -> None:
@@ -156,6 +157,7 @@ class Session:
         if self._closed:
             raise RuntimeError(_CLOSED)
         self._interpreter = await self._sandbox.spawn()
+        self._begins = self._interpreter if isinstance(self._interpreter, Begins) else None
 
     async def _close(self) -> None:
         self._closed = True
@@ -163,7 +165,7 @@ class Session:
         await self._discard()
 
     async def _discard(self) -> None:
-        interpreter, self._interpreter = self._interpreter, None
+        interpreter, self._interpreter, self._begins = self._interpreter, None, None
         if interpreter is not None:
             await interpreter.close()
 
