@@ -9,7 +9,7 @@ import pytest
 
 from tests.support import byte_tokenizer
 from trl_multiturn import RolloutConfig, ScriptedEngine, generate_trajectories
-from trl_multiturn.rollout import Journal, JournalError, loop as rollout_loop
+from trl_multiturn.rollout import Journal, JournalError, rollouts as rollout_loop
 from trl_multiturn.rollout.judging import Judge, judge_again
 from trl_multiturn.rollout.provenance import behavior_of, decides_rollouts
 from trl_multiturn.tools.base import current_rollout
