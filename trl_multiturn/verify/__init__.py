@@ -1,6 +1,7 @@
 """Trajectory → verdict: answers, reward functions, filters, process rewards. Imports neither torch nor TRL."""
 
-from .answers import canonical_answer, exact_number, final_answer, gold_answer, last_boxed, message_text
+from .answers import canonical_answer, final_answer, last_boxed, message_text
+from .comparison import compare_numbers
 from .filters import (
     AUTHORS_FILTERS,
     FILTERS,
@@ -12,7 +13,8 @@ from .filters import (
     over_length,
     resolve_filters,
 )
-from .mathematics import MathVerifier, compare_numbers, math_reward
+from .golds import gold_answer, look_at_golds
+from .mathematics import MathVerifier, math_reward, math_verify_reward, paper_reward
 from .process_rewards import (
     Segment,
     hard_reward,
@@ -23,6 +25,7 @@ from .process_rewards import (
     soft_reward,
     turn_totals,
 )
+from .reading.numerals import exact_number
 from .rewards import judge, judge_async, resolve_reward_funcs, reward_name
 
 
@@ -45,11 +48,14 @@ __all__ = [
     "judge_async",
     "last_boxed",
     "long_answer",
+    "look_at_golds",
     "longest_good_prefix",
     "math_reward",
+    "math_verify_reward",
     "message_text",
     "min_utility",
     "over_length",
+    "paper_reward",
     "prefix_rewards",
     "resolve_filters",
     "resolve_reward_funcs",

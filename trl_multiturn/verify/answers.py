@@ -1,21 +1,19 @@
-r"""From a text to the answer in it: the last `\boxed{}`, the gold answer of a row, and numbers read exactly."""
+r"""From a text to the answer in it: the last `\boxed{}` of a completion, and a key under which equal answers vote."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from fractions import Fraction
 from typing import Any
+
+from .reading.forms import Phrase, read
+from .reading.numerals import BasedNumber
+from .reading.quantities import Quantity
 
 
 _BOX = re.compile(r"\\f?box(?:ed)?\s*\{")
 # A box that is mentioned, not filled in: blanks, also those of LaTeX, and dots
 _EMPTY = re.compile(r"(?:\\(?:[ ,;:!]|quad|dots|ldots|cdots)|[\s~.…])*")
-_DECIMAL = re.compile(r"[+-]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|[+-]?\.\d+")
-_SLASH = re.compile(r"([+-]?\d+)\s*/\s*(\d+)")
-_FRAC = re.compile(r"([+-]?)\\[dt]?frac\s*\{\s*([+-]?\d+)\s*\}\s*\{\s*(\d+)\s*\}")
-# longer numbers are nobody's answer, and Python refuses to convert those beyond 4,300 digits
-_MAX_NUMBER_LENGTH = 100
 
 
 def message_text(message: dict[str, Any]) -> str:
@@ -70,55 +68,19 @@ def final_answer(completion: str | Sequence[dict[str, Any]]) -> str | None:
     return None
 
 
-def gold_answer(answer: Any) -> str:
-    r"""The gold answer as a LaTeX or plain text.
-
-    Takes what datasets hold: a number, a text that ends in `#### 18` (GSM8K), a solution with a `\boxed{}` (MATH), or
-    the answer itself.
-    """
-    text = str(answer).strip()
-    if "####" in text:
-        return text.rsplit("####", 1)[1].strip()
-    boxed = last_boxed(text)
-    return text if boxed is None else boxed
-
-
-def _bare(text: str) -> str:
-    """The text without math delimiters, currency signs and a closing full stop."""
-    text = text.strip().removesuffix(".").strip()
-    if len(text) > 1 and text[0] == text[-1] == "$":
-        text = text[1:-1].strip()
-    return text.removeprefix("\\$").removeprefix("$").strip().replace("{,}", ",").replace("\\!", "")
-
-
-def exact_number(text: str) -> Fraction | None:
-    r"""The value of a plain integer, decimal or fraction, exactly; `None` for anything else.
-
-    Read are `18`, `-3.50`, `1,234`, `\$18`, `$18$`, `18.`, `3/4`, `\frac{3}{4}` (and `\dfrac`, `\tfrac`). Percentages,
-    units, mixed numbers and expressions are not numbers here.
-    """
-    text = _bare(text)
-    if len(text) > _MAX_NUMBER_LENGTH:
-        return None
-    if _DECIMAL.fullmatch(text):
-        return Fraction(text.replace(",", ""))
-    if match := _SLASH.fullmatch(text):
-        numerator, denominator = int(match[1]), int(match[2])
-    elif match := _FRAC.fullmatch(text):
-        numerator, denominator = int(match[1] + "1") * int(match[2]), int(match[3])
-    else:
-        return None
-    return Fraction(numerator, denominator) if denominator else None
-
-
 def canonical_answer(text: str) -> str:
     r"""A key under which plainly equal answers meet, for voting: `0.5`, `1/2` and `$\dfrac{1}{2}$` share one.
 
-    Answers that are equal only by algebra keep different keys: a vote compares thousands of answers, and each of them
-    was compared with the gold answer by the verifier already.
+    All answer one question, so a unit changes no vote: `18 eggs`, `$18` and `18` are one. Answers that are equal only
+    by algebra keep different keys: a vote compares thousands of answers, and each of them was compared with the gold
+    answer by the verifier already.
     """
-    number = exact_number(text)
-    if number is not None:
-        return str(number)
-    text = re.sub(r"\\(?:left|right|[,;:!])|\s+", "", _bare(text))
-    return re.sub(r"\\[dt]frac", r"\\frac", text)
+    reading = read(text)
+    match reading.form:
+        case Quantity(number=number, percent=percent) if number is not None:
+            return f"{number}%" if percent else str(number)
+        case BasedNumber(value=value):
+            return str(value)
+        case Phrase(words=words):
+            return " ".join(words)
+    return reading.text.replace(" ", "")
