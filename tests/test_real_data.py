@@ -27,6 +27,7 @@ import prepare_real_data as real  # noqa: E402
 
 
 DATA = real.default_data_dir()
+PAIRS = DATA.parent / "cases" / "answer_pairs.jsonl"
 needs_data = pytest.mark.skipif(
     not (DATA / real.GSM8K_FILE).exists(),
     reason=f"no recorded solutions in {DATA}: put them there or set TRL_MULTITURN_DATA",
@@ -148,6 +149,37 @@ def test_the_recorded_verdicts_are_ours(tora):
     # these end without a box, where ToRA's grader took the last number in the text or in the output
     assert len(disagree) == 6
     assert all(reward == 0.0 and "boxed" not in row["completion"][-1]["content"] for row, reward in disagree)
+
+
+@needs_data
+def test_gold_solutions_in_prose_are_read_and_the_recorded_verdicts_are_ours():
+    """`ground_truth` ends in a line `A: 18`; the solutions have verdicts of their own."""
+    questions, completions, golds, recorded = [], [], [], []
+    with open(DATA / real.GSM8K_FILE, encoding="utf-8") as file:
+        for record in map(json.loads, file):
+            for told in filter(lambda value: isinstance(value, dict), record.values()):
+                text, _, answer = told["solution"].rpartition("A:")
+                questions.append(record["question"])
+                completions.append(rf"{text}\boxed{{{answer.strip()}}}" if text else told["solution"])
+                golds.append(record["ground_truth"])
+                recorded.append(float(told["is_correct"]))
+    assert Counter(recorded) == {1.0: 1008, 0.0: 1632}
+    assert math_reward(questions, completions, answer=golds) == recorded
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not PAIRS.exists(), reason=f"no pairs in {PAIRS}")
+def test_pairs_of_answers_that_others_decided():
+    pairs = [json.loads(line) for line in PAIRS.read_text(encoding="utf-8").splitlines()]
+    rewards = math_reward(
+        [None] * len(pairs),
+        [rf"\boxed{{{pair['answer']}}}" for pair in pairs],
+        answer=[pair["gold"] for pair in pairs],
+    )
+    outcomes = Counter((pair["equal"], reward) for pair, reward in zip(pairs, rewards, strict=True))
+    assert outcomes[False, 1.0] <= 0.02 * len(pairs)
+    assert outcomes[True, 0.0] <= 0.04 * len(pairs)
+    assert outcomes[True, None] + outcomes[False, None] <= 0.05 * len(pairs)
 
 
 def sampled_text(message):

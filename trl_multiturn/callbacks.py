@@ -138,6 +138,8 @@ class ToolRolloutGenerator(TrainerCallback):
                 raise ValueError(
                     f"`{name}` is empty, so there is nothing to roll out from. Check how it was filtered."
                 )
+            if dataset is not None:
+                judge.check_prompts(dataset)
         for name, value, choices in (
             ("reference", reference, ("previous", "initial")),
             ("history", history, ("latest", "all")),

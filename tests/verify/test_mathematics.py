@@ -4,15 +4,18 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
-from trl_multiturn.verify import MathVerifier, compare_numbers, math_reward
+from tests.verify import misbehaving_worker
+from tests.verify.misbehaving_worker import GROWS, SPINS
+from trl_multiturn.verify import MathVerifier, math_reward, math_verify_reward, mathematics, paper_reward
 from trl_multiturn.verify.mathematics import _SCRIPT as SCRIPT
 from trl_multiturn.verify.workers import Worker, WorkerDied, WorkerPool
 
 
-HANGS = ("10^{10^{10}}", "9^{10^{10}}+1")  # sympy evaluates the powers in C, where no signal handler runs
+MISBEHAVING = Path(misbehaving_worker.__file__)
 
 
 @pytest.fixture(scope="module")
@@ -85,62 +88,59 @@ def test_plain_numbers_never_start_a_process():
     assert worker_pids(verifier) == []
 
 
-NUMBERS = [
-    r"50\%",
-    "1800%",
-    "18",
-    "18.0",
-    "-18",
-    "1,800",
-    "1800",
-    "0.5",
-    "1/2",
-    r"\frac{1}{2}",
-    "0.50001",
-    "0.51",
-    "1/3",
-    "0.333333",
-    "100",
-]
+@pytest.mark.parametrize(
+    ("gold", "answer", "exact", "math_verify", "paper"),
+    [
+        ("35", r"35\%", None, True, True),
+        ("0.5", "0.50000001", False, True, True),
+        ("18", "18.001", False, False, True),
+        ("12 cm", "12 m", False, True, True),
+        ("2 hours 30 minutes", "150 minutes", True, False, False),
+        ("x^2-1", "(x-1)(x+1)", True, True, True),
+    ],
+)
+def test_other_rules_can_be_chosen(gold, answer, exact, math_verify, paper):
+    for reward, verdict in ((math_reward, exact), (math_verify_reward, math_verify), (paper_reward, paper)):
+        assert reward([None], [box(answer)], answer=[gold]) == [verdict], reward.__name__
 
 
-def test_the_fast_path_says_what_math_verify_says(verifier):
-    decided = 0
-    for gold in NUMBERS:
-        for answer in NUMBERS:
-            fast = compare_numbers(gold, answer)
-            if fast is not None:
-                reply = verifier._pool.ask({"gold": gold, "answer": answer, "seconds": 20.0}, 20.0)
-                assert reply["equal"] is fast, (gold, answer)
-                decided += 1
-    assert decided > 150
-    assert compare_numbers("1/3", "0.333333") is None  # rounding decides
-    assert verifier.verify(["1/3"], ["0.333333"]) == [True]
+def test_rules_have_names():
+    with pytest.raises(ValueError, match="`rules='loose'` is unknown.*exact, math_verify, paper"):
+        MathVerifier(rules="loose")
+    assert len({reward.version for reward in (math_reward, math_verify_reward, paper_reward)}) == 3
+
+
+def test_the_question_decides_whether_the_percent_sign_may_be_missing():
+    asked = [{"role": "user", "content": "It has 3 parts. What percent is the first?"}]
+    other = [{"role": "user", "content": "It fell by 20%. How much is left?"}]
+    assert math_reward([asked, other], [box(r"25\%")] * 2, answer=["25", "25"]) == [1.0, None]
 
 
 @pytest.mark.parametrize(
     ("gold", "answer", "equal"),
     [
-        ("35", r"35.0\%", True),
-        ("0.35", r"$35\%$", True),
-        (r"35\%", "35%.", True),
-        (r"35\%", "7/20", True),
-        (r"0.5\%", r"50\%", False),
-        ("35", r"36\%", None),  # left to math-verify
-        ("35", r"x\%", None),
+        (r"e^{i\pi}", "-1", True),
+        (r"(1+i)^2", "2i", True),
+        ("x < 2 or x > 5", r"(-\infty, 2) \cup (5, \infty)", True),
+        ("2x+1", "x+1+x", True),
+        ("4t", "4", False),  # math-verify takes t for a unit
+        (r"\frac{1}{20!}", r"\frac{1}{21!}", False),  # equal in six decimals
+        (r"\infty", r"+\infty", True),
+        (r"\frac{}{}+", "3x", None),  # a gold answer that nobody can read
+        ("3x", r"\frac{}{}+", None),
+        ("3", r"\frac{}{}+", False),  # what equals a number can be read
     ],
 )
-def test_percentages(gold, answer, equal):
-    assert compare_numbers(gold, answer) is equal
+def test_expressions(verifier, gold, answer, equal):
+    assert verifier.verify([gold], [answer]) == [equal]
 
 
-def test_a_hanging_comparison_is_killed_and_its_worker_replaced():
+def test_a_hanging_comparison_is_killed_and_its_worker_replaced(monkeypatch):
+    monkeypatch.setattr(mathematics, "_SCRIPT", MISBEHAVING)
     verifier = MathVerifier(timeout_seconds=2.0, num_workers=1)
     assert verifier.verify(["2x"], ["x+x"]) == [True]
     (first,) = worker_pids(verifier)
-    start = time.monotonic()
-    assert verifier.verify([HANGS[0], "3x"], [HANGS[1], "x+x+x"]) == [None, True]
-    assert time.monotonic() - start < 30  # of hours
+    assert verifier.verify([SPINS, "3x"], ["x+1", "x+x+x"]) == [None, True]
     (second,) = worker_pids(verifier)
     assert first != second and not alive(first) and alive(second)
     verifier.close()
@@ -149,9 +149,10 @@ def test_a_hanging_comparison_is_killed_and_its_worker_replaced():
     verifier.close()
 
 
-def test_undecided_in_the_reward_is_none():
+def test_undecided_in_the_reward_is_none(monkeypatch):
+    monkeypatch.setattr(mathematics, "_SCRIPT", MISBEHAVING)
     verifier = MathVerifier(timeout_seconds=1.0, num_workers=1)
-    assert verifier.reward([None] * 2, [box(HANGS[1]), box("7")], answer=[HANGS[0], "7"]) == [None, 1.0]
+    assert verifier.reward([None] * 2, [box("x+1"), box("7")], answer=[SPINS, "7"]) == [None, 1.0]
     verifier.close()
 
 
@@ -161,7 +162,7 @@ def test_a_gold_answer_that_cannot_be_compared_is_undecided(verifier):
 
 def test_a_comparison_that_needs_too_much_memory_is_undecided():
     with pytest.raises(WorkerDied, match="memory limit passed"):
-        Worker(SCRIPT, memory_limit_mb=150).ask({"gold": "18", "answer": "2^{2^{36}}", "seconds": 120.0}, 120.0)
+        Worker(MISBEHAVING, memory_limit_mb=300).ask({"gold": GROWS, "answer": "x+1", "seconds": 120.0}, 120.0)
 
 
 def test_the_first_answer_pays_for_no_import():
@@ -212,7 +213,9 @@ def test_a_forked_child_does_not_read_the_parents_replies(verifier):
 PROGRAM = """
 import os, sys, time
 print("imported", flush=True)
-from trl_multiturn.verify import MathVerifier
+from pathlib import Path
+from trl_multiturn.verify import MathVerifier, mathematics
+mathematics._SCRIPT = Path({script!r})
 verifier = MathVerifier(timeout_seconds={timeout}, num_workers=1)
 verifier.verify(["2x"], ["x+x"])
 print(verifier._pool._idle[0].pid, flush=True)
@@ -222,7 +225,7 @@ print(verifier._pool._idle[0].pid, flush=True)
 
 def run_program(tmp_path, rest, timeout=30.0):
     path = tmp_path / "program.py"
-    path.write_text(PROGRAM.format(rest=rest, timeout=timeout))
+    path.write_text(PROGRAM.format(rest=rest, timeout=timeout, script=str(MISBEHAVING)))
     return subprocess.Popen([sys.executable, str(path)], stdout=subprocess.PIPE, text=True)
 
 
@@ -244,7 +247,7 @@ def test_the_worker_is_lean_and_ends_with_the_program(tmp_path):
 
 
 def test_a_hung_worker_does_not_outlive_a_killed_program(tmp_path):
-    process = run_program(tmp_path, f"verifier.verify([{HANGS[0]!r}], [{HANGS[1]!r}])", timeout=2.0)
+    process = run_program(tmp_path, f"verifier.verify([{SPINS!r}], ['x+1'])", timeout=2.0)
     process.stdout.readline()
     pid = int(process.stdout.readline())
     time.sleep(0.3)  # the worker is computing

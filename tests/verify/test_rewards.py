@@ -7,7 +7,8 @@ import time
 import pytest
 
 from trl_multiturn.trajectory import StopReason, Trajectory, Verdict
-from trl_multiturn.verify import judge, judge_async, math_reward, resolve_reward_funcs
+from trl_multiturn.verify import judge, judge_async, math_reward, paper_reward, resolve_reward_funcs
+from trl_multiturn.verify.rewards import check_columns
 
 
 def trajectory(answer, stop_reason=StopReason.ANSWERED, **info):
@@ -181,10 +182,29 @@ def test_the_users_mistakes_are_raised():
         judge(two, rows, [])
 
 
+def test_a_column_that_a_function_asks_for_is_missed_before_any_rollout():
+    def needs(completions, solution, level=0, **kwargs):
+        return [1.0] * len(completions)
+
+    def sees(columns):
+        seen.append(sorted(columns))
+
+    seen = []
+    needs.check_columns = sees
+    columns = {"prompt": [[]], "answer": ["1"]}
+    with pytest.raises(ValueError, match="'needs' needs `solution`.*'answer'"):
+        check_columns([needs], columns)
+    check_columns([needs], {**columns, "solution": ["1"]})
+    assert seen == [["answer", "prompt", "solution"]]
+    with pytest.raises(ValueError, match="`math_reward` was called without `answer`"):
+        check_columns([math_reward], {"prompt": [[]]})
+
+
 def test_names_resolve_to_functions():
     from trl.rewards import accuracy_reward
 
     assert resolve_reward_funcs("math_reward") == [math_reward]
+    assert resolve_reward_funcs(["paper_reward"]) == [paper_reward]
     assert resolve_reward_funcs(["accuracy_reward"]) == [accuracy_reward]
     assert resolve_reward_funcs("trl_multiturn.verify.math_reward") == [math_reward]
     with pytest.raises(ValueError, match="'no_such_reward'"):

@@ -13,8 +13,11 @@ from ..errors import JournalError
 from ..journal.journal import Journal
 from ..tools.toolbox import Toolset
 from ..trajectory import Trajectory, Verdict
-from ..verify.rewards import judge_async, resolve_reward_funcs, reward_name
+from ..verify.rewards import check_columns, judge_async, resolve_reward_funcs, reward_name
 from .provenance import behavior_of, fingerprint
+
+
+_LOOKED_AT = 1000  # rows
 
 
 @dataclass
@@ -67,6 +70,15 @@ class Judge:
 
     def __bool__(self) -> bool:
         return bool(self._funcs)
+
+    def check_prompts(self, prompts: Any) -> None:
+        """A look at the first prompts, before any rollout.
+
+        Raises:
+            `ValueError`: if a reward function asks for a column that they do not have.
+        """
+        first = [prompts[i] for i in range(min(len(prompts), _LOOKED_AT))]
+        check_columns(self.reward_funcs, {name: [row.get(name) for row in first] for name in first[0]})
 
     def arguments(self) -> dict[str, Any]:
         """What [`generate_trajectories`] and [`evaluate_policy`] are told of it."""

@@ -172,6 +172,7 @@ async def agenerate_trajectories(
     rows = _checked_rows(prompts, optional_prompt=environment_factory is not None)
     toolset = Toolset(tools, environment_factory)
     judge = Judge(reward_funcs, reward_weights, correct_threshold, reward_timeout_seconds, missing_reward)
+    judge.check_prompts(rows)
     plan = RolloutPlan(
         rows=rows,
         prompt_indices=range(len(rows)) if prompt_indices is None else prompt_indices,

@@ -48,8 +48,8 @@ def compare_quantities(gold: Quantity, answer: Quantity, in_percent: bool = Fals
     same = _numbers(gold, answer)
     if same is not True:
         return None if same is False and _in_another_unit(gold, answer) else same
-    if gold.doubtful is not answer.doubtful or ((gold.units or answer.units) and (gold.label or answer.label)):
-        return None  # 5m may be a product; 5 cups and 5 beans may be the same
+    if gold.doubtful is not answer.doubtful or (gold.label and answer.label and (gold.units or answer.units)):
+        return None  # 5m may be a product, and 5 cups may be the 5 beans
     return _same_label(gold, answer)
 
 

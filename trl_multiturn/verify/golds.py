@@ -56,7 +56,7 @@ def _marked(text: str) -> str | None:
     if boxed is not None:
         return boxed
     match = _MARKED.fullmatch(text.rpartition("\n")[2].strip())
-    return match[1].strip() if match else None
+    return match[1].strip("*_ ") if match else None
 
 
 def _says_one_thing(text: str) -> bool:

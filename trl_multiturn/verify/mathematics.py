@@ -84,8 +84,8 @@ class MathVerifier:
         asked = [""] * len(golds) if questions is None else questions
         tasks = list(zip(golds, answers, map(asks_for_percent, asked), strict=True))
         outcomes = {task: self._compare(*task) for task in tasks}
-        pairs = {pair for outcome in outcomes.values() if isinstance(outcome, Open) for pair in outcome.pairs}
-        known = self._ask(pairs)
+        opens = [outcome for outcome in outcomes.values() if isinstance(outcome, Open)]
+        known = self._ask(dict.fromkeys(pair for outcome in opens for pair in outcome.pairs))
         return [
             outcome.decide([known[pair] for pair in outcome.pairs]) if isinstance(outcome, Open) else outcome
             for outcome in map(outcomes.__getitem__, tasks)

@@ -22,6 +22,9 @@ RewardFunc = Callable[..., Any]
 
 # what TRL passes by name beside the dataset's columns
 _RESERVED = ("prompt", "completion", "completion_ids")
+# what every function is called with, and an environment's own reward
+_ALWAYS_PASSED = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric",
+                  "environment_reward")  # fmt: skip
 
 
 def reward_name(reward_func: RewardFunc) -> str:
@@ -34,8 +37,8 @@ def reward_name(reward_func: RewardFunc) -> str:
 def resolve_reward_funcs(reward_funcs: RewardFunc | str | Sequence[RewardFunc | str]) -> list[RewardFunc]:
     """Reward functions from functions and names.
 
-    A name is `"math_reward"`, a function of `trl.rewards` (`"accuracy_reward"`) or a dotted path
-    (`"my_package.my_module.my_reward"`).
+    A name is `"math_reward"`, `"math_verify_reward"` or `"paper_reward"`, a function of `trl.rewards`
+    (`"accuracy_reward"`) or a dotted path (`"my_package.my_module.my_reward"`).
     """
     if isinstance(reward_funcs, str) or not isinstance(reward_funcs, Sequence):
         reward_funcs = [reward_funcs]
@@ -45,10 +48,10 @@ def resolve_reward_funcs(reward_funcs: RewardFunc | str | Sequence[RewardFunc | 
 
 
 def _by_name(name: str) -> RewardFunc:
-    if name == "math_reward":
-        from .mathematics import math_reward
+    if name in ("math_reward", "math_verify_reward", "paper_reward"):
+        from . import mathematics
 
-        return math_reward
+        return getattr(mathematics, name)
     module, _, attribute = name.rpartition(".")
     try:
         return _checked(getattr(importlib.import_module(module or "trl.rewards"), attribute))
@@ -72,6 +75,41 @@ def _is_async(reward_func: RewardFunc) -> bool:
     return inspect.iscoroutinefunction(reward_func) or inspect.iscoroutinefunction(
         getattr(reward_func, "__call__", None)  # noqa: B004  (an object whose `__call__` is a coroutine function)
     )
+
+
+def check_columns(reward_funcs: Sequence[RewardFunc], columns: Mapping[str, Sequence[Any]]) -> None:
+    """Whether reward functions find what they ask for, before the first rollout.
+
+    Args:
+        reward_funcs (`Sequence[Callable]`):
+            Resolved functions. One with a function `check_columns` as an attribute, such as [`math_reward`], looks at
+            the columns itself, too.
+        columns (`Mapping[str, Sequence]`):
+            The columns of the prompts dataset, or the first rows of each.
+
+    Raises:
+        `ValueError`: if a function has a parameter without a default that is no column.
+    """
+    given = {*_ALWAYS_PASSED, *columns} - {"prompt", "completion"}
+    for func in reward_funcs:
+        missing = [name for name in _required_parameters(func) if name not in given]
+        if missing:
+            raise ValueError(
+                f"The reward function {reward_name(func)!r} needs {', '.join(f'`{name}`' for name in missing)}, which "
+                f"the prompts do not have (their columns: {sorted(columns)}). Add the column, or give the parameter a "
+                "default."
+            )
+        if hasattr(func, "check_columns"):
+            func.check_columns(columns)
+
+
+def _required_parameters(func: RewardFunc) -> list[str]:
+    try:
+        parameters = inspect.signature(func).parameters.values()
+    except (TypeError, ValueError):  # a function that does not tell
+        return []
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return [p.name for p in parameters if p.kind in named and p.default is inspect.Parameter.empty]
 
 
 def judge(

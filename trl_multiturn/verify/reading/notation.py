@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 
@@ -90,8 +90,9 @@ KEYBOARD = (
 )
 """Rules about what is typed without LaTeX."""
 
-_MARKUP = (
-    _rule("Markdown's bold", r"(?<![\w)}*\]])(\*\*|__)(?=\S)([^*_]+?)(?<=\S)\1(?![\w({*])", r"\2"),
+MARKUP = (
+    _rule("Markdown's bold", r"(?<![\w)}*\]])\*\*(?=\S)([^*]+)(?<=\S)\*\*(?![\w({*])", r"\1"),
+    _rule("Markdown's bold", r"(?<![\w)}\]])__(?=\S)([^_]+)(?<=\S)__(?!\w)", r"\1"),
     _rule("Markdown's italics", r"^\*(?=\S)([^*]+)(?<=\S)\*$|^_([^_]+)_$", r"\1\2"),
     _rule("Markdown's code", r"`+([^`]+)`+", r"\1"),
     _rule("math delimiters", r"(?<!\\)\\[\[(](.*?)(?<!\\)\\[\])]", r" \1 "),
@@ -99,7 +100,9 @@ _MARKUP = (
     _rule("math delimiters", r"(?<!\\)\$(?=\S)([^$]*[^\s$\\])\$(?!\d)", r"\1"),
     _rule("a dollar sign that stands for money", r"\\?\$", r"\\$"),
 )
-_WHOLE = (
+"""Rules about Markdown and math delimiters."""
+
+WHOLE = (
     _rule("a box in a box", r"^\\f?box(?:ed)?\s*\{(.*)\}$", r"\1"),
     _rule("an answer in words", r"^\\text\s*\{([^{}]*)\}$", r"\1"),
     _rule("math delimiters", r"^\\\$([^$]*)\\\$$", r"\1"),
@@ -114,6 +117,7 @@ _WHOLE = (
     _rule("an estimate is told by its number",
           r"(?i)^(?:about|around|approximately|approx\.?|roughly|nearly|almost)\s+(?=[\d\\$.+-])", ""),
 )  # fmt: skip
+"""Rules about what surrounds all of an answer."""
 
 
 def _characters(text: str) -> str:
@@ -143,22 +147,23 @@ def normalize(text: str) -> str:
 
     Nothing is evaluated. Applying it twice changes nothing more.
     """
-    text = _characters(text).strip()
-    for rule in (*_MARKUP, *LAYOUT):
-        text = rule.pattern.sub(rule.replacement, text)
-    text = _unwrap(text)
-    for rule in KEYBOARD:
-        text = rule.pattern.sub(rule.replacement, text)
+    text = _apply(MARKUP, text.strip())
+    text = _apply(LAYOUT, _characters(text))
+    text = _apply(KEYBOARD, _unwrap(text))
     return re.sub(" +", " ", text).strip()
+
+
+def _apply(rules: Iterable[Rule], text: str) -> str:
+    for rule in rules:
+        text = rule.pattern.sub(rule.replacement, text)
+    return text
 
 
 def _unwrap(text: str) -> str:
     """The text without what surrounds all of it."""
     before = None
     while text != before:
-        before = text
-        for rule in _WHOLE:
-            text = rule.pattern.sub(rule.replacement, text.strip())
+        before, text = text, _apply(WHOLE, text).strip()
     return text
 
 

@@ -77,7 +77,7 @@ def read_number(text: str) -> Fraction | None:
 
 
 def _unsigned(text: str) -> Fraction | None:
-    for read in (_plain, _mixed, _fraction, _power, _repeating, _scaled, _worded):
+    for read in (_plain, _mixed, _fraction, _power, _repeating, _worded, _scaled):
         value = read(text)
         if value is not None:
             return value
