@@ -262,7 +262,7 @@ def test_a_worker_that_cannot_load_says_what_to_install(tmp_path):
         "import json, sys\nsys.stdin.readline()\n"
         "print(json.dumps({'ready': False, 'error': 'ModuleNotFoundError: math_verify'}), flush=True)\n"
     )
-    with pytest.raises(ImportError, match="pip install 'math-verify"):
+    with pytest.raises(ImportError, match="pip install math-verify"):
         WorkerPool(script, 1, 512).ask({}, 1.0)
     script.write_text("raise SystemExit(3)")
     pool = WorkerPool(script, 1, 512)
