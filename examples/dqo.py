@@ -63,7 +63,7 @@ class DQOScriptArguments(ScriptArguments):
 
 
 def main(script_args, training_args, model_args, dataset_args):
-    from offline_values import (
+    from embedded.offline_values import (
         balance,
         hold_out,
         last_values,
@@ -75,7 +75,7 @@ def main(script_args, training_args, model_args, dataset_args):
     from trl import get_dataset, get_peft_config, get_quantization_config
 
     from trl_multiturn import DQOTrainer, preview_masks
-    from trl_multiturn.data import load_rows
+    from trl_multiturn.data import choose_split, load_rows
     from trl_multiturn.data.value_preview import preview_values
 
     # Load the dataset
@@ -83,7 +83,7 @@ def main(script_args, training_args, model_args, dataset_args):
         dataset = get_dataset(dataset_args)
     else:
         dataset = load_rows(script_args.dataset_name, script_args.dataset_config, script_args.dataset_streaming)
-    train_dataset, held_out = dataset[script_args.dataset_train_split], None
+    train_dataset, held_out = choose_split(dataset, script_args.dataset_train_split), None
     if script_args.held_out and "question_id" in train_dataset.column_names:
         train_dataset, held_out = hold_out(train_dataset, script_args.held_out)
         train_dataset = balance(train_dataset) if script_args.balanced else train_dataset

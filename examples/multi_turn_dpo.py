@@ -45,7 +45,7 @@ def main(script_args, training_args, model_args, dataset_args):
     from trl import get_dataset, get_peft_config, get_quantization_config
 
     from trl_multiturn import MultiTurnDPOTrainer, preview_masks
-    from trl_multiturn.data import load_rows
+    from trl_multiturn.data import choose_split, load_rows
 
     training_args.model_init_kwargs = dict(
         revision=model_args.model_revision,
@@ -64,8 +64,10 @@ def main(script_args, training_args, model_args, dataset_args):
     trainer = MultiTurnDPOTrainer(
         model=model_args.model_name_or_path,
         args=training_args,
-        train_dataset=dataset[script_args.dataset_train_split],
-        eval_dataset=dataset[script_args.dataset_test_split] if training_args.eval_strategy != "no" else None,
+        train_dataset=choose_split(dataset, script_args.dataset_train_split),
+        eval_dataset=(
+            choose_split(dataset, script_args.dataset_test_split) if training_args.eval_strategy != "no" else None
+        ),
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )

@@ -62,35 +62,10 @@ python examples/oreo.py \
 
 The rows that train are gold solutions of 6,000 training problems and as many with one mistake; those that compare are
 2,640 recorded solutions of four models to 660 other problems. A warm-up of the value model that outlasts the training
-leaves the policy as it is: see below why.
+leaves the policy as it is.
 
-Measured with these commands (2026-11-21; 288,440 parameters, 12,000 rows; 20 minutes of a shared core), none of the
-660 problems seen in training, 95 % intervals from a bootstrap over problems: AUC 0.609 (0.580–0.637) over all
-trajectories, and 0.586 (0.549–0.623) between correct and incorrect trajectories of the *same* problem, better than
-chance in both. The run before it, the first with these settings, whose policy `tiny_policy.warm_start` had made in the
-same manner, gave 0.635 (0.607–0.661) and 0.602 (0.559–0.640).
-
-How that came about, since the same 660 problems were looked at before: recipes in which the policy moved, too, did not
-tell solutions of one problem apart. With 3,000 such rows and `--learning_rate 1e-4` the AUC within a problem was 0.537
-(0.492–0.578) after 188 steps and 0.509 (0.470–0.547) after 938; a model of 8 layers and 512 units, pretrained with
-`sft.py` for two minutes of one H200, came to 0.562 (0.529–0.594) over all and 0.515 (0.474–0.554) within a problem on
-27,224 rows at `--learning_rate 1e-5`. There even the values of training rows hardly differed (0.580 and 0.565 on
-average at the end of correct and incorrect ones), while the policy's implicit rewards did (-0.05 and -0.28): what the
-policy takes up, the values, which are fitted to the rest, need not hold. That is why the policy is left alone; both
-runs of that are reported.
-
-The same run with a policy that moves (`--learning_rate 1e-4` in place of `--value_warmup_steps 100000`; 2026-11-21, on
-the same initial policy, rows and order) gave 0.524 (0.495–0.554) over all trajectories and 0.531 (0.488–0.573) within
-a problem. Without the flag alone, so at the default `--learning_rate 5e-6`, it gave 0.563 (0.533–0.593) and 0.554
-(0.510–0.591). Left alone, again on that day, it gave 0.609 and 0.586 as above, to the digit. The difference to 1e-4,
-by a bootstrap over problems in pairs: 0.085 (0.047–0.124) over all and 0.055 (0.005–0.109) within a problem.
-
-Recorded rows themselves are too few: the CPU command above gives 0.617 (0.544–0.697) and 0.550 (0.454–0.643) on 99
-held-out problems, and three folds of five with the policy left alone 0.58–0.64 and 0.46–0.50: such a model learns that
-short solutions belong to easy problems (shortness alone gives 0.652 and 0.450). For comparison, a linear regression on
-seven numbers (steps, length, steps whose result is no integer, and of the answer its size and whether it is negative,
-below 1 or no integer), fitted to rows with one mistake, gives 0.667 within a problem: there is more to know, and a
-pretrained model should know it.
+Measured so (2026-11-21): between correct and incorrect solutions of the same problem, AUC 0.586 (0.549–0.623);
+`benchmarks/results/values.md` tells how that came about.
 
 With `--folds 5` every problem of the rows is held out once; `--fold 2` trains one fold, so that folds may run beside
 each other, and each prints the figures of all that are finished. On a GPU leave out `--use_cpu --bf16 False`; with a
@@ -147,13 +122,13 @@ def main(script_args, training_args, model_args, dataset_args):
         fold_args.output_dir = f"{training_args.output_dir}/fold_{fold}"
         train(*splits[fold], script_args, fold_args, fold_model_args, dataset_args)
     if training_args.process_index == 0:
-        from offline_values import load_groups, report_auc
+        from embedded.offline_values import load_groups, report_auc
 
         report_auc(load_groups(Path(training_args.output_dir)))
 
 
 def train(train_dataset, held_out, script_args, training_args, model_args, dataset_args):
-    from offline_values import last_values, report_auc, save_groups, scorer_of, small_policy, without_tools
+    from embedded.offline_values import last_values, report_auc, save_groups, scorer_of, small_policy, without_tools
     from trl import get_peft_config, get_quantization_config
 
     from trl_multiturn import OREOTrainer, preview_masks
@@ -212,21 +187,21 @@ def train(train_dataset, held_out, script_args, training_args, model_args, datas
 
 def load_rows_apart(script_args, dataset_args):
     """Pairs of rows that train and rows of other problems (or `None`): one pair, or one for each fold."""
-    from offline_values import balance, folds, hold_out
+    from embedded.offline_values import balance, folds, hold_out
     from trl import get_dataset
 
-    from trl_multiturn.data import load_rows
+    from trl_multiturn.data import choose_split, load_rows, load_split
 
     if dataset_args.datasets:
         dataset = get_dataset(dataset_args)
     else:
         dataset = load_rows(script_args.dataset_name, script_args.dataset_config, script_args.dataset_streaming)
-    rows = dataset[script_args.dataset_train_split]
+    rows = choose_split(dataset, script_args.dataset_train_split)
     grouped = "question_id" in rows.column_names
     if script_args.folds and not grouped:
         raise ValueError("`--folds` needs rows that say which problem they belong to. Add a column `question_id`.")
     if script_args.compare_on:
-        splits = [(rows, load_rows(script_args.compare_on)["train"])]
+        splits = [(rows, load_split(script_args.compare_on))]
     elif script_args.folds:
         splits = folds(rows, script_args.folds)
     elif grouped and script_args.held_out:

@@ -12,8 +12,8 @@ Three sources, two of them about GSM8K's test problems:
 - `tora`: trajectories of ToRA (Gou et al., 2024), two models on the same problems: reasoning and a fenced Python
   block, the interpreter's output as a user turn, and the boxed answer.
 - `gsm8k_train`: the gold solutions of GSM8K's training problems in the form of `gsm8k`, and up to two copies of each
-  with one mistake (`one_mistake.py`), whose calculators really gave what they say; with `--variants` the same again
-  for each problem told with other numbers.
+  with one mistake (`embedded/one_mistake.py`), whose calculators really gave what they say; with `--variants` the same
+  again for each problem told with other numbers.
 
 ```bash
 python examples/prepare_real_data.py --data_dir ../shared/data --output data
@@ -41,7 +41,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from one_mistake import one_mistake, other_numbers
+from embedded.one_mistake import one_mistake, other_numbers
 
 from trl_multiturn.verify import MathVerifier
 

@@ -11,21 +11,7 @@ and let them choose among samples (the least reward of a trajectory's steps, the
 python examples/process_rewards.py
 ```
 
-Measured so (2026-11-20; 13 minutes of a shared core, 9 of them for 21,488 completions of the prefixes of 600
-trajectories; reward models of 114 steps each), on 100 held-out prompts:
-
-    greedy                                           36.0 ± 4.8 %
-    one sample                                       16.2 ± 2.1 %
-    best of 4 by outcome reward                      21.0 ± 4.1 %
-    best of 4 by the least process reward            21.0 ± 4.1 %
-    search by process reward, beam 2, 4 candidates   19.0 ± 3.9 %
-    any of 4, the most that choosing can reach       45.0 ± 5.0 %
-
-That shows the machinery, not a gain: choosing is no worse than a random sample, within the errors no better either,
-and below greedy decoding, because this policy's samples at temperature 1 are mostly wrong. The reward models have
-seen 600 trajectories, 166 of them correct, and their losses come down little (from 0.52 to 0.45 and from 0.58 to 0.42
-nats). More prompts and epochs (`--num_prompts 600 --num_train_epochs 10`) should help; that has not been measured. In
-`iterative_oreo.py` a value model of this size told hardly more than chance after 400 steps, and much after 3,000.
+What came out is in `benchmarks/results/values.md`: the machinery works, with so few rows it gains nothing.
 
 # Full training (M-DPO paper 2409.02392, examples 2 and 3)
 ```bash
@@ -43,6 +29,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+from trl_multiturn.scripts.arguments import PromptArguments
+from trl_multiturn.scripts.prompts import load_prompts
+
 
 # What the embedded default uses in place of Transformers' own defaults
 EMBEDDED = {
@@ -59,12 +48,10 @@ EMBEDDED = {
 
 
 @dataclass
-class ProcessRewardArguments:
+class ProcessRewardArguments(PromptArguments):
     """What to roll out, complete and compare."""
 
     policy: str | None = field(default=None, metadata={"help": "Folder or name; a small policy is built without."})
-    dataset_name: str | None = field(default=None, metadata={"help": "Questions and answers; else embedded problems."})
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
     num_prompts: int = field(default=150, metadata={"help": "Prompts whose trajectories are completed."})
     num_generations: int = field(default=4, metadata={"help": "Trajectories of each."})
     num_completions: int = field(default=8, metadata={"help": "Completions of each prefix (N in eq. 2)."})
@@ -76,16 +63,22 @@ class ProcessRewardArguments:
 
 
 def main(script_args, training_args):
-    from iterative_multi_turn_dpo import load_engine
-
-    from trl_multiturn import PythonTool, RolloutConfig, evaluate_policy, generate_trajectories, math_reward
+    from trl_multiturn import (
+        PythonTool,
+        RolloutConfig,
+        TransformersEngine,
+        evaluate_policy,
+        generate_trajectories,
+        math_reward,
+    )
     from trl_multiturn.evaluation import summarize
     from trl_multiturn.models.reward_model import outcome_reward_rows, process_reward_rows
     from trl_multiturn.rollout.prefix_completion import estimate_step_rewards
     from trl_multiturn.rollout.search import value_guided_search
+    from trl_multiturn.scripts.sampling import load_policy
 
     policy, prompts, eval_prompts = prepare(script_args, training_args)
-    engine, tools = load_engine(policy), [PythonTool()]
+    engine, tools = TransformersEngine(*load_policy(policy)), [PythonTool()]
     config = RolloutConfig(
         dialect="fenced",
         num_generations=script_args.num_generations,
@@ -131,21 +124,15 @@ def main(script_args, training_args):
 
 def prepare(script_args, training_args):
     """The policy's folder or name, prompts, and held-out prompts."""
-    from datasets import load_dataset
-    from iterative_multi_turn_dpo import IterativeScriptArguments, warm_started_policy
-    from word_problems import make_problems
+    from embedded.default_job import imitating_policy
+    from embedded.word_problems import make_problems
 
-    policy = script_args.policy or warm_started_policy(IterativeScriptArguments(), training_args)
+    policy = script_args.policy or imitating_policy(training_args)
     if script_args.dataset_name is None:
         prompts = make_problems(script_args.num_prompts, seed=1000 + training_args.seed)
         return policy, prompts, make_problems(script_args.num_eval_prompts, seed=0, split="test")
-    splits = load_dataset(script_args.dataset_name, script_args.dataset_config)
-
-    def rows(split, count):
-        chosen = splits[split].select(range(min(count, len(splits[split]))))
-        return chosen.map(lambda row: {"prompt": [{"role": "user", "content": row["question"]}]})
-
-    return policy, rows("train", script_args.num_prompts), rows("test", script_args.num_eval_prompts)
+    prompts, eval_prompts = load_prompts(script_args)
+    return policy, prompts.select(range(min(script_args.num_prompts, len(prompts)))), eval_prompts
 
 
 def train(policy, rows, training_args, name):

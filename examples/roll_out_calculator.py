@@ -24,7 +24,7 @@ import random
 import re
 from pathlib import Path
 
-from one_mistake import calculate
+from embedded.one_mistake import calculate
 
 
 # How the small policies' chat template writes a call, in the form that `parse_response` reads
@@ -72,9 +72,9 @@ def same_answer(completions, answer, **kwargs) -> list[float]:
 
 def load_problems(name: str, share: str, num_prompts: int | None) -> list[dict]:
     """The problems of the gold rows, in random order; of a problem told with several numbers all."""
-    from trl_multiturn.data import load_rows
+    from trl_multiturn.data import load_split
 
-    gold = load_rows(name)["train"].filter(lambda row: row["label"])
+    gold = load_split(name).filter(lambda row: row["label"])
     problems = [
         {"prompt": row["prompt"], "answer": answer_of(row["completion"][-1]["content"]), "id": row["question_id"]}
         for row in gold

@@ -79,11 +79,11 @@ class SupervisedScriptArguments(ScriptArguments):
 
 
 def main(script_args, training_args, model_args, dataset_args):
-    from offline_values import hold_out, new_policy
+    from embedded.offline_values import hold_out, new_policy
     from transformers import AutoTokenizer
     from trl import SFTTrainer, get_dataset, get_peft_config, get_quantization_config
 
-    from trl_multiturn.data import load_rows, supervised_rows
+    from trl_multiturn.data import choose_split, load_rows, supervised_rows
 
     training_args.model_init_kwargs = dict(
         revision=model_args.model_revision,
@@ -97,11 +97,11 @@ def main(script_args, training_args, model_args, dataset_args):
         dataset = get_dataset(dataset_args)
     else:
         dataset = load_rows(script_args.dataset_name, script_args.dataset_config, script_args.dataset_streaming)
-    train_rows, eval_rows = dataset[script_args.dataset_train_split], None
+    train_rows, eval_rows = choose_split(dataset, script_args.dataset_train_split), None
     if script_args.held_out:
         train_rows, eval_rows = hold_out(train_rows, script_args.held_out)
     elif training_args.eval_strategy != "no":
-        eval_rows = dataset[script_args.dataset_test_split]
+        eval_rows = choose_split(dataset, script_args.dataset_test_split)
     train_rows, eval_rows = select_rows(train_rows, script_args), select_rows(eval_rows, script_args)
 
     # Without a model, build one whose tokenizer knows the words of the rows
@@ -150,7 +150,7 @@ def main(script_args, training_args, model_args, dataset_args):
 
 def select_rows(rows, script_args):
     """The rows to imitate."""
-    from offline_values import without_tools
+    from embedded.offline_values import without_tools
 
     if rows is not None and script_args.only_correct:
         rows = rows.filter(lambda row: row["label"] if "label" in row else row["reward"] >= 0.5)

@@ -204,7 +204,7 @@ def compare(name, games, initial, folder, environment, config, best_of):
 def warm_started_player(script_args, training_args, games, environment):
     """Builds a small policy that imitates a wandering player of the training games; the folder of the result."""
     from datasets import Dataset
-    from tiny_policy import build_policy, build_tokenizer, warm_start
+    from embedded.tiny_policy import build_policy, build_tokenizer, warm_start
 
     folder = Path(training_args.output_dir, "warm_start")
     if not Path(folder, "config.json").exists():

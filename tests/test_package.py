@@ -42,7 +42,7 @@ LAYERS = {
     # the loop of turns
     "rollout": GROUND | {"engines", "journal", "sandbox", "templates", "tools", "verify"},
     # what the online loop rests on
-    "online": {"data", "distributed", "engines", "journal", "rollout", "rows", "tools", "trainer"},
+    "online": {"data", "distributed", "engines", "journal", "rollout", "rows", "tools", "trainer", "trajectory"},
     # never rows, rollouts, tools, engines or verifiers: offline training needs none of them
     "trainer": {
         "_upstream",

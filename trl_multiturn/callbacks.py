@@ -20,7 +20,9 @@ from .distributed.sharding import weights_of
 from .engines.engine import Engine, check_engine, is_engine_factory
 from .evaluation import evaluate_policy, summarize
 from .iteration import run_iteration
+from .journal.journal import Journal
 from .journal.run_folder import RunFolder
+from .online.diagnosis import diagnose
 from .online.plan import Beginning, plan_iteration
 from .online.reference import restore_reference
 from .online.report import IterationReport, load_reports, load_start, print_iterations, save_start
@@ -237,14 +239,10 @@ class ToolRolloutGenerator(TrainerCallback):
                 restore_reference(self.trainer, self.settings.reference, self.run)
         else:
             rows = self._find_rows(beginning)
-        if len(rows) == 0:
-            logger.warning(
-                "Iteration %d found no row to train on (%d trajectories: %d correct, %d incorrect; dropped: %s). A "
-                "prompt gives rows where some of its trajectories are correct and some are not: raise "
-                "`num_generations` or the temperature, or use prompts of the policy's level.",
-                *(iteration + 1, self._report.trajectories, self._report.correct, self._report.incorrect),
-                self._report.dropped,
-            )
+        if len(rows) == 0 and self.trainer.args.process_index == 0:
+            groups = Journal(folder.journal).read_by_prompt()
+            has_tools = bool(self.settings.tools or self.settings.environment_factory)
+            logger.warning("%s", diagnose(groups, self._report, self.settings.rollout, has_tools))
         self.trainer.log(self._report.metrics())
         self._epoch_started = time.perf_counter()
         return rows
@@ -302,7 +300,7 @@ class ToolRolloutGenerator(TrainerCallback):
         report.train_seconds = time.perf_counter() - self._epoch_started
         if self.eval_prompts is not None:
             started = time.perf_counter()
-            report.evaluation = self._evaluate()
+            report.evaluation = self._evaluation_of_unchanged(report) or self._evaluate()
             report.eval_seconds = time.perf_counter() - started
             self.trainer.log(_prefixed(report.evaluation))
         report.last_step = state.global_step
@@ -357,6 +355,13 @@ class ToolRolloutGenerator(TrainerCallback):
 
     def _prompts_fingerprint(self, iteration: int) -> str:
         return fingerprint(self._prompts_of(iteration).to_list())
+
+    def _evaluation_of_unchanged(self, report: IterationReport) -> dict[str, float] | None:
+        """What is known of the policy already, if the iteration has not changed it."""
+        if report.trained_rows or policy_revision(weights_of(self.trainer)) != report.policy_revision:
+            return None
+        before = [earlier for earlier in self.reports if earlier.iteration < report.iteration]
+        return before[-1].evaluation if before else self.start_evaluation
 
     def _evaluate(self) -> dict[str, float]:
         """Evaluates the policy as it is now; with several processes each evaluates its share of the prompts."""

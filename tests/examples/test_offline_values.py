@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "examples"))
-import offline_values  # noqa: E402
+from embedded import offline_values  # noqa: E402
 
 
 def test_a_problem_is_held_out_with_all_its_rows():

@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "examples"))
-from one_mistake import MARK, NUMBER, calculate, one_mistake, other_numbers  # noqa: E402
+from embedded.one_mistake import MARK, NUMBER, calculate, one_mistake, other_numbers  # noqa: E402
 from prepare_real_data import read_trajectories  # noqa: E402
 
 

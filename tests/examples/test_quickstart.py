@@ -22,8 +22,7 @@ def text_of(cell) -> str:
 def test_the_notebook_runs(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
-    for module in ("tiny_policy.py", "word_problems.py"):
-        shutil.copy(EXAMPLES / module, tmp_path)  # it writes into its own folder: run a copy
+    shutil.copytree(EXAMPLES / "embedded", tmp_path / "embedded")  # it writes into its own folder: run a copy
     (tmp_path / "notebooks").mkdir()
     notebook = nbformat.read(EXAMPLES / "notebooks" / "quickstart.ipynb", as_version=4)
     assert not any(cell.get("outputs") for cell in notebook.cells), "commit the notebook without outputs"

@@ -126,8 +126,8 @@ def test_raft_says_when_there_is_nothing_to_imitate(tmp_path, model):
 @pytest.fixture(scope="module")
 def taught(tmp_path_factory):
     """A policy that `sft.py` taught the programs of four problems by heart."""
-    from tiny_policy import build_tokenizer
-    from word_problems import ANSWER, CODE, OBSERVATION, VERBS, make_problems, tell, texts
+    from embedded.tiny_policy import build_tokenizer
+    from embedded.word_problems import ANSWER, CODE, OBSERVATION, VERBS, make_problems, tell, texts
 
     def solution(problem):
         lines = [f"x = {problem['start']}"]

@@ -20,8 +20,10 @@ from trl.chat_template_utils import (
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
-import tiny_policy  # noqa: E402
-import word_problems as world  # noqa: E402
+from embedded import (
+    tiny_policy,  # noqa: E402
+    word_problems as world,  # noqa: E402
+)
 
 from trl_multiturn.data.tokenization import tokenize_trajectory  # noqa: E402
 from trl_multiturn.rollout.dialects import FencedDialect, choose_dialect  # noqa: E402

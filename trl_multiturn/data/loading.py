@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from datasets import DatasetDict, IterableDatasetDict, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 
 
@@ -47,3 +47,36 @@ def load_rows(name: str, config: str | None = None, streaming: bool = False) -> 
     if (path / "dataset_dict.json").exists():
         return load_from_disk(path)
     return load_dataset(name, name=config, streaming=streaming)
+
+
+def load_split(
+    name: str, config: str | None = None, split: str = "train", streaming: bool = False
+) -> Dataset | IterableDataset:
+    """
+    Loads one split of a dataset, or of a file.
+
+    Args:
+        name (`str`), config (`str`, *optional*), streaming (`bool`, *optional*, defaults to `False`):
+            As in [`load_rows`].
+        split (`str`, *optional*, defaults to `"train"`):
+            Its name; where a dataset has one split alone, as a file does, that is taken for `"train"`.
+
+    Raises:
+        `ValueError`: if the dataset has no such split.
+    """
+    return choose_split(load_rows(name, config, streaming), split, name)
+
+
+def choose_split(
+    dataset: DatasetDict | IterableDatasetDict, split: str, name: str = "The dataset"
+) -> Dataset | IterableDataset:
+    """One split of a loaded dataset; see [`load_split`]."""
+    if split in dataset:
+        return dataset[split]
+    if split == "train" and len(dataset) == 1:
+        return next(iter(dataset.values()))
+    raise ValueError(
+        f"{name} has no split {split!r}, only {', '.join(map(repr, dataset))}. Name one of them "
+        "(`--dataset_train_split`, `--dataset_test_split`), or give held-out rows in a dataset or file of their own "
+        "where the script takes one (`--eval_dataset_name`); without evaluation none is needed."
+    )

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from tiny_policy import build_policy, build_tokenizer, warm_start
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
+
+from .tiny_policy import build_policy, build_tokenizer, warm_start
 
 
 Group = list[tuple[float, bool]]  # (value, label) of the trajectories of one problem
