@@ -35,6 +35,7 @@ from trl_multiturn.journal.export import run_trajectories
 from trl_multiturn.journal.run_folder import RunFolder
 from trl_multiturn.rollout import Journal, JournalError
 from trl_multiturn.rollout.judging import Judge
+from trl_multiturn.scripts.online import what_was_saved
 from trl_multiturn.trainer.loop.policy_weights import load_policy_weights, policy_revision
 from trl_multiturn.verify import Filter
 
@@ -253,6 +254,18 @@ def test_an_iteration_without_rows_is_skipped_with_a_warning(tmp_path, tool, cap
     assert [r.rows for r in generator.reports] == [0, 3]
     assert trainer.state.global_step == 2
     assert "found no row to train on" in caplog.text
+    assert "The prompts are too easy" in caplog.text and "[user] 0+3?" in caplog.text  # why, and a trajectory to see
+
+
+def test_a_policy_that_did_not_change_is_evaluated_once(tmp_path, tool):
+    def script(prompt_text, sampling, session):
+        return solve(prompt_text, sampling, "x/1")
+
+    trainer, generator, engine = make_run(tmp_path, tool, script, eval_prompts=problems(2, first=50))
+    trainer.train()
+    assert len([c for c in engine.calls if "evaluation" in c.session]) == 4  # two prompts of two turns, once
+    assert [r.evaluation["pass@1"] for r in generator.reports] == [0, 0] and generator.best_policy == 0
+    assert what_was_saved(generator).startswith("No iteration found a row to train on")
 
 
 def test_stopped_run_goes_on_and_ends_where_an_undisturbed_one_does(tmp_path, tool, capsys):

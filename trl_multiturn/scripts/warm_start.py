@@ -216,8 +216,8 @@ def verified_rows(
     if len(rows) == 0:
         raise ValueError(
             f"None of {len(prompts) * config.num_generations} rollouts is correct, so there is nothing to imitate. "
-            "Give the policy worked examples (`--num_shots`), easier problems, more rollouts of each, or conversations to "
-            f"imitate. The rollouts are in {folder / 'journal'}."
+            "Give the policy worked examples (`--num_shots`), easier problems, more rollouts of each, or "
+            f"conversations to imitate. The rollouts are in {folder / 'journal'}."
         )
     return rows
 
