@@ -150,7 +150,7 @@ class TabularToolMDP:
                     continue
                 for observation, probability in enumerate(self.observation_probs[state, action].tolist()):
                     if probability > 0:
-                        walk(self.successors[state, action, observation].item(), *so_far, chance * probability)
+                        walk(int(self.successors[state, action, observation]), *so_far, chance * probability)
 
         walk(0, [], [], 1.0)
         floats = (torch.tensor(x, dtype=torch.float64) for x in (rewards, chances))

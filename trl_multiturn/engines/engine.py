@@ -9,6 +9,9 @@ from typing import Any, Literal, Protocol, runtime_checkable
 from transformers import PreTrainedTokenizerBase
 
 
+FinishReason = Literal["stop", "stop_string", "length"]
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """How one turn is sampled.
@@ -70,7 +73,7 @@ class Generation:
 
     token_ids: list[int]
     logps: list[float]
-    finish_reason: Literal["stop", "stop_string", "length"]
+    finish_reason: FinishReason
 
 
 @runtime_checkable

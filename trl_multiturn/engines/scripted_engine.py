@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from .engine import Generation, SamplingParams
+from .engine import FinishReason, Generation, SamplingParams
 
 
 Turn = str | Sequence[int]
@@ -140,7 +140,7 @@ class ScriptedEngine:
         self._places[session] = place + 1
         return turns[place]
 
-    def _play(self, turn: Turn, sampling: SamplingParams) -> tuple[list[int], str]:
+    def _play(self, turn: Turn, sampling: SamplingParams) -> tuple[list[int], FinishReason]:
         if isinstance(turn, str):
             planned = self.processing_class.encode(turn, add_special_tokens=False)
             stops = sampling.stop_token_ids
@@ -159,4 +159,7 @@ class ScriptedEngine:
         return token_ids, "length"
 
     def _decode(self, token_ids: Sequence[int]) -> str:
-        return self.processing_class.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        text = self.processing_class.decode(
+            list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        return str(text)

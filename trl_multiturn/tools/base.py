@@ -175,7 +175,8 @@ def tool_version(tool: Any) -> str:
     if version is not None:
         return str(version)
     tool = getattr(tool, "__func__", tool)  # of a bound method
-    return _source_version(tool if inspect.isroutine(tool) or inspect.isclass(tool) else type(tool))
+    defined: Any = tool if inspect.isroutine(tool) or inspect.isclass(tool) else type(tool)
+    return _source_version(defined)
 
 
 @lru_cache(maxsize=256)

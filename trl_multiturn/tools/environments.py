@@ -100,7 +100,7 @@ class EnvironmentSet:
         self.by_column = isinstance(factory, Mapping)
         if factory is None:
             self.types: dict[str | None, EnvironmentType] = {}
-        elif self.by_column:
+        elif isinstance(factory, Mapping):
             self.types = {name: EnvironmentType(each) for name, each in factory.items()}
         else:
             self.types = {None: EnvironmentType(factory)}

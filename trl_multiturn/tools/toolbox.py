@@ -147,19 +147,20 @@ class Toolbox:
         Raises:
             [`ToolFailure`]: if the environment did not start.
         """
-        if self._kind is None:
+        kind = self._kind
+        if kind is None:
             return None
 
         async def start() -> Any:
-            self._environment = self._kind.make()
+            self._environment = kind.make()
             return await self._environment.reset(self._row)
 
-        observation = await self._attempt(self._kind.name, lambda: self._in_environment("reset", start))
+        observation = await self._attempt(kind.name, lambda: self._in_environment("reset", start))
         return encodable(observation) if isinstance(observation, str) else observation
 
     async def reward(self) -> float | None:
         """The environment's own reward; `None` without one."""
-        if self._environment is None:
+        if self._environment is None or self._kind is None:
             return None
         reward = self._environment.reward
         return await self._attempt(self._kind.name, lambda: self._in_environment("get_reward", reward))
@@ -173,7 +174,7 @@ class Toolbox:
         Raises:
             [`ToolFailure`]: where the machine failed, also when tried again.
         """
-        results: list[ToolResult | None] = [None] * len(calls)
+        results: dict[int, ToolResult] = {}
         lanes: dict[Any, list[int]] = {}
         for index, call in enumerate(calls):
             lanes.setdefault(self._lanes.get(call.name, index), []).append(index)
@@ -186,7 +187,7 @@ class Toolbox:
         for outcome in outcomes:
             if isinstance(outcome, BaseException):
                 raise outcome
-        return results
+        return [results[index] for index in range(len(calls))]
 
     async def close(self) -> None:
         """Ends the sessions. A session that fails to end is logged, for the trajectory is finished anyway."""
@@ -253,7 +254,7 @@ class Toolbox:
             async with asyncio.timeout(seconds) as clock:
                 return await call()
         except TimeoutError as error:
-            if clock.expired():
+            if seconds is not None and clock.expired():
                 raise _OutOfTime(seconds) from error
             raise
 

@@ -8,7 +8,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import transformers
@@ -30,6 +30,8 @@ from .stop_strings import StopStringMatcher
 # steps, so that their prompts share a pass.
 JOIN_SHARE = 16
 MAX_STEPS_WAITING = 2
+
+Outcome = tuple[DecodingRequest, Generation | BaseException]
 
 
 class TransformersEngine:
@@ -92,7 +94,7 @@ class TransformersEngine:
         if device is not None:
             model.to(device)
         self._architecture = type(self._policy).__name__  # now, as sharding (FSDP2) changes the class
-        self._vocab_size = self._policy.get_input_embeddings().num_embeddings
+        self._vocab_size = int(cast(nn.Embedding, self._policy.get_input_embeddings()).num_embeddings)
         self._retained = RetainedCaches(cache_memory_limit_mb * 2**20)
         self._batch = DecodingBatch(
             shell,
@@ -220,7 +222,7 @@ class TransformersEngine:
             if idle:
                 return
 
-    def _serve(self) -> list[tuple[DecodingRequest, Generation]]:
+    def _serve(self) -> list[Outcome]:
         """Decodes until every request is done. Returns the results that are not delivered yet."""
         batch = self._batch
         begun: deque[DecodingRequest] = deque()
@@ -240,13 +242,15 @@ class TransformersEngine:
                 if joining:
                     batch.join(joining)
                 ready = steps_waited = 0
-            finished = [(request, request.generation()) for request in batch.step() if not request.cancelled]
+            finished: list[Outcome] = [
+                (request, request.generation()) for request in batch.step() if not request.cancelled
+            ]
             steps_waited += bool(ready)
             if not (batch.rows or begun or new or self._inbox):
                 return finished
             self._deliver(finished)
 
-    def _fail(self, error: BaseException) -> list[tuple[DecodingRequest, BaseException]]:
+    def _fail(self, error: BaseException) -> list[Outcome]:
         """Every request in flight gets the error; nothing that may be half-written is kept."""
         self._batch.clear()
         self._retained.clear()
@@ -259,7 +263,7 @@ class TransformersEngine:
         if context is not None and longest > context:  # where positions are learned, torch knows of an index only
             what += f" (a conversation has {longest} tokens, the model {context} positions: lower "
             what += "`max_trajectory_tokens`)"
-        outcomes = []
+        outcomes: list[Outcome] = []
         for request in requests:
             # One exception per caller: a shared one would collect the tracebacks of all of them.
             failure = EngineError(f"Generation failed: {what}")
@@ -274,7 +278,7 @@ class TransformersEngine:
                 return True
         return False
 
-    def _deliver(self, outcomes: list[tuple[DecodingRequest, Generation | BaseException]]) -> None:
+    def _deliver(self, outcomes: list[Outcome]) -> None:
         """Hands results to the event loops that wait for them, one wake-up per loop."""
         by_loop: dict[asyncio.AbstractEventLoop, list[tuple[asyncio.Future, Generation | BaseException]]] = {}
         with self._lock:

@@ -62,7 +62,7 @@ class RetainedCaches:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __contains__(self, session: str) -> bool:
+    def __contains__(self, session: str | None) -> bool:
         return session in self._rows
 
     def put(self, session: str, row: RetainedRow) -> None:

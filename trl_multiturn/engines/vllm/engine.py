@@ -13,7 +13,7 @@ from typing import Any, Literal
 from packaging.version import InvalidVersion, Version
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from ..engine import Generation, SamplingParams
+from ..engine import FinishReason, Generation, SamplingParams
 
 
 # Earlier ones look for the names that layers bear without LoRA, and leave the engine with half of its weights.
@@ -211,6 +211,7 @@ class VLLMEngine:
 
     async def _generate(self, prompt_ids: list[int], sampling: SamplingParams) -> Generation:
         task = asyncio.current_task()
+        assert task is not None  # it runs as one
         self._running.add(task)
         try:
             stream = self._llm.generate(
@@ -297,7 +298,7 @@ def _release(version: str) -> tuple[int, ...]:
         return RELOADS_UNDER_LORA
 
 
-def _finish_reason(output: Any) -> str:
+def _finish_reason(output: Any) -> FinishReason:
     if output.finish_reason == "stop" and isinstance(output.stop_reason, str):
         return "stop_string"
     if output.finish_reason not in ("stop", "length"):

@@ -8,11 +8,11 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ..engine import Generation, SamplingParams
+from ..engine import FinishReason, Generation, SamplingParams
 from .connection import SERVER_OPTIONS, ServerConnection, ServerFailed, WrongAnswer
 
 
@@ -262,7 +262,7 @@ def _generation(answer: Any, vocabulary: int) -> Generation:
     return Generation(token_ids, logps, _FINISH[reason])
 
 
-_FINISH: dict[str, Literal["stop", "stop_string", "length"]] = {
+_FINISH: dict[str, FinishReason] = {
     "stop": "stop",
     "stop_string": "stop_string",
     "length": "length",
