@@ -52,7 +52,7 @@ class VLLMServerEngine:
         ValueError: if it reports log-probabilities of another distribution, or the servers have different models.
     """
 
-    weights: Literal["shared", "own"] = "own"
+    weights: Literal[shared, own] = "own"
 
     def __init__(
         self,
