@@ -8,7 +8,7 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
@@ -52,7 +52,7 @@ class VLLMServerEngine:
         ValueError: if it reports log-probabilities of another distribution, or the servers have different models.
     """
 
-    weights: Literal[shared, own] = "own"
+    weights: Literal["shared", "own"] = "own"
 
     def __init__(
         self,
