@@ -13,11 +13,12 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Unpack
 
 from .engines.engine import Engine
 from .rollout.config import RolloutConfig
 from .rollout.loop import generate_trajectories
+from .rollout.options import RolloutOptions
 from .trajectory import Trajectory, Verdict
 from .verify.answers import canonical_answer, final_answer
 
@@ -112,7 +113,7 @@ class EvaluationResult:
                 estimates[f"pass@{k}"] = estimate
         if self.majority is not None:
             estimates[f"maj@{self.n}"] = self.majority
-        flat = {}
+        flat: dict[str, float] = {}
         for name, estimate in estimates.items():
             flat |= {name: estimate.value, f"{name}_se": estimate.standard_error}
         return {**flat, "undecided": float(self.counts[Verdict.UNDECIDED.value])}
@@ -128,7 +129,7 @@ def evaluate_policy(
     config: RolloutConfig | None = None,
     answer: Callable[[Trajectory], str | None] | None = None,
     search: Callable[..., list[Trajectory]] | None = None,
-    **kwargs: Any,
+    **options: Unpack[RolloutOptions],
 ) -> EvaluationResult:
     r"""Evaluates a policy on held-out prompts: pass@1 with greedy decoding and, for `n > 1`, pass@k and maj@n.
 
@@ -155,8 +156,8 @@ def evaluate_policy(
         search (`Callable`, *optional*):
             Decodes in place of greedy decoding, and at `config`'s temperature, e.g.
             `functools.partial(value_guided_search, score=value_model.score, beam=7)`.
-        **kwargs:
-            For [`generate_trajectories`], e.g. `environment_factory`, `reward_weights`, `progress`.
+        **options ([`~trl_multiturn.rollout.options.RolloutOptions`]):
+            As in [`generate_trajectories`], e.g. `environment_factory`, `reward_weights`, `progress`.
 
     Returns:
         [`EvaluationResult`]
@@ -170,6 +171,9 @@ def evaluate_policy(
         )
     config = config or RolloutConfig()
 
+    def labelled(policy: str) -> RolloutOptions:
+        return {**options, "policy": options.get("policy", policy)}
+
     def roll_out(count: int, at: float, policy: str) -> list[Trajectory]:
         return generate_trajectories(
             prompts,
@@ -178,14 +182,14 @@ def evaluate_policy(
             replace(config, temperature=at, temperature_variants=[]),
             reward_funcs=reward_funcs,
             num_generations=count,
-            **{"policy": policy, **kwargs},
+            **labelled(policy),
         )
 
     if search is None:
         greedy = roll_out(1, 0.0, "evaluation-greedy")
     else:
-        arguments = {"policy": "evaluation-search", **kwargs}
-        greedy = search(prompts, engine, tools, config=config, reward_funcs=reward_funcs, **arguments)
+        own = labelled("evaluation-search")
+        greedy = search(prompts, engine, tools, config=config, reward_funcs=reward_funcs, **own)
     samples = roll_out(n, temperature, "evaluation-samples") if n > 1 else []
     result = summarize(greedy, samples, answer)
     undecided = result.counts[Verdict.UNDECIDED.value]

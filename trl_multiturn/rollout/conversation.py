@@ -34,7 +34,7 @@ class Conversation:
 
     def __init__(self, config: RolloutConfig, processing_class: Any, schemas: Sequence[dict[str, Any]]):
         self.dialect = choose_dialect(config.dialect, processing_class, schemas, config)
-        kwargs = config.chat_template_kwargs or {}
+        kwargs: Any = config.chat_template_kwargs or {}  # a dict, once the configuration has read it
         self.template = TurnTemplate(processing_class, tools=self.dialect.template_tools, **kwargs)
         self._tokenizer = getattr(processing_class, "tokenizer", processing_class)
         eos = self._tokenizer.eos_token_id

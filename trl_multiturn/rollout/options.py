@@ -8,27 +8,26 @@ from typing import Any, Literal, TypedDict
 
 from ..journal.journal import Journal
 from ..trajectory import Trajectory
-from .player import Player
 
 
 class RolloutOptions(TypedDict, total=False):
-    """The keyword-only arguments of [`generate_trajectories`], which describes each. Other functions hand them on."""
+    """Keyword-only arguments of [`generate_trajectories`], which describes each, for functions that hand them on.
 
-    reward_funcs: Any
+    `reward_funcs`, `num_generations`, `prompt_indices` and `player` are missing: such functions have them as arguments
+    of their own, or set them.
+    """
+
     reward_weights: Sequence[float] | None
     correct_threshold: float
     reward_timeout_seconds: float | None
     missing_reward: Literal["undecided", "skip"]
     environment_factory: Callable[[], Any] | Mapping[str, Callable[[], Any]] | None
     processing_class: Any
-    num_generations: int | None
     policy: str
     policy_revision: str | None
     iteration: int
     sample_offset: int
-    prompt_indices: Sequence[int] | None
     journal: Journal | str | os.PathLike | None
     collect: bool
     on_trajectory: Callable[[Trajectory], None] | None
     progress: bool
-    player: Player | None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, Unpack
 
 from datasets import Dataset
 
@@ -28,6 +28,7 @@ from .config import RolloutConfig
 from .conversation import Conversation
 from .episode import Episode
 from .loop import generate_trajectories
+from .options import RolloutOptions
 from .provenance import derive_seed
 from .transcript import Transcript
 
@@ -49,7 +50,9 @@ def complete_prefixes(
     tools: Sequence[Any] | None = None,
     config: RolloutConfig | None = None,
     num_completions: int = 20,
-    **kwargs: Any,
+    *,
+    reward_funcs: Any = None,
+    **options: Unpack[RolloutOptions],
 ) -> list[list[Trajectory]]:
     """Completes prefixes of trajectories, each `num_completions` times. Equal prefixes are completed once.
 
@@ -62,8 +65,10 @@ def complete_prefixes(
             As in [`generate_trajectories`], with the tools, dialect and template that wrote the trajectories.
         num_completions (`int`, *optional*, defaults to `20`):
             Completions of each prefix (20 in DQO).
-        **kwargs:
-            For [`generate_trajectories`], e.g. `reward_funcs`, `environment_factory`, `journal`.
+        reward_funcs (`Callable`, `str` or list of them, *optional*):
+            What decides on the completions.
+        **options ([`~trl_multiturn.rollout.options.RolloutOptions`]):
+            As in [`generate_trajectories`], e.g. `environment_factory`, `journal`.
 
     Returns:
         `list[list[Trajectory]]`: for each prefix its completions: whole trajectories that begin with it.
@@ -80,6 +85,7 @@ def complete_prefixes(
         _refuse(number, prefix, config)
     keys = [_key(prefix) for prefix in prefixes]
     unique = dict(zip(keys, prefixes, strict=True))
+    options.setdefault("policy", "completion")
     completions = generate_trajectories(
         [prompts[prefix.trajectory.info["prompt_index"]] for prefix in unique.values()],
         engine,
@@ -87,8 +93,9 @@ def complete_prefixes(
         config,
         prompt_indices=list(unique),
         num_generations=num_completions,
+        reward_funcs=reward_funcs,
         player=_PrefixPlayer(unique),
-        **{"policy": "completion", **kwargs},
+        **options,
     )
     by_key: dict[int, list[Trajectory]] = {key: [] for key in unique}
     for completion in completions:
@@ -109,14 +116,15 @@ def estimate_step_rewards(
     delimiter: StepDelimiter = "turn",
     estimate: Literal["soft", "hard"] = "soft",
     num_completions: int = 20,
-    **kwargs: Any,
+    reward_funcs: Any = None,
+    **options: Unpack[RolloutOptions],
 ) -> list[Trajectory]:
     """The reward of every step of judged trajectories: the labels of a process reward model (M-DPO, example 3).
 
     Args:
         trajectories (`Sequence[Trajectory]`):
             Judged. The reward of the last step is the trajectory's own verdict.
-        prompts, engine, tools, config, num_completions, **kwargs:
+        prompts, engine, tools, config, num_completions, reward_funcs, **options:
             As in [`complete_prefixes`]; `reward_funcs` (or an environment with a reward) decide.
         delimiter (`str`, *optional*, defaults to `"turn"`):
             What a step is: `"turn"`, `"line"` or `"sentence"`.
@@ -130,11 +138,15 @@ def estimate_step_rewards(
     reward = {"soft": soft_reward, "hard": hard_reward}.get(estimate)
     if reward is None:
         raise ValueError(f"`estimate={estimate!r}` is unknown. Choose 'soft' or 'hard'.")
-    steps = [segments(trajectory, delimiter, _tokenizer(engine, kwargs)) for trajectory in trajectories]
+    steps = [segments(trajectory, delimiter, _tokenizer(engine, options)) for trajectory in trajectories]
     prefixes = [
         _prefix(trajectory, step) for trajectory, found in zip(trajectories, steps, strict=True) for step in found[:-1]
     ]
-    completed = iter(complete_prefixes(prefixes, prompts, engine, tools, config, num_completions, **kwargs))
+    completed = iter(
+        complete_prefixes(
+            prefixes, prompts, engine, tools, config, num_completions, reward_funcs=reward_funcs, **options
+        )
+    )
     settings = {"delimiter": delimiter, "estimate": estimate, "num_completions": num_completions}
     labelled = []
     for trajectory, found in zip(trajectories, steps, strict=True):
@@ -154,7 +166,8 @@ def reward_longest_good_prefix(
     *,
     delimiter: StepDelimiter = "turn",
     num_completions: int = 20,
-    **kwargs: Any,
+    reward_funcs: Any = None,
+    **options: Unpack[RolloutOptions],
 ) -> list[Trajectory]:
     """DQO's process rewards (arXiv:2410.09302, section 4.4), which its trainer adds to the outcome.
 
@@ -165,7 +178,7 @@ def reward_longest_good_prefix(
     Args:
         trajectories (`Sequence[Trajectory]`):
             Judged.
-        prompts, engine, tools, config, num_completions, **kwargs:
+        prompts, engine, tools, config, num_completions, reward_funcs, **options:
             As in [`complete_prefixes`]; `reward_funcs` (or an environment with a reward) decide.
         delimiter (`str`, *optional*, defaults to `"turn"`):
             What a step is: `"turn"`, `"line"` or `"sentence"`.
@@ -175,7 +188,7 @@ def reward_longest_good_prefix(
         `info["process_rewards"]`, pairs of a position in `completion_ids` (a step's last token) and a reward.
         [`build_unpaired_dataset`] writes either as a column.
     """
-    steps = [segments(trajectory, delimiter, _tokenizer(engine, kwargs)) for trajectory in trajectories]
+    steps = [segments(trajectory, delimiter, _tokenizer(engine, options)) for trajectory in trajectories]
     good = [
         len(found) if trajectory.verdict is Verdict.CORRECT else 0
         for trajectory, found in zip(trajectories, steps, strict=True)
@@ -187,7 +200,9 @@ def reward_longest_good_prefix(
     }
     while open_counts:
         prefixes = [_prefix(trajectories[i], steps[i][count - 1]) for i, count in open_counts.items()]
-        completed = complete_prefixes(prefixes, prompts, engine, tools, config, num_completions, **kwargs)
+        completed = complete_prefixes(
+            prefixes, prompts, engine, tools, config, num_completions, reward_funcs=reward_funcs, **options
+        )
         for (index, count), completions in zip(list(open_counts.items()), completed, strict=True):
             if hard_reward(completion.verdict for completion in completions):
                 good[index] = count
@@ -262,8 +277,8 @@ def _completed(completion: Trajectory, prefix: Prefix) -> Trajectory:
     return replace(completion, logps=logps, info={**completion.info, **own})
 
 
-def _tokenizer(engine: Engine, kwargs: Mapping[str, Any]) -> Any:
-    processing_class = kwargs.get("processing_class") or engine.processing_class
+def _tokenizer(engine: Engine, options: RolloutOptions) -> Any:
+    processing_class = options.get("processing_class") or engine.processing_class
     return getattr(processing_class, "tokenizer", processing_class)
 
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, Unpack
 
 from datasets import Dataset
 
@@ -24,6 +24,7 @@ from ..trajectory import StopReason, Trajectory
 from .config import RolloutConfig
 from .episode import Episode
 from .loop import agenerate_trajectories
+from .options import RolloutOptions
 from .provenance import derive_seed
 from .scoring import Score, Scorer
 from .transcript import Transcript
@@ -45,7 +46,14 @@ def value_guided_search(
     beam: int = 3,
     candidates: int | None = None,
     config: RolloutConfig | None = None,
-    **kwargs: Any,
+    *,
+    step: Step = "turn",
+    finished: Literal["rank", "pool"] = "rank",
+    score_at: Literal["state", "action"] = "state",
+    reward_funcs: Any = None,
+    num_generations: int = 1,
+    prompt_indices: Sequence[int] | None = None,
+    **options: Unpack[RolloutOptions],
 ) -> list[Trajectory]:
     """Searches for the trajectory of the highest score, one per prompt (OREO, arXiv:2412.16145, section 3.5).
 
@@ -88,9 +96,12 @@ def value_guided_search(
             What `score` reads. `"state"`, for value models: the state after the step, its observation included; where
             nothing answers a turn, the state before the token that ended it, for none comes after. `"action"`, for
             reward models: everything up to the step's last sampled token.
-        **kwargs:
-            For [`generate_trajectories`], e.g. `reward_funcs`, `environment_factory`, `journal`; `num_generations`
-            (1 by default) is the number of searches per prompt.
+        reward_funcs (`Callable`, `str` or list of them, *optional*), prompt_indices (`Sequence[int]`, *optional*):
+            As in [`generate_trajectories`].
+        num_generations (`int`, *optional*, defaults to `1`):
+            Searches per prompt.
+        **options ([`~trl_multiturn.rollout.options.RolloutOptions`]):
+            As in [`generate_trajectories`], e.g. `environment_factory`, `reward_weights`, `journal`.
 
     Returns:
         `list[Trajectory]`: ids as sampled, with masks and log-probabilities. `info["search"]` holds the `score`, and
@@ -106,7 +117,24 @@ def value_guided_search(
     >>> trajectories = value_guided_search(prompts, engine, [PythonTool()], value_model.score, beam=7)
     ```
     """
-    return run_coroutine(avalue_guided_search(prompts, engine, tools, score, beam, candidates, config, **kwargs))
+    return run_coroutine(
+        avalue_guided_search(
+            prompts,
+            engine,
+            tools,
+            score,
+            beam,
+            candidates,
+            config,
+            step=step,
+            finished=finished,
+            score_at=score_at,
+            reward_funcs=reward_funcs,
+            num_generations=num_generations,
+            prompt_indices=prompt_indices,
+            **options,
+        )
+    )
 
 
 async def avalue_guided_search(
@@ -121,14 +149,15 @@ async def avalue_guided_search(
     step: Step = "turn",
     finished: Literal["rank", "pool"] = "rank",
     score_at: Literal["state", "action"] = "state",
-    environment_factory: Callable[[], Any] | Mapping[str, Callable[[], Any]] | None = None,
+    reward_funcs: Any = None,
     num_generations: int = 1,
-    **kwargs: Any,
+    prompt_indices: Sequence[int] | None = None,
+    **options: Unpack[RolloutOptions],
 ) -> list[Trajectory]:
     """[`value_guided_search`] for event loops."""
     config = config or RolloutConfig()
     candidates = beam if candidates is None else candidates
-    rewindable = environment_factory is None
+    rewindable = options.get("environment_factory") is None
     _refuse(score, beam, candidates, config, rewindable, step, finished, score_at)
     settings = _Settings(beam, candidates, step, finished, score_at, rewindable)
     return await agenerate_trajectories(
@@ -136,10 +165,11 @@ async def avalue_guided_search(
         engine,
         tools,
         config,
-        environment_factory=environment_factory,
+        reward_funcs=reward_funcs,
         num_generations=num_generations,
+        prompt_indices=prompt_indices,
         player=_SearchPlayer(Scorer(score), settings),
-        **kwargs,
+        **options,
     )
 
 
