@@ -26,7 +26,7 @@ LAYERS = {
     "templates": {"_upstream", "messages"},
     # the interpreter, a package that could stand by itself
     "sandbox": {"_lazy", "errors"},
-    "distributed": {"_upstream"},
+    "distributed": {"_upstream", "errors"},
     "models": {"_upstream", "steps", "trajectory", "verify"},
     "packing": {"_upstream", "precision"},
     # what the policy may call, what samples, what is kept
@@ -42,12 +42,14 @@ LAYERS = {
     # the loop of turns
     "rollout": GROUND | {"engines", "journal", "sandbox", "templates", "tools", "verify"},
     # what the online loop rests on
-    "online": {"data", "distributed", "engines", "journal", "rollout", "rows", "tools", "trainer", "trajectory"},
+    "online": GROUND
+    | {"data", "distributed", "engines", "evaluation", "journal", "rollout", "rows", "tools", "trainer"},
     # never rows, rollouts, tools, engines or verifiers: offline training needs none of them
     "trainer": {
         "_upstream",
         "data",
         "distributed",
+        "errors",
         "formats",
         "losses",
         "models",

@@ -5,36 +5,44 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from accelerate.utils import gather_object
 from datasets import Dataset, load_from_disk
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
+from .distributed.lock import FolderLock
 from .distributed.main_process import on_main
+from .distributed.preemption import Preemption
 from .distributed.sharding import weights_of
+from .distributed.shared_folder import refuse_unshared_folder
 from .engines.engine import Engine, check_engine, is_engine_factory
-from .evaluation import evaluate_policy, summarize
 from .iteration import run_iteration
 from .journal.journal import Journal
 from .journal.run_folder import RunFolder
+from .online.arguments import (
+    refuse_mistakes,
+    refuse_planned_learning_rate,
+    refuse_unknown_choices,
+    warn_of_cut_rows,
+)
 from .online.diagnosis import diagnose
-from .online.plan import Beginning, plan_iteration
+from .online.held_out import HeldOut
+from .online.plan import Beginning, plan_iteration, refuse_other_layout, step_layout
 from .online.reference import restore_reference
 from .online.report import IterationReport, load_reports, load_start, print_iterations, save_start
-from .online.sampling import ready_to_sample, refresh, rest, unwrapped_policy
+from .online.sampling import refresh, rest, unwrapped_policy
 from .online.settings import IterationSettings
 from .rollout.config import RolloutConfig
 from .rollout.judging import Judge
 from .rollout.provenance import fingerprint
 from .rows.pairing import PairingConfig, UnpairedConfig
-from .tools.environments import owns_reward
 from .tools.toolbox import Toolset
-from .trainer.loop.policy_weights import load_policy_weights, policy_revision, save_policy_weights
+from .trainer.loop.policy_weights import load_policy_weights, policy_revision, refuse_diverged, save_policy_weights
 from .trainer.values.value_based import ValueBasedTrainer
 
 
@@ -120,45 +128,17 @@ class ToolRolloutGenerator(TrainerCallback):
         engine: Engine | Callable[[Any, Any], Engine] | None = None,
         run_folder: str | None = None,
     ):
-        # Raises where functions, weights and settings do not fit together
         judge = Judge(reward_funcs or None, reward_weights, correct_threshold, reward_timeout_seconds, missing_reward)
-        if not judge and not owns_reward(environment_factory):
-            raise ValueError(
-                "No `reward_funcs` were given, and no environment with a `get_reward`, so no rollout could be told "
-                "from another and no row could be built. Pass for example `reward_funcs=[math_reward]`."
-            )
         Toolset(tools, environment_factory)  # raises for what is no tool
         if engine is not None and not is_engine_factory(engine):
             check_engine(engine)
-        for name, dataset in (("prompts", prompts), ("eval_prompts", eval_prompts)):
-            if dataset is not None and "prompt" not in dataset.column_names:
-                raise ValueError(
-                    f"`{name}` has the columns {dataset.column_names} but no `prompt`, so there is nothing to roll "
-                    "out from. Add a `prompt` column of messages."
-                )
-            if dataset is not None and len(dataset) == 0:
-                raise ValueError(
-                    f"`{name}` is empty, so there is nothing to roll out from. Check how it was filtered."
-                )
-            if dataset is not None:
-                judge.check_prompts(dataset)
-        for name, value, choices in (
-            ("reference", reference, ("previous", "initial")),
-            ("history", history, ("latest", "all")),
-            ("lr_schedule", lr_schedule, ("run", "iteration")),
-        ):
-            if value not in choices:
-                raise ValueError(f"`{name}={value!r}` is unknown. Use one of {choices}.")
-        if prompts_per_iteration is not None and not 1 <= prompts_per_iteration <= len(prompts):
-            raise ValueError(
-                f"`prompts_per_iteration={prompts_per_iteration}` is not between 1 and the {len(prompts)} prompts."
-            )
+        refuse_mistakes(prompts, eval_prompts, judge, environment_factory, prompts_per_iteration)
+        refuse_unknown_choices(reference=reference, history=history, lr_schedule=lr_schedule)
         self.prompts = prompts
-        self.eval_prompts = eval_prompts
-        self.eval_generations = eval_generations
+        self.held_out = None if eval_prompts is None else HeldOut(eval_prompts, eval_generations)
         self.prompts_per_iteration = prompts_per_iteration or len(prompts)
         self.lr_schedule = lr_schedule
-        self.engine = engine
+        self.engine: Any = engine
         self.settings = IterationSettings(
             tools=list(tools or []),
             judge=judge,
@@ -169,29 +149,18 @@ class ToolRolloutGenerator(TrainerCallback):
             environment_factory=environment_factory,
         )
         self.run_folder = Path(run_folder) if run_folder else None
+        self.run = RunFolder(Path(run_folder or "."))  # until the trainer says where
+        self._preemption = Preemption()
         self.trainer: Any = None
-        self._report: IterationReport | None = None  # of the iteration under way
+        self._report: Any = None  # of the iteration under way
         self._epoch_started = 0.0
 
     # What the trainer asks (see `trainer.iterative.TrainingRowSource`)
 
     def attach(self, trainer: Any) -> None:
         """Binds the trainer; its constructor calls this."""
-        if trainer.is_deepspeed_enabled:
-            fixed = {"optimizer", "scheduler"} & set(trainer.accelerator.state.deepspeed_plugin.deepspeed_config)
-            if fixed:
-                raise ValueError(
-                    f"DeepSpeed's configuration has a section {' and '.join(sorted(fixed))}, with which DeepSpeed "
-                    "plans the learning rate before the number of steps is known, which every iteration decides. "
-                    "Remove the section and set `optim`, `learning_rate` and `lr_scheduler_type` in `args`."
-                )
-        longest = self.settings.rollout.max_trajectory_tokens
-        if trainer.args.max_length is not None and trainer.args.max_length < longest:
-            logger.warning(
-                "Rollouts have up to `max_trajectory_tokens=%d` tokens, but training cuts or drops what is longer "
-                "than `max_length=%d`. Raise `max_length` to train on whole trajectories.",
-                *(longest, trainer.args.max_length),
-            )
+        refuse_planned_learning_rate(trainer)
+        warn_of_cut_rows(self.settings.rollout, trainer.args.max_length)
         self.trainer = trainer
         if self.settings.pairing is None:
             self.settings.pairing = UnpairedConfig() if isinstance(trainer, ValueBasedTrainer) else PairingConfig()
@@ -234,6 +203,8 @@ class ToolRolloutGenerator(TrainerCallback):
         if plan.action == "load":
             rest(self.engine)
             self._report = IterationReport.load(folder.path)
+            if resumed_inside:
+                refuse_other_layout(self._report, step_layout(self.trainer.args), beginning.first_step)
             rows = load_from_disk(folder.training_rows)
             if not resumed_inside:  # the checkpoint is of the iteration before
                 restore_reference(self.trainer, self.settings.reference, self.run)
@@ -243,6 +214,9 @@ class ToolRolloutGenerator(TrainerCallback):
             groups = Journal(folder.journal).read_by_prompt()
             has_tools = bool(self.settings.tools or self.settings.environment_factory)
             logger.warning("%s", diagnose(groups, self._report, self.settings.rollout, has_tools))
+        if not resumed_inside:
+            self._report.step_layout = step_layout(self.trainer.args)
+            self._save(self._report)
         self.trainer.log(self._report.metrics())
         self._epoch_started = time.perf_counter()
         return rows
@@ -272,24 +246,68 @@ class ToolRolloutGenerator(TrainerCallback):
 
     def position(self, global_step: int) -> tuple[int, int]:
         """`(iteration, its first global step)` of a run that stopped after `global_step` optimizer steps."""
+        first_step = 0
         for report in self.reports:
             if report.last_step is None or global_step < report.last_step:
                 return report.iteration, report.first_step
-        return len(self.reports), global_step
+            first_step = report.last_step
+        # After the last iteration on disk; or inside one whose folder is gone, which `begin_iteration` then tells
+        return len(self.reports), first_step
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Around the run: one folder that all processes share, one run in it, and SIGTERM ends it cleanly."""
+        lock = FolderLock(self.run.lock)
+        with self._preemption.watched():
+            refuse_unshared_folder(self.run.path)
+            on_main(lock.acquire)
+            try:
+                yield
+            finally:
+                if self.trainer.args.process_index == 0:
+                    lock.release()
+
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        """Around an epoch: SIGTERM waits for the end of the step, whose checkpoint is then written."""
+        if self.trainer.args.world_size > 1:  # processes would stop at different steps
+            yield
+            return
+        with self._preemption.deferred():
+            yield
+        self._preemption.raise_if_arrived()
+
+    def end_iteration(self) -> None:
+        """Evaluates the policy after an iteration. Its checkpoint stands, so that a failure here loses no training."""
+        if self._report.last_step is not None:
+            self._evaluate_after(self._report)
+            self._forget_policies(self._report.iteration + 1)
 
     # The trainer's events
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if state.global_step > 0 or self.eval_prompts is None:
+        if self.held_out is None:
             return
-        revision = policy_revision(weights_of(self.trainer))
-        known = on_main(lambda: load_start(self.run_folder))
-        if known is None or known["policy_revision"] != revision:
-            evaluation = self._evaluate()
-            on_main(lambda: save_start(self.run_folder, {"policy_revision": revision, "evaluation": evaluation}))
+        if state.global_step > 0:
+            ended = [report for report in self.reports if report.last_step == state.global_step]
+            if ended:  # stopped right after an iteration, perhaps before its evaluation
+                self._evaluate_after(ended[-1])
+            return
+        revision, key = policy_revision(weights_of(self.trainer)), self.held_out.key(self.settings)
+        known = on_main(lambda: load_start(self.run.path))
+        if known is None or (known["policy_revision"], known.get("evaluated_by", key)) != (revision, key):
+            evaluation = self.held_out.evaluate(self.trainer, self.engine, self.settings, self.run)
+            start = {"policy_revision": revision, "evaluation": evaluation, "evaluated_by": key}
+            on_main(lambda: save_start(self.run.path, start))
             self.trainer.log(_prefixed(evaluation))
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._preemption.arrived:
+            control.should_save, control.should_training_stop = args.save_strategy != SaveStrategy.NO, True
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -298,18 +316,13 @@ class ToolRolloutGenerator(TrainerCallback):
         if state.global_step < self.trainer.iteration_last_step:
             return  # stopped inside the iteration (`max_steps`): its other rows are still to be trained on
         report.train_seconds = time.perf_counter() - self._epoch_started
-        if self.eval_prompts is not None:
-            started = time.perf_counter()
-            report.evaluation = self._evaluation_of_unchanged(report) or self._evaluate()
-            report.eval_seconds = time.perf_counter() - started
-            self.trainer.log(_prefixed(report.evaluation))
         report.last_step = state.global_step
         # The policy after this iteration is the one with which the next would start; kept now, in case it is the best.
         policy, following = weights_of(self.trainer), report.iteration + 1
+        refuse_diverged(policy)
         self._set_aside_but(following, policy_revision(policy), state.global_step)
         save_policy_weights(policy, self.run.iteration(following).policy)
         self._save(report)
-        self._forget_policies(following)
         control.should_save = args.save_strategy != SaveStrategy.NO  # so that a stopped run loses no iteration
 
     def on_train_end(
@@ -330,23 +343,32 @@ class ToolRolloutGenerator(TrainerCallback):
     def reports(self) -> list[IterationReport]:
         """The reports of the iterations so far."""
         last = math.inf if self._report is None else self._report.iteration  # later ones are of an earlier, longer run
-        return [report for report in load_reports(self.run_folder) if report.iteration <= last]
+        return [report for report in load_reports(self.run.path) if report.iteration <= last]
 
     @property
     def start_evaluation(self) -> dict[str, float] | None:
         """The evaluation of the policy before the first iteration."""
-        start = load_start(self.run_folder)
+        start = load_start(self.run.path)
         return start and start["evaluation"]
 
     @property
     def best_policy(self) -> int | None:
         """Number of iterations after which the policy was best on the held-out prompts (0 is the initial policy).
 
-        `None` without `eval_prompts`. Of equals the earlier one is best, being nearer to the initial policy.
+        `None` without `eval_prompts`. Of equals the earlier one is best, being nearer to the initial policy. Where the
+        reward function or the prompts changed between two starts, evaluations from before are left out.
         """
-        evaluations = [self.start_evaluation, *(report.evaluation for report in self.reports)]
-        scores = {i: e["pass@1"] for i, e in enumerate(evaluations) if e and not math.isnan(e["pass@1"])}
-        return max(scores, key=scores.get) if scores else None
+        if self.held_out is None:
+            return None
+        key, start = self.held_out.key(self.settings), load_start(self.run.path) or {}
+        evaluations = [(start.get("evaluation"), start.get("evaluated_by"))]
+        evaluations += [(report.evaluation, report.evaluated_by) for report in self.reports]
+        scores = {
+            i: e["pass@1"]
+            for i, (e, by) in enumerate(evaluations)
+            if e and by in (None, key) and not math.isnan(e["pass@1"])
+        }
+        return max(scores, key=lambda i: scores[i]) if scores else None
 
     def _prompts_of(self, iteration: int) -> Dataset:
         """The iteration's share of the prompts: consecutive ones, from the front again when they run out."""
@@ -356,33 +378,35 @@ class ToolRolloutGenerator(TrainerCallback):
     def _prompts_fingerprint(self, iteration: int) -> str:
         return fingerprint(self._prompts_of(iteration).to_list())
 
-    def _evaluation_of_unchanged(self, report: IterationReport) -> dict[str, float] | None:
+    def _evaluate_after(self, report: IterationReport) -> None:
+        """Evaluates the policy as it is after an iteration, unless that is known."""
+        if self.held_out is None:
+            return
+        key = self.held_out.key(self.settings)
+        if report.evaluation is None or report.evaluated_by not in (None, key):
+            started = time.perf_counter()
+            known = self._evaluation_of_unchanged(report, key)
+            report.evaluation = known or self.held_out.evaluate(self.trainer, self.engine, self.settings, self.run)
+            report.evaluated_by = key
+            report.eval_seconds = time.perf_counter() - started
+            self._save(report)
+        elif any(_prefixed(report.evaluation).keys() <= entry.keys() for entry in self._logged_now()):
+            return
+        self.trainer.log(_prefixed(report.evaluation))
+
+    def _evaluation_of_unchanged(self, report: IterationReport, key: str) -> dict[str, float] | None:
         """What is known of the policy already, if the iteration has not changed it."""
         if report.trained_rows or policy_revision(weights_of(self.trainer)) != report.policy_revision:
             return None
         before = [earlier for earlier in self.reports if earlier.iteration < report.iteration]
-        return before[-1].evaluation if before else self.start_evaluation
+        if before:
+            return before[-1].evaluation if before[-1].evaluated_by == key else None
+        start = load_start(self.run.path) or {}
+        return start.get("evaluation") if start.get("evaluated_by") == key else None
 
-    def _evaluate(self) -> dict[str, float]:
-        """Evaluates the policy as it is now; with several processes each evaluates its share of the prompts."""
-        args = self.trainer.args
-        share = range(args.process_index, len(self.eval_prompts), args.world_size)
-        trajectories = []
-        with ready_to_sample(self.engine, self.trainer, self.run):
-            if share:
-                trajectories = evaluate_policy(
-                    self.eval_prompts.select(share),
-                    self.engine,
-                    **self.settings.arguments(),
-                    n=self.eval_generations,
-                    prompt_indices=list(share),
-                    progress=args.process_index == 0 and not args.disable_tqdm,
-                ).trajectories
-        parts = [(trajectories[: len(share)], trajectories[len(share) :])]
-        if args.world_size > 1:
-            parts = gather_object(parts)
-        greedy, samples = ([t for part in parts for t in part[i]] for i in range(2))
-        return summarize(greedy, samples).metrics()
+    def _logged_now(self) -> list[dict[str, float]]:
+        state = self.trainer.state
+        return [entry for entry in state.log_history if entry.get("step") == state.global_step]
 
     # Files
 

@@ -21,6 +21,7 @@ Exception
     ├── UnsupportedOutput (TypeError)            user     a tool returned what a text rollout cannot carry
     ├── JournalError (RuntimeError)              user     the journal is another run's, or
     │                                            machine  it is damaged, or cannot be written
+    ├── DivergedError (RuntimeError)             user     training diverged: weights are NaN or infinite
     ├── ToolFailure                              machine  a tool could not do its work
     │   └── IsolationError                       machine  a layer of isolation is not granted here
     ├── TooManyToolFailures (RuntimeError)       machine  tools failed so often that the run ended
@@ -47,6 +48,10 @@ class UnsupportedOutput(TRLMultiturnError, TypeError):
 
 class JournalError(TRLMultiturnError, RuntimeError):
     """The journal cannot be read or written; nothing in it was overwritten."""
+
+
+class DivergedError(TRLMultiturnError, RuntimeError):
+    """The weights that are trained are not finite; nothing of them was saved."""
 
 
 class ToolFailure(TRLMultiturnError):

@@ -15,6 +15,8 @@ from operator import itemgetter
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -112,6 +114,16 @@ def kept_parameters(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for parameter, shard in shards:
                 _local(parameter).copy_(shard)
+
+
+def not_finite_parameter(model: nn.Module) -> str | None:
+    """Name of a trainable parameter that holds NaN or infinity, on any process. Nothing is gathered but names."""
+    with _in_place(model):
+        here = (name for name, p in _named(model) if p.requires_grad and not torch.isfinite(_local(p)).all())
+        found = [next(here, None)]
+    if PartialState().num_processes > 1:
+        found = gather_object(found)
+    return next((name for name in found if name is not None), None)
 
 
 @contextmanager

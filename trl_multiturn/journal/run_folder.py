@@ -71,6 +71,7 @@ class RunFolder:
 
     ```
     rollouts/
+    ├── lock.json                who works here, while somebody does
     ├── start.json               evaluation of the initial policy
     ├── iteration_000/
     │   ├── report.json          settings and counts; whether the rows stand
@@ -88,6 +89,11 @@ class RunFolder:
     """
 
     path: Path
+
+    @property
+    def lock(self) -> Path:
+        """Which process works in the folder."""
+        return self.path / "lock.json"
 
     @property
     def start(self) -> Path:

@@ -88,6 +88,44 @@ def plan_iteration(folder: IterationFolder, beginning: Beginning) -> Plan:
     return Plan("set aside")
 
 
+def step_layout(args: Any) -> dict[str, Any]:
+    """What decides which rows of an iteration each optimizer step trains on.
+
+    Batches may be spread over processes or accumulated: the rows of a step are the same.
+    """
+    names = ("seed", "data_seed", "group_by_prompt", "max_tokens_per_batch", "train_sampling_strategy")
+    settings = {name: getattr(args, name, None) for name in names}
+    return json.loads(
+        json.dumps(
+            {
+                "per_device_train_batch_size": args.train_batch_size,
+                "gradient_accumulation_steps * processes": args.gradient_accumulation_steps * args.world_size,
+                **settings,
+            },
+            default=str,
+        )
+    )
+
+
+def refuse_other_layout(report: IterationReport, now: dict[str, Any], global_step: int) -> None:
+    """Raises where a run that goes on inside an iteration would train some rows twice and others not at all.
+
+    Raises:
+        `ValueError`: naming the argument.
+    """
+    before = report.step_layout or now  # a report of an earlier release does not say
+    changed = [name for name in now if before.get(name) != now[name]]
+    if changed:
+        name = changed[0]
+        raise ValueError(
+            f"The run stopped inside iteration {report.iteration + 1}, after {global_step - report.first_step} of its "
+            f"steps, with `{name}` {before.get(name)!r}; now it is {now[name]!r}, so that some of its rows would be "
+            "trained on twice and others never. Use the earlier value until the iteration ends (fewer processes can "
+            "accumulate more), or resume from a checkpoint at the end of an iteration, or delete the checkpoints "
+            f"after step {report.first_step} (the iteration trains from its beginning; its rollouts stay)."
+        )
+
+
 def found_otherwise(report: IterationReport, settings: dict[str, Any]) -> bool:
     """Whether an iteration's rows were judged or selected by other settings."""
     return bool(set(changed_settings(report.settings, settings)) & (_JUDGING | _SELECTION))

@@ -41,6 +41,8 @@ class IterationReport:
         tool_calls, tool_failures (`int`): calls, and how many of them ended in an error the policy saw.
         rollout_seconds, train_seconds, eval_seconds (`float`): wall time by stage.
         evaluation (`dict[str, float]`, *optional*): metrics of the policy *after* the iteration on held-out prompts.
+        evaluated_by (`str`, *optional*): hash of what decides the evaluation; those of others are not compared.
+        step_layout (`dict`, *optional*): what decides which of its rows each optimizer step trains on.
     """
 
     iteration: int
@@ -64,6 +66,8 @@ class IterationReport:
     eval_seconds: float = 0.0
     evaluation: dict[str, float] | None = None
     samples: dict[str, list[list[int]]] | None = None
+    evaluated_by: str | None = None
+    step_layout: dict[str, Any] | None = None
 
     @property
     def correct_share(self) -> float:

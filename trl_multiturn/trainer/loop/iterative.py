@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
@@ -19,8 +20,10 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import ProgressCallback, Trainer, set_seed
 
 from ...distributed.main_process import outlive_trainer
+from ...distributed.sharding import weights_of
 from ..host import TrainerHost, constructor_arguments
 from .checkpoints import being_written, checkpoint_to_resume
+from .policy_weights import refuse_diverged
 
 
 @runtime_checkable
@@ -39,6 +42,23 @@ class TrainingRowSource(Protocol):
 
     def position(self, global_step: int) -> tuple[int, int]:
         """`(iteration, its first global step)` at which a run goes on that stopped after `global_step` steps."""
+        ...
+
+
+@runtime_checkable
+class RunningRowSource(TrainingRowSource, Protocol):
+    """A source that also wants to know when a run begins and ends, and when an iteration's checkpoint stands."""
+
+    def running(self) -> AbstractContextManager[None]:
+        """Entered around [`train`]: the source locks what it keeps, and finds what would go wrong later."""
+        ...
+
+    def training(self) -> AbstractContextManager[None]:
+        """Entered around the optimizer steps of an iteration."""
+        ...
+
+    def end_iteration(self) -> None:
+        """Called after an iteration's epoch, once its checkpoint is written."""
         ...
 
 
@@ -122,9 +142,12 @@ class IterativeTrainerMixin(TrainerHost):
         """As the parent's. With a [`TrainingRowSource`], `resume_from_checkpoint=True` goes on from the last complete
         checkpoint, and starts from the beginning where there is none yet: the same command starts a run and takes it
         up again."""
-        if self._row_source is not None and resume_from_checkpoint:
-            resume_from_checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        if self._row_source is None:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        with self._row_source.running() if isinstance(self._row_source, RunningRowSource) else nullcontext():
+            if resume_from_checkpoint:
+                resume_from_checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
+            return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _precompute_ref_logps(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
         if self._rows_come_later:  # and bring theirs; the parent's constructor asks for the placeholder's
@@ -134,6 +157,7 @@ class IterativeTrainerMixin(TrainerHost):
     def _run_epoch(self, **kwargs: Any) -> None:
         if self._row_source is None:
             super()._run_epoch(**kwargs)
+            refuse_diverged(weights_of(self))
             return
         iteration = kwargs["epoch"]
         inside, self._resumed_inside = self._resumed_inside, False
@@ -156,9 +180,13 @@ class IterativeTrainerMixin(TrainerHost):
             if not inside:
                 set_seed(self.args.seed + iteration)
                 kwargs["resume_from_checkpoint"] = None  # of which the parent would take the random state
-            super()._run_epoch(**kwargs)
+            with self._row_source.training() if isinstance(self._row_source, RunningRowSource) else nullcontext():
+                super()._run_epoch(**kwargs)
+            refuse_diverged(weights_of(self))
         else:  # nothing found: the iteration ends here, the run goes on
             self.control = self.callback_handler.on_epoch_end(self.args, self.state, self.control)
+        if isinstance(self._row_source, RunningRowSource):
+            self._row_source.end_iteration()
         # With `max_steps` the parent counts epochs of its placeholder; the number of iterations is ours to keep
         if iteration + 1 >= math.ceil(self.args.num_train_epochs):
             self.control.should_training_stop = True
@@ -209,6 +237,7 @@ class IterativeTrainerMixin(TrainerHost):
         end()
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        refuse_diverged(weights_of(self))  # so that no good checkpoint makes room for a bad one
         if self._row_source is None:
             super()._save_checkpoint(model, trial)
             return

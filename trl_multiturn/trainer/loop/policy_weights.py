@@ -20,7 +20,14 @@ from torch import nn
 
 from ...distributed.durable import written_whole
 from ...distributed.main_process import on_main
-from ...distributed.sharding import kept_parameters, trainable_names, whole_parameters, write_parameters
+from ...distributed.sharding import (
+    kept_parameters,
+    not_finite_parameter,
+    trainable_names,
+    whole_parameters,
+    write_parameters,
+)
+from ...errors import DivergedError
 
 
 def _trainable(model: nn.Module) -> set[str]:
@@ -33,6 +40,21 @@ def _trainable(model: nn.Module) -> set[str]:
     return names
 
 
+def refuse_diverged(model: nn.Module) -> None:
+    """Raises on all processes where a trainable weight is not finite, before anything of it is written.
+
+    Raises:
+        [`DivergedError`]: naming a parameter.
+    """
+    if name := not_finite_parameter(model):
+        raise DivergedError(
+            f"The weights are not finite (`{name}`, for one), so training has diverged. Nothing of them was saved: "
+            "checkpoints and snapshots are of before. Lower `learning_rate` or `max_grad_norm`, train in bfloat16 or "
+            "float32, look for rows with extreme rewards or margins, and start again with the same command, which "
+            "goes on from the last checkpoint."
+        )
+
+
 def save_policy_weights(model: nn.Module, path: str | os.PathLike) -> None:
     """Writes the trainable parameters of `model` to a safetensors file, atomically, from the main process.
 
@@ -40,6 +62,7 @@ def save_policy_weights(model: nn.Module, path: str | os.PathLike) -> None:
     (see [`on_main`]).
     """
     _trainable(model)
+    refuse_diverged(model)
     weights = {}
     for name, whole in whole_parameters(model):
         if PartialState().is_main_process:
