@@ -385,6 +385,13 @@ def test_more_generations_and_more_prompts_keep_what_is_there(tmp_path, tool):
     )
 
 
+class Blank:
+    """An environment with nothing in it."""
+
+    def reset(self, **row):
+        return None
+
+
 def settings_with(reward=math_reward, drops=None, **changes):
     """What a generator says of itself whose filter drops what `drops` says."""
     filters = [] if drops is None else [Filter("mine", "For this test.", drops)]
@@ -415,7 +422,7 @@ def test_settings_are_the_same_in_another_process_and_others_where_the_code_is()
     assert settings_with(drops=longer)["pairing"] != settings_with(drops=shorter)["pairing"]
     assert settings_with(reward)["reward_funcs"] != settings_with(other)["reward_funcs"]
     assert settings_with("math_reward") == settings_with()
-    for changes in (dict(correct_threshold=0.9), dict(missing_reward="skip"), dict(environment_factory=dict)):
+    for changes in (dict(correct_threshold=0.9), dict(missing_reward="skip"), dict(environment_factory=Blank)):
         assert settings_with(**changes) != settings_with()
     assert settings_with(reward_timeout_seconds=9.0) == settings_with()
 
