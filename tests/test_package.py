@@ -39,6 +39,8 @@ LAYERS = {
     # rows to batches; verdicts to rows
     "data": {"_upstream", "errors", "formats", "messages", "steps", "templates", "trajectory", "version"},
     "rows": {"_lazy", "data", "distributed", "trajectory", "verify"},
+    # files that other tools wrote
+    "conversion": {"data", "distributed", "formats", "messages", "rows", "trajectory"},
     # the loop of turns
     "rollout": GROUND | {"engines", "journal", "sandbox", "templates", "tools", "verify"},
     # what the online loop rests on

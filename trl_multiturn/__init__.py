@@ -14,6 +14,8 @@ from .version import __version__ as __version__
 
 if TYPE_CHECKING:
     from .callbacks import ToolRolloutGenerator as ToolRolloutGenerator
+    from .conversion.convert import convert_rows as convert_rows
+    from .conversion.report import ConversionReport as ConversionReport
     from .data.preview import preview_masks as preview_masks
     from .data.tokenization import tokenize_trajectory as tokenize_trajectory
     from .data.value_preview import preview_values as preview_values
@@ -68,6 +70,8 @@ else:
         __name__,
         {
             ".callbacks": ["ToolRolloutGenerator"],
+            ".conversion.convert": ["convert_rows"],
+            ".conversion.report": ["ConversionReport"],
             ".data.preview": ["preview_masks"],
             ".data.tokenization": ["tokenize_trajectory"],
             ".data.value_preview": ["preview_values"],

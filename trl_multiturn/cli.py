@@ -8,6 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 
+_FORMS = ["auto", "openai", "sharegpt", "tool-roles", "function-call", "episodes", "rollouts", "logs"]
+_PAIRS = "Write pairs of a task's episodes, chosen so (see `PairingConfig.strategy`)."
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a sub-command; the exit status is 0 where it found nothing wrong."""
     parser = argparse.ArgumentParser(prog="trl-multiturn", description=__doc__)
@@ -21,6 +25,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     check.add_argument("--max_length", type=int, default=None, help="The trainer's `max_length`.")
     check.add_argument("--preview", type=int, default=1, help="How many rows to show with their masks.")
     check.set_defaults(run=_check)
+
+    convert = commands.add_parser("convert", help="Write rows that other tools wrote in the form that trainers read.")
+    convert.add_argument("input", help="A JSONL, JSON or Parquet file, or a dataset's name.")
+    convert.add_argument("output", type=Path, help="A `.parquet` or `.jsonl` file.")
+    convert.add_argument("--from", dest="form", default="auto", choices=_FORMS, help="What the rows are.")
+    convert.add_argument("--split", default=None, help="Split of a dataset that has several.")
+    convert.add_argument("--reward", default=None, help="Column of the rewards, if it has a name of its own.")
+    convert.add_argument("--label_above", type=float, default=None, help="Add `label`: is the reward above this?")
+    convert.add_argument("--tools", type=Path, default=None, help="JSON file of schemas, for rows that say none.")
+    convert.add_argument("--string_arguments", action="store_true", help="JSON strings as arguments in JSONL, too.")
+    convert.add_argument("--pairs", choices=["random", "best_worst", "step"], default=None, help=_PAIRS)
+    convert.add_argument("--max_pairs", type=int, default=1, help="Most pairs per task.")
+    convert.add_argument("--min_reward_gap", type=float, default=0.0, help="Smallest gap between a pair's rewards.")
+    convert.add_argument("--correct_above", type=float, default=0.5, help="Episodes above this reward are correct.")
+    convert.add_argument("--task", default=None, help="Column that says which episodes are of one task.")
+    convert.add_argument("--seed", type=int, default=0, help="Seed of the choice of pairs.")
+    convert.set_defaults(run=_convert)
 
     doctor = commands.add_parser("doctor", help="What this machine grants the Python interpreter, layer by layer.")
     doctor.set_defaults(run=_doctor)
@@ -56,6 +77,34 @@ def _check(options: argparse.Namespace) -> int:
     )
     print_check(report)
     return 1 if report.errors else 0
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from .conversion import convert_rows, print_conversion
+    from .rows.selection import PairingConfig
+
+    pairing = options.pairs and PairingConfig(
+        strategy=options.pairs,
+        max_pairs_per_prompt=options.max_pairs,
+        min_reward_gap=options.min_reward_gap,
+        filters=[],
+        seed=options.seed,
+    )
+    report = convert_rows(
+        options.input,
+        options.output,
+        options.form,
+        split=options.split,
+        reward_column=options.reward,
+        label_above=options.label_above,
+        tools=options.tools and options.tools.read_text(encoding="utf-8"),
+        string_arguments=options.string_arguments,
+        pairing=pairing,
+        correct_above=options.correct_above,
+        task_column=options.task,
+    )
+    print_conversion(report)
+    return 1 if report.unreadable else 0
 
 
 def _doctor(options: argparse.Namespace) -> int:

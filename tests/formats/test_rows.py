@@ -89,8 +89,6 @@ def test_what_cannot_be_read_is_named(row, error):
 
 
 def test_other_rows_are_not_recognized():
-    assert [recognize(row) for row in ({"text": "a"}, {"prompt": "a", "completion": "b"}, {"messages": []})] == [
-        None
-    ] * 3
+    assert [recognize(row) for row in ({"text": "a"}, {"prompt": "a"}, {"messages": []})] == [None] * 3
     assert recognize({"prompt_ids": [1], "completion_ids": [2], "action_mask": [1]}) == "tokens"
     assert describe("sharegpt") == "ShareGPT conversations (`from`, `value`) (`--from sharegpt`)"

@@ -244,7 +244,7 @@ def _warn(report: CheckReport, cut: int, max_length: int | None) -> None:
 
 def _note_formats(report: CheckReport, name: str) -> None:
     for written, count in report.formats.items():
-        if written == "logs" or written in ("trl", "tokens"):
+        if written in ("logs", "trl", "tokens", "text"):
             continue
         report.notes.append(
             f"{count} rows are {FORMATS[written].description}. They are read as they are; `trl-multiturn convert "

@@ -3,7 +3,7 @@
 Reads one row at a time and renders nothing; messages go through `messages`.
 """
 
-from .columns import CONVERSATIONS, TOOLS, conversation_column, listed
+from .columns import CONVERSATIONS, SIDES, SYSTEM, TOOLS, conversation_column, listed, tools_column
 from .recognition import FORMATS, Format, describe, recognize
 from .rows import Shapes, begins_both_sides, columns_read, find_reward, find_tools, read_row
 from .shapes import column_shapes, shape_of
@@ -14,6 +14,8 @@ __all__ = [
     "CONVERSATIONS",
     "FORMATS",
     "Format",
+    "SIDES",
+    "SYSTEM",
     "Shapes",
     "TOOLS",
     "column_shapes",
@@ -28,4 +30,5 @@ __all__ = [
     "read_token_log",
     "recognize",
     "shape_of",
+    "tools_column",
 ]

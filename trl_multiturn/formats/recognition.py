@@ -28,6 +28,7 @@ FORMATS = {
     format.name: format
     for format in (
         Format("trl", "rows with TRL's columns"),
+        Format("text", "rows of text"),
         Format("tokens", "token rows of this package"),
         Format("openai", "messages of an OpenAI-compatible API"),
         Format("function-call", "messages with `function_call` and the role 'function', OpenAI's first form"),
@@ -41,6 +42,7 @@ FORMATS = {
 
 _ROLLOUT_COLUMNS = {"example_id", "metrics", "is_completed", "is_truncated", "stop_condition", "rollout_id", "state"}
 _EPISODE_COLUMNS = {"task_id", "trial", "episode_id", "instance_id", "reward_info", "traj", "simulation_id"}
+_TEXT_COLUMNS = ("prompt", "completion")
 _CALL_ROLES = {"tool_call", "tool_calls", "function_call", "tool_response", "tool_result", "observation"}
 
 
@@ -50,6 +52,8 @@ def recognize(row: Mapping[str, Any]) -> str | None:
         return "tokens"
     if token_source(row) is not None:
         return "logs"
+    if all(isinstance(row.get(n), str) for n in SIDES) or all(isinstance(row.get(n), str) for n in _TEXT_COLUMNS):
+        return "text"
     column = conversation_column(row)
     single = any(is_message(row.get(name)) for name in (*SIDES, "completion"))
     if column is None and not single and not any(is_conversation(row.get(n)) for n in ("completion", *SIDES)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, MutableMapping
 from typing import Any
 
-from ..messages import EXACT, Message, Shape, normalize_messages, normalize_tools
+from ..messages import EXACT, Message, Shape, normalize_messages, normalize_tools, without_flags
 from .columns import (
     CONVERSATIONS,
     SIDES,
@@ -153,7 +153,8 @@ class _RowReader:
             raise ValueError(
                 f"no message is an assistant's that trains (`{column}`), so there is nothing to learn. Drop the row."
             )
-        return {"prompt": messages[:first], "completion": messages[first:]}
+        prompt, _ = without_flags(messages[:first])
+        return {"prompt": prompt, "completion": messages[first:]}
 
     def _prompt(self, column: str) -> list[Message]:
         return self._with_system(self._messages(column))

@@ -201,6 +201,8 @@ class _Reader:
                 continue
             if key in ("name", "tool_call_id"):
                 form[key] = value
+            elif key == "id" and form["role"] == "tool" and "tool_call_id" not in message:
+                form["tool_call_id"] = value
             elif key in REASONING and form["role"] == "assistant":
                 thought = read_text(value, "assistant", f"{where}: `{key}`")
                 if thought and thought not in (form.get(other) for other in REASONING):
