@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from trl_multiturn.sandbox.observation import last_paragraph
 from trl_multiturn.sandbox.sandbox import Sandbox, SandboxConfig
 
 
@@ -85,7 +84,7 @@ print(f"{type(error).__name__}: {error}" if error else out.getvalue())
             self.history.append(code)
             command = [sys.executable, "-c", Rerun.PROGRAM]
             done = subprocess.run(command, input=json.dumps(self.history), capture_output=True, text=True, timeout=60)
-            return Rerun.Result(last_paragraph(re.sub(r"(?m)^Out\[\d+\]: ?\n?", "", done.stdout).strip()))
+            return Rerun.Result(_last_paragraph(re.sub(r"(?m)^Out\[\d+\]: ?\n?", "", done.stdout).strip()))
 
         def close(self) -> None:
             pass
@@ -108,7 +107,7 @@ class Smolagents:
             try:
                 answer = self.executor(code)
             except Exception as error:
-                return Rerun.Result(last_paragraph(str(error)))
+                return Rerun.Result(_last_paragraph(str(error)))
             value = "" if answer.output is None else repr(answer.output)
             return Rerun.Result((answer.logs + value).strip())
 
@@ -133,3 +132,8 @@ SYSTEMS: dict[str, tuple[str, Callable[[], Any]]] = {
     "rerun": ("a process per call, history run again", Rerun),
     "smolagents": ("smolagents `LocalPythonExecutor`", Smolagents),
 }
+
+
+def _last_paragraph(text: str) -> str:
+    """What the paper's executor keeps of a traceback."""
+    return re.split(r"\n\s*\n", text.rstrip())[-1]

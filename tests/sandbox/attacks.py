@@ -108,6 +108,7 @@ _family(
 # ------------------------------------------------------------------------------------------------------------ output
 _family(
     ("ok", "timeout", "memory", "error", "crashed"),
+    stdout_spoiled="import sys; sys.stdout.write = sys.stdout.buffer = sys.stdout.name = None; vars(sys.stdout).pop('_output', 0); vars(sys.stdout)['_own'] = {}",
     flood_print="for _ in range(10**7): print('x' * 100)",
     flood_print_at_once="print('x' * (200 << 20))",
     flood_stdout_descriptor="import os\nfor _ in range(2000): os.write(1, b'x' * (1 << 20))",
@@ -141,7 +142,8 @@ _family(
     descriptors_closed="import os; os.closerange(0, 1 << 16)",
 )
 _family(("error",), audit_hook="import sys, time; sys.addaudithook(lambda *_: time.sleep(100))")
-_family(("error",), exit_politely="import sys; sys.exit(0)", exit_by_name="exit()", quit_by_name="quit()", interrupted="raise KeyboardInterrupt")
+_family(("ok",), exit_politely="import sys; sys.exit(0)", exit_by_name="exit()", quit_by_name="quit()")
+_family(("error",), exit_in_anger="import sys; sys.exit(1)", interrupted="raise KeyboardInterrupt")
 _family(
     ENDED,
     hooks_left="import gc, time\nf = lambda *_: time.sleep(100)\nfor n in ('pre_execute', 'pre_run_cell', 'post_execute', 'post_run_cell'): get_ipython().events.register(n, f)\nget_ipython().input_transformers_post.append(f); get_ipython().ast_transformers.append(f); gc.callbacks.append(f)",

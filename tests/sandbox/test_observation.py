@@ -2,7 +2,7 @@
 
 import pytest
 
-from trl_multiturn.sandbox.observation import clean, error_message, last_paragraph, truncate
+from trl_multiturn.sandbox.observation import Addresses, clean, error_message, truncate
 
 
 @pytest.mark.parametrize(
@@ -24,10 +24,22 @@ def test_cleaning_leaves_what_a_tokenizer_can_represent():
     assert clean("plain\ttext\n") == "plain\ttext\n"
 
 
-def test_an_error_is_its_last_paragraph():
+def test_an_error_begins_with_its_name_whatever_its_message_holds():
     assert error_message("ValueError", "") == "ValueError"
     assert error_message("KeyError", "'x'") == "KeyError: 'x'"
-    assert last_paragraph("UFuncTypeError: one\ntwo\n\n \nthree\nfour\n") == "three\nfour"
+    assert error_message("AssertionError", "\nArrays differ\n\nMismatch: 1\n") == (
+        "AssertionError: \nArrays differ\n\nMismatch: 1"
+    )
+
+
+def test_addresses_repeat_and_stay_distinct():
+    addresses = Addresses()
+    first = addresses.repeat("<A object at 0x7f1c2c0a5d90> <B object at 0x55d0c8a3b2c0>")
+    assert first == "<A object at 0x7f0000000010> <B object at 0x7f0000000020>"
+    assert addresses.repeat("<A object at 0x7f1c2c0a5d90>") == "<A object at 0x7f0000000010>"
+    assert addresses.repeat("at 0x7f1c2c0a5d90, at 0xff, jump at 0x7f1c2c0a5d901") == (
+        "at 0x7f1c2c0a5d90, at 0xff, jump at 0x7f1c2c0a5d901"
+    )
 
 
 @pytest.mark.parametrize("name", ["3284123.py", "<ipython-input-3-abc>"])

@@ -68,7 +68,8 @@ class SandboxConfig:
         include_stderr (`bool`, *optional*, defaults to `False`):
             Whether the observation holds what the cell wrote to standard error (warnings, mostly).
         seed (`int`, *optional*):
-            Seeds `random` and `numpy.random` at the start of every session.
+            Seeds `random` and `numpy.random` at the start of every session. The addresses in `<… object at 0x7f…>` are
+            then numbered as they appear, so that an observation repeats; `id(…)` still differs from run to run.
         python (`str`, *optional*):
             Interpreter of the sessions (it needs IPython); the running one by default.
         launcher (`tuple[str, ...]`, *optional*):

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, Protocol
 from .backend import Reply
 from .config import SandboxConfig
 from .inside import protocol, scratch
-from .observation import last_paragraph, timeout_message
+from .observation import error_text, timeout_message
 from .result import ToolFailure
 
 
@@ -187,7 +187,7 @@ class ForkedInterpreter:
         """The verdict on a cell that was answered."""
         status, flags, dropped, text = request.answer
         if flags & protocol.NOT_RUN:
-            return Reply(last_paragraph(text), "error", alive=False, ran=False)
+            return Reply(error_text(text), "error", alive=False, ran=False)
         if flags & protocol.THREADS_LEFT:
             self._stopped = True  # what they do next is done on the next cell's time
             self.server.tell(op="signal", id=self.number, number=signal.SIGSTOP)
@@ -197,7 +197,7 @@ class ForkedInterpreter:
         if status == protocol.TIMEOUT:
             return Reply(timeout_message(request.timeout), "timeout")
         if status != protocol.OK:
-            text = last_paragraph(text)
+            text = error_text(text)
         return Reply(text, protocol.STATUS[status], alive=not flags & protocol.SPOILED, dropped=dropped)
 
     def _watch(self, on: bool) -> None:

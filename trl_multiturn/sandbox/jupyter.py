@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 _POLL_SECONDS = 0.1
 _KEPT_VARIABLES = ("PATH", "LANG", "LC_ALL", "JUPYTER_PATH", "LD_LIBRARY_PATH", "SYSTEMROOT", "PATHEXT", "TEMP", "TMP")
 _READY_SECONDS = 60.0
+_REPLY_SECONDS = 1.0  # it is sent before the cell is reported as done
 _CUT = re.compile("\0(\\d+)\0")
 
 # Runs silently in a Python kernel before the first cell. Output is cut inside the kernel, because 300 MB of prints
@@ -205,11 +206,25 @@ class JupyterInterpreter:
                 return Reply("RuntimeError: the interpreter's protocol broke", "crashed", alive=False)
             else:
                 cell.take(message)
+        return await self._conclude(cell, timeout)
+
+    async def _conclude(self, cell: _Cell, timeout: float) -> Reply:
         if cell.flooded:
             return Reply("RuntimeError: the cell printed too much", "crashed", alive=False)
         if cell.interrupted:
             return Reply(timeout_message(timeout), "timeout")
+        if cell.error is None:
+            cell.error = await self._error(cell.request)
         return Reply(*cell.outcome())
+
+    async def _error(self, request: str) -> tuple[str, str] | None:
+        """What the kernel's reply says of an error that it has shown to nobody: of a magic, of a group of errors."""
+        with contextlib.suppress(queue.Empty):
+            while (reply := await self._client.get_shell_msg(timeout=_REPLY_SECONDS)) is not None:
+                if reply["parent_header"].get("msg_id") == request:
+                    content = reply["content"]
+                    return _error(content) if content.get("status") == "error" else None
+        return None
 
     async def close(self) -> None:
         if self._client is not None:
@@ -221,6 +236,10 @@ class JupyterInterpreter:
             self._manager.cleanup_connection_file()
             self._manager.context.destroy(linger=0)
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _error(content: dict) -> tuple[str, str]:
+    return str(content.get("ename", "Error")), str(content.get("evalue", ""))
 
 
 class _Cell:
@@ -254,7 +273,7 @@ class _Cell:
                 text = "\n" + text
             self._add(text if kind == "execute_result" else text + "\n")
         elif kind == "error":
-            self.error = (str(content.get("ename", "Error")), str(content.get("evalue", "")))
+            self.error = _error(content)
 
     def _add(self, text: str) -> None:
         self.size += len(text)

@@ -13,6 +13,8 @@ import re
 _ANSI = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])")
 # ipykernel names a cell after a hash of its text: the same mistake must read the same in every session
 _CELL_FILE = re.compile(r"\((?:\d+\.py|<ipython-input-[^>]*>), line (\d+)\)")
+# of an object on the heap or in a mapping, as a 64-bit system prints it
+_ADDRESS = re.compile(r"(?<= )at 0x([57][0-9a-f]{11})\b")
 
 
 def clean(text: str) -> str:
@@ -44,13 +46,31 @@ def truncate(text: str, limit: int, dropped: int = 0) -> str:
 
 
 def error_message(name: str, value: str) -> str:
-    """What an exception says, as one paragraph: `NameError: name 'x' is not defined`."""
-    return last_paragraph(f"{name}: {value}" if value else name)
+    """What an exception says, its name first: `NameError: name 'x' is not defined`."""
+    return error_text(f"{name}: {value}" if value else name)
 
 
-def last_paragraph(text: str) -> str:
-    """The text after the last blank line, which is what the paper's executor keeps of a traceback."""
-    return re.split(r"\n\s*\n", _CELL_FILE.sub(r"(<cell>, line \1)", text).rstrip())[-1]
+def error_text(text: str) -> str:
+    """An error as the policy reads it: the same mistake reads the same in every session."""
+    return _CELL_FILE.sub(r"(<cell>, line \1)", text).rstrip()
+
+
+class Addresses:
+    """Replaces the addresses in `<… object at 0x7f…>`, which differ from run to run, by ones that repeat.
+
+    They are numbered as they appear in a session: equal ones stay equal, and different ones different.
+    """
+
+    def __init__(self) -> None:
+        self._numbers: dict[str, int] = {}
+
+    def repeat(self, text: str) -> str:
+        """The text with addresses that repeat."""
+        return _ADDRESS.sub(self._replacement, text) if " at 0x" in text else text
+
+    def _replacement(self, match: re.Match[str]) -> str:
+        number = self._numbers.setdefault(match[1], len(self._numbers) + 1)
+        return f"at 0x7f{16 * number:010x}"
 
 
 def timeout_message(timeout: float) -> str:

@@ -19,7 +19,7 @@ from ._admission import Gate, Visit
 from ._loop import LoopThread
 from .backend import Begins, Begun, Interpreter, Reply
 from .config import SandboxConfig
-from .observation import clean, truncate
+from .observation import Addresses, clean, truncate
 from .result import ToolResult
 
 
@@ -55,6 +55,7 @@ class Session:
         self._begins: Begins | None = None  # the same, if it can begin a cell on the caller's thread
         self._history: list[str] = []
         self._cells = 0
+        self._addresses = Addresses()
         self._turn = Gate(1)
         self._closed = False
 
@@ -218,7 +219,10 @@ class Session:
         self._cells += 1
         if reply.status == "ok":
             self._history.append(code)
-        output = truncate(clean(reply.output), self._config.output_limit_chars, reply.dropped)
+        text = clean(reply.output)
+        if self._config.seed is not None:
+            text = self._addresses.repeat(text)
+        output = truncate(text, self._config.output_limit_chars, reply.dropped)
         return ToolResult(output, reply.status, seconds)
 
     async def _execute(self, code: str, begun: Begun | None) -> Reply:

@@ -11,19 +11,19 @@ import _signal
 import _thread
 import builtins
 import contextlib
-import ctypes
 import gc
-import io
 import os
 import random
 import signal
 import sys
-import time
 
 from IPython.core.displayhook import DisplayHook
 from IPython.core.interactiveshell import InteractiveShell
 
-from . import protocol
+from . import event_loop, protocol
+from .output import Output, Stream
+from .refusals import PROGRAMS
+from .threads import end_spinning_threads, threads_at_work
 
 
 class CellTimeout(BaseException):
@@ -34,99 +34,16 @@ _read, _write, _exit = os.read, os.write, os._exit
 # without the conversions to enumerations that `signal` makes, which cost more than the system calls
 _setitimer, _set_handler, _unblock = _signal.setitimer, _signal.signal, _signal.pthread_sigmask
 _MASK = (int(signal.SIG_UNBLOCK), {int(signal.SIGALRM)})
-_sleep, _cpu_clock = time.sleep, time.pthread_getcpuclockid
-_clock = time.clock_gettime
-_thread_count, _native_id, _frames, _main = (
-    _thread._count,
-    _thread.get_native_id,
-    sys._current_frames,
-    _thread.get_ident(),
-)
-_task_ids = os.listdir
+_thread_count, _getcwd = _thread._count, os.getcwd
 _pristine = dict(vars(builtins))
 _builtins = vars(builtins)
 _HEADER, _unpack = protocol.REQUEST.size, protocol.REQUEST.unpack_from
 _COMPILE_ERRORS = (SyntaxError, ValueError, OverflowError, MemoryError, RecursionError, CellTimeout)
 _REPEAT_SECONDS = 0.05
-_STATIONARY = 0.25  # share of a core above which a thread left behind counts as spinning
 _PLAIN = frozenset((bool, bytes, complex, dict, float, frozenset, int, list, set, str, tuple))
 _NOTHING = contextlib.nullcontext()
 _RECURSION = sys.getrecursionlimit()
 _set_switch_interval, _SWITCH_SECONDS = sys.setswitchinterval, 0.0005  # do not wait long for spinning threads
-
-
-class Output:
-    """Collects text, keeping its head and its tail.
-
-    Args:
-        limit (`int`):
-            Characters to keep at either end.
-    """
-
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self.head: list[str] = []
-        self.tail: list[str] = []
-        self.room = limit
-        self.tail_size = 0
-        self.dropped = 0
-
-    def add(self, text: str) -> None:
-        if self.room:
-            self.head.append(text[: self.room])
-            text, self.room = text[self.room :], self.room - min(self.room, len(text))
-        if text:
-            self.tail.append(text[-self.limit :])
-            self.dropped += max(0, len(text) - self.limit)
-            self.tail_size += min(self.limit, len(text))
-            if self.tail_size > 4 * self.limit:
-                self._compact()
-
-    def _compact(self) -> None:
-        text = "".join(self.tail)
-        self.dropped += max(0, len(text) - self.limit)
-        self.tail = [text[-self.limit :]]
-        self.tail_size = len(self.tail[0])
-
-    def text(self) -> str:
-        self._compact()
-        return "".join(self.head) + self.tail[0]
-
-
-class Stream(io.TextIOBase):
-    """Standard output or standard error of one cell. Threads of earlier cells write into the void."""
-
-    encoding = "utf-8"
-    errors = "replace"
-
-    def __init__(self, output: Output | None, silenced: frozenset[str]) -> None:
-        self._output = output
-        self._silenced = silenced
-        self.buffer = _Bytes(self)
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, text: str) -> int:
-        if not isinstance(text, str):
-            raise TypeError(f"write() argument must be str, not {type(text).__name__}")
-        if self._output is not None and not (self._silenced and str(_native_id()) in self._silenced):
-            self._output.add(text)
-        return len(text)
-
-
-class _Bytes(io.RawIOBase):
-    """`sys.stdout.buffer`."""
-
-    def __init__(self, stream: Stream) -> None:
-        self._stream = stream
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: bytes) -> int:
-        self._stream.write(bytes(data).decode("utf-8", "replace"))
-        return len(data)
 
 
 class Display(DisplayHook):
@@ -166,7 +83,7 @@ class Shell(InteractiveShell):
     def answer(self, text: str) -> None:
         output = self.output
         last = output.tail[-1] if output.tail else output.head[-1] if output.head else "\n"
-        output.add(text if last.endswith("\n") else "\n" + text)
+        output.add(f"{text}\n" if last.endswith("\n") else f"\n{text}\n")
 
     def showtraceback(self, exc_tuple=None, *args, **kwargs) -> None:
         self.failure = (exc_tuple or sys.exc_info())[1]
@@ -197,7 +114,7 @@ class Shell(InteractiveShell):
         try:
             return super().system(cmd)
         except OSError as error:
-            raise PermissionError("no program can be started here") from error
+            raise PermissionError(PROGRAMS) from error
 
 
 def make_shell(folder: str) -> Shell:
@@ -239,6 +156,8 @@ class Cells:
         self.include_stderr = include_stderr
         self.expired = self.running = False
         self.stdin = sys.stdin
+        self.stdout, self.stderr = Stream("<stdout>"), Stream("<stderr>")
+        self.loop = event_loop.SessionLoop()
         # lists of callables that run around every cell, and how long they are at the start
         hooks = [*shell.events.callbacks.values(), shell.ast_transformers, shell.input_transformers_post, gc.callbacks]
         self.hooks = [(hooks_of_a_kind, len(hooks_of_a_kind)) for hooks_of_a_kind in hooks]
@@ -250,41 +169,61 @@ class Cells:
 
     def run(self, code: str, timeout: float) -> tuple[int, int, str, int]:
         """Returns the status, the flags, the text, and the number of characters cut out of its middle."""
-        shell, output = self.shell, Output(self.limit)
-        silenced = frozenset(_task_ids("/proc/self/task")) - {str(_native_id())} if _thread_count() else frozenset()
-        shell.output, shell.failure, shell.started, failure, flags = output, None, False, None, 0
+        output, failure, flags = Output(self.limit), None, 0
         self.expired = False
         try:
             try:
-                sys.stdin, sys.stdout = self.stdin, Stream(output, silenced)
-                sys.stderr = Stream(output if self.include_stderr else None, silenced)
-                _set_handler(signal.SIGALRM, self._alarm)
-                _unblock(*_MASK)
-                self.running = True
-                _setitimer(signal.ITIMER_REAL, timeout, _REPEAT_SECONDS)
-                result = shell.run_cell(code, store_history=True)
-                failure = result.error_before_exec or result.error_in_exec
-                if failure is not None:
-                    flags = self._blame(failure)
-                failure = failure or shell.failure
-                if failure is not None:
-                    output = Output(self.limit)
-                    output.add(describe(failure))
+                self._begin(timeout)
+                failure = self._run(code, output)
+                flags = 0 if failure is None else self._blame(failure)
+                failure = failure or self.shell.failure
             finally:
-                self.running = False
-                _setitimer(signal.ITIMER_REAL, 0)
-                _restore()
-                for hooks, count in self.hooks:
-                    del hooks[count:]
+                self._end()
         except BaseException as error:
-            failure, output, flags = error, Output(self.limit), self._blame(error)
-            output.add(describe(error))
+            failure, flags = error, self._blame(error)
         if self.expired:
             return protocol.TIMEOUT, 0, "", 0
-        if failure is None:
+        if failure is None or _ends_quietly(failure):
             return protocol.OK, 0, output.text().strip("\n"), output.dropped
+        output = Output(self.limit)
+        output.add(describe(failure))
         status = protocol.MEMORY if isinstance(failure, MemoryError) else protocol.ERROR
         return status, flags, output.text(), output.dropped
+
+    def _begin(self, timeout: float) -> None:
+        self.shell.started = False
+        sys.stdin, sys.stdout, sys.stderr = self.stdin, self.stdout, self.stderr
+        with contextlib.suppress(OSError):  # a file that a cell has written is to be found by the next one
+            sys.path_importer_cache.pop(_getcwd(), None)
+        if not self.loop.usable:
+            self.loop = event_loop.SessionLoop()
+        _set_handler(signal.SIGALRM, self._alarm)
+        _unblock(*_MASK)
+        self.running = True
+        _setitimer(signal.ITIMER_REAL, timeout, _REPEAT_SECONDS)
+
+    def _run(self, code: str, output: Output) -> BaseException | None:
+        """Runs a cell, its output going to `output`; how it failed, if it did."""
+        shell = self.shell
+        shell.output = output
+        with event_loop.counts_as_running(self.loop):
+            self.loop.get_on()  # what tasks of earlier cells print now is for nobody
+            shell.failure = None
+            silenced = threads_at_work()
+            self.stdout.switch(output, silenced)
+            self.stderr.switch(output if self.include_stderr else None, silenced)
+            result = shell.run_cell(code, store_history=True)
+            self.loop.get_on()
+        return result.error_before_exec or result.error_in_exec
+
+    def _end(self) -> None:
+        self.running = False
+        _setitimer(signal.ITIMER_REAL, 0)
+        self.stdout.switch(None)
+        self.stderr.switch(None)
+        _restore()
+        for hooks, count in self.hooks:
+            del hooks[count:]
 
     def _blame(self, error: BaseException) -> int:
         """Flags an error that comes from the shell instead of from the cell: something has broken the shell."""
@@ -296,6 +235,11 @@ class Cells:
                 return 0
             trace = trace.tb_next
         return 0 if isinstance(error, (CellTimeout, MemoryError, RecursionError)) else protocol.SPOILED
+
+
+def _ends_quietly(error: BaseException) -> bool:
+    """Whether an exception is the end of a script that went well: `exit()`."""
+    return isinstance(error, SystemExit) and type(error.code) in (type(None), bool, int) and not error.code
 
 
 def describe(error: BaseException) -> str:
@@ -327,35 +271,6 @@ def _restore() -> None:
     sys.setprofile(None)
     if sys.getrecursionlimit() < _RECURSION:
         sys.setrecursionlimit(_RECURSION)
-
-
-def end_spinning_threads() -> bool:
-    """Asks threads that burn CPU after their cell to exit; says whether any thread is still alive.
-
-    Threads that wait (an idle pool) belong to the notebook's state and stay.
-    """
-    others = [ident for ident in _frames() if ident != _main]
-    before = _cpu_times(others)
-    start = _clock(time.CLOCK_MONOTONIC)
-    _sleep(0.002)
-    elapsed = _clock(time.CLOCK_MONOTONIC) - start
-    for ident, used in _cpu_times(others).items():
-        if used - before.get(ident, used) > _STATIONARY * elapsed:
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(ident), ctypes.py_object(SystemExit))
-    for _ in range(10):
-        if not _thread_count():
-            return False
-        _sleep(0.001)
-    return True
-
-
-def _cpu_times(idents: list[int]) -> dict[int, float]:
-    alive, times = set(_frames()), {}
-    for ident in idents:
-        if ident in alive:
-            with contextlib.suppress(OSError):
-                times[ident] = _clock(_cpu_clock(ident))
-    return times
 
 
 def seed_generators(seed: int | None) -> None:

@@ -20,7 +20,7 @@ import socket
 import sys
 import time
 
-from . import child as sessions, confinement, preload, processes, protocol, scratch
+from . import child as sessions, confinement, event_loop, preload, processes, protocol, refusals, scratch
 
 
 _WATCH_SECONDS = 0.02
@@ -65,6 +65,7 @@ class Zygote:
         """Imports what sessions need and finds out which walls this kernel grants."""
         settings = self.settings
         preload.import_modules(settings["preload"], settings["kernels"])
+        sys.dont_write_bytecode = True  # of a module that a cell writes twice within a second, the first would run
         os.chdir(settings["root"])
         os.mkdir("trash", 0o700)
         if not settings["kernels"]:  # a kernel makes a shell of its own kind
@@ -255,7 +256,10 @@ class Zygote:
             self.landlock.restrict(self.writable(folder), network=self.settings["network"])
         if self.program is not None:
             confinement.set_seccomp(self.program)
+            refusals.install()
         self.close_all_but(descriptor)
+        event_loop.install()
+        sys.path.insert(0, "")  # what a cell writes can be imported
         sessions.seed_generators(self.settings["seed"])
         cells = sessions.Cells(self.shell, self.settings["output_limit_chars"], self.settings["include_stderr"])
         sessions.report(descriptor, protocol.READY)
