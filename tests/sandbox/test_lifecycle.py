@@ -230,12 +230,12 @@ def test_cells_beyond_the_cores_wait_without_losing_time():
         def run(i):
             results[i] = sessions[i].run("6 * 7")
 
-        running = Visit(sandbox._admission)  # a cell that fills the machine for longer than the limit of each
-        assert sandbox._admission.try_enter(running)
+        running = Visit(sandbox.admission)  # a cell that fills the machine for longer than the limit of each
+        assert sandbox.admission.try_enter(running)
         threads = [threading.Thread(target=run, args=(i,)) for i in range(len(sessions))]
         for thread in threads:
             thread.start()
-        assert eventually(lambda: len(sandbox._admission._queue) == len(sessions))
+        assert eventually(lambda: len(sandbox.admission._queue) == len(sessions))
         time.sleep(1.6)
         assert results == [None] * len(sessions)
         running.leave()
