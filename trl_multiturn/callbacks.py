@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from datasets import Dataset, load_from_disk
+from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
@@ -41,6 +41,7 @@ from .rollout.config import RolloutConfig
 from .rollout.judging import Judge
 from .rollout.provenance import fingerprint
 from .rows.pairing import PairingConfig, UnpairedConfig
+from .rows.row_files import load_rows
 from .tools.toolbox import Toolset
 from .trainer.loop.policy_weights import load_policy_weights, policy_revision, refuse_diverged, save_policy_weights
 from .trainer.values.value_based import ValueBasedTrainer
@@ -205,7 +206,7 @@ class ToolRolloutGenerator(TrainerCallback):
             self._report = IterationReport.load(folder.path)
             if resumed_inside:
                 refuse_other_layout(self._report, step_layout(self.trainer.args), beginning.first_step)
-            rows = load_from_disk(folder.training_rows)
+            rows = load_rows(folder.training_rows)
             if not resumed_inside:  # the checkpoint is of the iteration before
                 restore_reference(self.trainer, self.settings.reference, self.run)
         else:
@@ -333,7 +334,7 @@ class ToolRolloutGenerator(TrainerCallback):
             load_policy_weights(weights_of(self.trainer), self.run.iteration(best).policy)
             refresh(self.engine, self.trainer, self.run)
         if self.reports:  # a finished run that is started again trains on nothing; what it did can still be seen
-            self.trainer.train_dataset = load_from_disk(self.run.iteration(self.reports[-1].iteration).training_rows)
+            self.trainer.train_dataset = load_rows(self.run.iteration(self.reports[-1].iteration).training_rows)
         if args.process_index == 0:
             print_iterations(self.reports, self.start_evaluation)
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from datasets import Dataset, concatenate_datasets, load_from_disk
+from datasets import Dataset, concatenate_datasets
 
 from .distributed.main_process import on_main_at_own_pace
 from .distributed.sharding import weights_of
@@ -21,6 +21,7 @@ from .errors import JournalError
 from .journal.export import dropped_writer
 from .journal.journal import Journal, Places
 from .journal.run_folder import IterationFolder, RunFolder
+from .online.arrivals import await_trajectories
 from .online.plan import found_otherwise
 from .online.reference import with_reference
 from .online.report import IterationReport, Samples
@@ -28,7 +29,7 @@ from .online.sampling import ready_to_sample
 from .online.settings import IterationSettings
 from .rollout.judging import judge_again
 from .rollout.loop import generate_trajectories
-from .rows.row_files import forget_caches, save_rows, write_rows
+from .rows.row_files import forget_caches, load_rows, save_rows, write_rows
 from .rows.selection import PairingConfig, Selection, UnpairedConfig, select_by_prompt
 from .trainer.loop.policy_weights import policy_revision, policy_weights, save_policy_weights
 
@@ -80,12 +81,14 @@ def run_iteration(
     samples = samples or settings.samples(iteration)
     places = Places(range(len(prompts)), {f"{iteration}/{policy}": spans for policy, spans in samples.items()})
     roll_out(iteration, prompts, trainer, engine, settings, run, samples)
+    if (processes := trainer.args.world_size) > 1:
+        on_main_at_own_pace(lambda: await_trajectories(Journal(folder.journal), places, processes), patience)
 
     # Filter and pair, prompt by prompt.
     report = on_main_at_own_pace(
         lambda: find_rows(folder.journal, folder, places, settings.pairing, trainer.row_format), patience
     )
-    rows = load_from_disk(folder.rows)
+    rows = load_rows(folder.rows)
 
     # Train on these rows, or on all so far, against the reference of this iteration.
     prepared = rows
@@ -93,11 +96,11 @@ def run_iteration(
         earlier = on_main_at_own_pace(
             lambda: earlier_rows(iteration, prompts_of, settings, trainer.row_format, run), patience
         )
-        prepared = concatenate_datasets([*map(load_from_disk, earlier), rows])
+        prepared = concatenate_datasets([*map(load_rows, earlier), rows])
     prepared = with_reference(prepared, trainer, settings.reference, run)
     on_main_at_own_pace(lambda: save_rows(prepared, folder.training_rows), patience)
     forget_caches(prepared, run.path)  # what was computed on the way, beside the rows
-    training_rows = load_from_disk(folder.training_rows)
+    training_rows = load_rows(folder.training_rows)
 
     report.iteration, report.first_step, report.policy_revision = iteration, trainer.state.global_step, revision
     report.rows, report.trained_rows = len(rows), len(training_rows)

@@ -43,9 +43,8 @@ class HeldOut:
                 trajectories = evaluate_policy(
                     self.prompts.select(share),
                     engine,
-                    **settings.arguments(),
+                    **{**settings.arguments(), "prompt_indices": list(share)},
                     n=self.generations,
-                    prompt_indices=list(share),
                     progress=args.process_index == 0 and not args.disable_tqdm,
                 ).trajectories
         parts = [(trajectories[: len(share)], trajectories[len(share) :])]

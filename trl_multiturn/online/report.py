@@ -152,6 +152,7 @@ def _read_json(path: Path, make: Callable[[Any], T]) -> T | None:
     except (LookupError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path} is damaged, or of another version ({error}), so it is unknown how far the run came. Restore it, "
+            "delete it (the iteration's rows are then found anew from its rollouts), "
             "or start anew in another `output_dir`."
         ) from error
 

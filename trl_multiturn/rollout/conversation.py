@@ -41,7 +41,9 @@ class Conversation:
         self.stop_token_ids = tuple(dict.fromkeys([*self.template.end_of_turn_ids, *([] if eos is None else [eos])]))
         self.stop_strings = tuple(dict.fromkeys([*self.dialect.stop_strings, *config.stop_strings]))
         # No trajectory has more characters, for no token stands for more than its own text
-        self.most_characters = config.max_trajectory_tokens * max(map(len, self._tokenizer.get_vocab()))
+        vocabulary = self._tokenizer.get_vocab()
+        self.most_characters = config.max_trajectory_tokens * max(map(len, vocabulary))
+        self.vocab_size = 1 + max(vocabulary.values())
         # The samples of a prompt begin one after another, and most turns look alike to the template
         self._prompt_ids = lru_cache(maxsize=64)(self._render_prompt)
         self._observations_after = lru_cache(maxsize=64)(self._render_turn)

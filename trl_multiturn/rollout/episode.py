@@ -7,7 +7,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from ..engines.engine import Engine, SamplingParams
+from ..engines.arrivals import refuse_damaged, vocabulary_of
+from ..engines.engine import Engine, Generation, SamplingParams
 from ..sandbox.result import ToolFailure
 from ..tools.base import RolloutContext, enter_rollout
 from ..tools.environments import append_observation
@@ -82,7 +83,7 @@ class Episode:
             prefix_ids, room = transcript.ids, transcript.room(self.config)
             seed = derive_seed(self.context.seed, len(transcript.turns))
             sampling, start = replace(alike, max_new_tokens=room, seed=seed), time.monotonic()
-            generation = await self.engine.generate(prefix_ids, sampling, session=self.context.trajectory_id)
+            generation = await self.generate(prefix_ids, sampling, self.context.trajectory_id)
             transcript.add_sampled(generation, time.monotonic() - start)
             transcript.begun = self.conversation.within_turn(transcript.begun)
             turn = self.conversation.read(transcript.begun, transcript.last_read)
@@ -91,6 +92,16 @@ class Episode:
                 return stop_reason
 
     # The steps of a conversation, for players of other kinds too
+
+    async def generate(self, prefix_ids: list[int], sampling: SamplingParams, session: str) -> Generation:
+        """Samples one turn, or a part of it.
+
+        Raises:
+            [`EngineError`]: if the engine's answer cannot be what a policy sampled.
+        """
+        generation = await self.engine.generate(prefix_ids, sampling, session=session)
+        refuse_damaged(generation, self.engine, vocabulary_of(self.engine, self.conversation.vocab_size))
+        return generation
 
     def open(self, transcript: Transcript, observation: str | list[Message] | None) -> None:
         """Writes the prompt, with what the environment said first.

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
-from datasets import Dataset, Features
+from datasets import Dataset, Features, load_from_disk
 
 from ..data.columns import in_batches
+from ..distributed.checksums import DamagedFileError, find_damage, write_checksums
 from ..distributed.durable import put_in_place, writing
 from .pairing import (
     OPTIONAL_COLUMNS,
@@ -77,9 +78,28 @@ def save_rows(rows: Dataset, folder: Path) -> None:
     with writing(folder):
         shutil.rmtree(partial, ignore_errors=True)
         rows.save_to_disk(partial, num_shards=1)  # without a number, an empty dataset is written as no shard at all
+        write_checksums(partial)
         if folder.exists():
             shutil.rmtree(folder)
         put_in_place(partial, folder)
+
+
+def load_rows(folder: Path) -> Dataset:
+    """The rows that [`save_rows`] wrote.
+
+    Raises:
+        `ValueError`: naming the file, if one is missing or is not what was written.
+    """
+    damage, cause = find_damage(folder), None
+    if damage is None:
+        try:
+            return load_from_disk(folder)
+        except (OSError, ValueError, LookupError, pa.ArrowException) as error:
+            damage, cause = f"{folder} cannot be read ({error})", error
+    raise DamagedFileError(
+        f"{damage}, so its rows cannot be trained on. Restore it, or delete {folder.parent / 'report.json'} and start "
+        "again: the rows are then selected anew from the journal, and no rollout is lost."
+    ) from cause
 
 
 def forget_caches(rows: Dataset, within: Path) -> None:

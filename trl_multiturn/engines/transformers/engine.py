@@ -178,6 +178,11 @@ class TransformersEngine:
         """Whether the model sampled from is the one in `model`, which may be wrapped (DDP, PEFT)."""
         return unwrap_policy(model)[1] is self._policy
 
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id that the model can sample."""
+        return self._vocab_size
+
     def describe(self) -> dict[str, Any]:
         """Name, versions and settings."""
         config = self._policy.config

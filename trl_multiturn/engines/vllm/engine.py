@@ -178,6 +178,11 @@ class VLLMEngine:
         """Ends vLLM's processes; also done when the engine is collected and at exit."""
         self._finalizer()
 
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id that the model can sample."""
+        return self._llm.model_config.get_vocab_size()
+
     def describe(self) -> dict[str, Any]:
         """Name, version and settings; not the weights, so that a run taken up again finds the engine it had."""
         self._check_open()

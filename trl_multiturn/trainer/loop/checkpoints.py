@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
@@ -11,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import gather_object
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
+from ...distributed.checksums import find_damage, write_checksums
 from ...distributed.durable import sync, sync_entry
 
 
@@ -31,15 +34,23 @@ def last_checkpoint(output_dir: str | os.PathLike) -> str | None:
     """
     folders = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
     for folder in sorted(folders, key=_step, reverse=True):
-        if is_complete(folder):
+        if not is_complete(folder):
+            logger.warning("%s is passed over: the run was stopped while it was being written.", folder)
+        elif damage := find_damage(folder):
+            logger.warning("%s is passed over: %s.", folder, damage)
+        else:
             return str(folder)
-        logger.warning("%s is passed over: the run was stopped while it was being written.", folder)
     return None
 
 
 def is_complete(checkpoint: str | os.PathLike) -> bool:
     """Whether a checkpoint was written to its end."""
-    return Path(checkpoint, _STATE_FILE).is_file() and not _marker(Path(checkpoint)).exists()
+    if _marker(Path(checkpoint)).exists():
+        return False
+    try:
+        return isinstance(json.loads(Path(checkpoint, _STATE_FILE).read_bytes()), dict)
+    except (OSError, ValueError):
+        return False
 
 
 @contextmanager
@@ -63,6 +74,7 @@ def being_written(trainer: Any, checkpoint: Path) -> Iterator[None]:
     if writes:
         if (arguments := checkpoint / TRAINING_ARGS_NAME).exists():
             torch.save(trainer.args, arguments)  # the body wrote them without the limit
+        write_checksums(checkpoint)
         sync(checkpoint)
         _marker(checkpoint).unlink()
         sync_entry(checkpoint.parent)
@@ -93,9 +105,18 @@ def checkpoint_to_resume(resume: str | bool, output_dir: str) -> str | None:
                 "was stopped while it was being written, or it is another folder. Pass `True` to go on from the last "
                 "complete one."
             )
+        damage = [find_damage(Path(resume)) if PartialState().is_local_main_process else None]
+        for found in filter(None, gather_object(damage)):
+            raise ValueError(f"{found}, so nothing can resume from it. Pass `True` for the last undamaged checkpoint.")
         return str(resume)
-    last = last_checkpoint(output_dir)
-    mine = {folder.name for folder in Path(output_dir).glob("checkpoint-*") if last and is_complete(folder)}
+    # Whole files are read once on each machine
+    last = last_checkpoint(output_dir) if PartialState().is_local_main_process else None
+    complete = {folder for folder in Path(output_dir).glob("checkpoint-*") if is_complete(folder)}
+    if PartialState().is_local_main_process:
+        complete = {folder for folder in complete if last and _step(folder) <= _step(Path(last))}
+    else:
+        last = str(max(complete, key=_step)) if complete else None
+    mine = {folder.name for folder in complete}
     views = gather_object([(os.path.abspath(output_dir), last, mine)])
     shared = set.intersection(*(names for _, _, names in views))
     if not shared and any(names for _, _, names in views):

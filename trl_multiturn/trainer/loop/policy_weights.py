@@ -7,7 +7,9 @@ model that is trained beside the policy belongs to the snapshot: it knows the va
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from ...distributed.checksums import DamagedFileError
 from ...distributed.durable import written_whole
 from ...distributed.main_process import on_main
 from ...distributed.sharding import (
@@ -71,7 +74,7 @@ def save_policy_weights(model: nn.Module, path: str | os.PathLike) -> None:
     def write() -> None:
         with written_whole(Path(path)) as partial:
             try:
-                save_file(weights, partial)
+                save_file(weights, partial, metadata={"crc32": json.dumps(_checksums(weights))})
             except SafetensorError as error:  # such as a full disk
                 raise OSError(str(error)) from error
 
@@ -82,16 +85,49 @@ def load_policy_weights(model: nn.Module, path: str | os.PathLike) -> None:
     """Copies a snapshot into `model` in place; with sharded weights every process its part.
 
     Raises:
-        `ValueError`: the snapshot's parameters are not the model's trainable ones.
+        `ValueError`: the file is damaged, or the snapshot's parameters are not the model's trainable ones.
     """
     names = _trainable(model)
-    with safe_open(path, framework="pt") as snapshot:
+    with _reading(Path(path)), safe_open(path, framework="pt") as snapshot:
         if differing := set(snapshot.keys()) ^ names:
             raise ValueError(
                 f"{path} is a snapshot of another model: {len(differing)} parameters differ, for example "
                 f"`{sorted(differing)[0]}`. Start from the model and the PEFT configuration that wrote it."
             )
-        write_parameters(model, names, snapshot.get_tensor)
+        sums = json.loads((snapshot.metadata() or {}).get("crc32", "{}"))  # none in those of an earlier release
+
+        def value_of(name: str) -> torch.Tensor:
+            value = snapshot.get_tensor(name)
+            if name in sums and _checksum(value) != sums[name]:
+                raise DamagedFileError(_damaged(Path(path), f"the checksum of `{name}` differs"))
+            return value
+
+        write_parameters(model, names, value_of)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Has an error of a file that cannot be read name it."""
+    try:
+        yield
+    except (SafetensorError, FileNotFoundError, json.JSONDecodeError) as error:
+        raise DamagedFileError(_damaged(path, str(error))) from error
+
+
+def _damaged(path: Path, reason: str) -> str:
+    return (
+        f"{path} is not what was written ({reason}), so the policy of that time cannot be put back. Restore the file. "
+        "Without it, `previous_policy_generations=0` goes on without the previous policy, and `reference='previous'` "
+        "without the initial one."
+    )
+
+
+def _checksums(weights: dict[str, torch.Tensor]) -> dict[str, int]:
+    return {name: _checksum(weight) for name, weight in weights.items()}
+
+
+def _checksum(weight: torch.Tensor) -> int:
+    return zlib.crc32(memoryview(weight.contiguous().reshape(-1).view(torch.uint8).numpy()))
 
 
 @contextmanager
