@@ -46,6 +46,9 @@ LAYERS = {
     # what the online loop rests on
     "online": GROUND
     | {"data", "distributed", "engines", "evaluation", "journal", "rollout", "rows", "tools", "trainer"},
+    # what there is to see of all that; nothing rests on it
+    "viewer": {"data", "distributed", "journal", "messages", "models", "online", "rollout", "trajectory", "verify"}
+    | {"_lazy", "version"},
     # never rows, rollouts, tools, engines or verifiers: offline training needs none of them
     "trainer": {
         "_upstream",

@@ -65,6 +65,7 @@ if TYPE_CHECKING:
     from .trainer.oreo_trainer import OREOTrainer as OREOTrainer
     from .trajectory import StopReason as StopReason, Trajectory as Trajectory, Verdict as Verdict
     from .verify.mathematics import math_reward as math_reward
+    from .viewer.viewing import view as view
 else:
     __getattr__, __dir__, __all__ = attach(
         __name__,
@@ -110,6 +111,7 @@ else:
             ".trainer.oreo_trainer": ["OREOTrainer"],
             ".trajectory": ["StopReason", "Trajectory", "Verdict"],
             ".verify.mathematics": ["math_reward"],
+            ".viewer.viewing": ["view"],
         },
         present=["__version__"],
     )

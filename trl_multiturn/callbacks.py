@@ -299,7 +299,7 @@ class ToolRolloutGenerator(TrainerCallback):
         revision, key = policy_revision(weights_of(self.trainer)), self.held_out.key(self.settings)
         known = on_main(lambda: load_start(self.run.path))
         if known is None or (known["policy_revision"], known.get("evaluated_by", key)) != (revision, key):
-            evaluation = self.held_out.evaluate(self.trainer, self.engine, self.settings, self.run)
+            evaluation = self.held_out.evaluate(self.trainer, self.engine, self.settings, self.run, 0)
             start = {"policy_revision": revision, "evaluation": evaluation, "evaluated_by": key}
             on_main(lambda: save_start(self.run.path, start))
             self.trainer.log(_prefixed(evaluation))
@@ -387,7 +387,9 @@ class ToolRolloutGenerator(TrainerCallback):
         if report.evaluation is None or report.evaluated_by not in (None, key):
             started = time.perf_counter()
             known = self._evaluation_of_unchanged(report, key)
-            report.evaluation = known or self.held_out.evaluate(self.trainer, self.engine, self.settings, self.run)
+            report.evaluation = known or self.held_out.evaluate(
+                self.trainer, self.engine, self.settings, self.run, report.iteration + 1
+            )
             report.evaluated_by = key
             report.eval_seconds = time.perf_counter() - started
             self._save(report)

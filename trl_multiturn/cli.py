@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 
 _FORMS = ["auto", "openai", "sharegpt", "tool-roles", "function-call", "episodes", "rollouts", "logs"]
@@ -55,12 +56,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     export.add_argument("--output", type=Path, required=True, help="A `.parquet` or `.jsonl` file.")
     export.set_defaults(run=_export)
 
+    _add_view(commands)
+
     options = parser.parse_args(arguments)
     try:
         return options.run(options)
     except (OSError, ValueError, _journal_error()) as error:  # what the user or the machine has to put right
         print(f"trl-multiturn {options.command}: {error}", file=sys.stderr)
         return 2
+
+
+def _add_view(commands: Any) -> None:
+    from .viewer.command import add_view
+
+    add_view(commands)
 
 
 def _journal_error() -> type[Exception]:

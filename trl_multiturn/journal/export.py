@@ -14,7 +14,7 @@ from pathlib import Path
 from ..distributed.durable import written_whole
 from ..trajectory import Trajectory
 from .journal import Journal, JournalError, write_parquet
-from .run_folder import RunFolder
+from .run_folder import IterationFolder, RunFolder
 
 
 _NOTHING: tuple[float, dict[str, str]] = (math.inf, {})  # behind the last prompt
@@ -26,15 +26,23 @@ def run_trajectories(run_folder: str | os.PathLike) -> Iterator[Trajectory]:
     Where a trajectory had no part in the selection of rows, `info["dropped"]` says why (the name of a filter, say).
     """
     for folder in RunFolder(Path(run_folder)).iterations():
-        dropped = _read_dropped(folder.dropped)
-        prompt, reasons = next(dropped, _NOTHING)
-        for group in Journal(folder.journal).read_by_prompt():
-            while prompt < group[0].info["prompt_index"]:
-                prompt, reasons = next(dropped, _NOTHING)
-            here = reasons if prompt == group[0].info["prompt_index"] else {}
-            for trajectory in group:
-                reason = here.get(trajectory.info.get("trajectory_id"))
-                yield replace(trajectory, info={**trajectory.info, "dropped": reason}) if reason else trajectory
+        for group in iteration_trajectories(folder):
+            yield from group
+
+
+def iteration_trajectories(folder: IterationFolder) -> Iterator[list[Trajectory]]:
+    """The trajectories of an iteration, one prompt after another, each with why it was dropped."""
+    dropped = _read_dropped(folder.dropped)
+    prompt, reasons = next(dropped, _NOTHING)
+    for group in Journal(folder.journal).read_by_prompt():
+        while prompt < group[0].info["prompt_index"]:
+            prompt, reasons = next(dropped, _NOTHING)
+        here = reasons if prompt == group[0].info["prompt_index"] else {}
+        yield [_with_reason(trajectory, here.get(trajectory.info.get("trajectory_id"))) for trajectory in group]
+
+
+def _with_reason(trajectory: Trajectory, reason: str | None) -> Trajectory:
+    return replace(trajectory, info={**trajectory.info, "dropped": reason}) if reason else trajectory
 
 
 @contextmanager

@@ -64,6 +64,11 @@ class IterationFolder:
         """The snapshot of π_t, the policy with which iteration t starts."""
         return self.path / "policy.safetensors"
 
+    @property
+    def evaluation(self) -> Path:
+        """The trajectories on the held-out prompts, of the policy after the iteration."""
+        return self.path / "evaluation.parquet"
+
 
 @dataclass(frozen=True)
 class RunFolder:
@@ -73,6 +78,7 @@ class RunFolder:
     rollouts/
     ├── lock.json                who works here, while somebody does
     ├── start.json               evaluation of the initial policy
+    ├── start_evaluation.parquet its trajectories
     ├── iteration_000/
     │   ├── report.json          settings and counts; whether the rows stand
     │   ├── policy.safetensors   the policy with which the iteration starts
@@ -80,7 +86,8 @@ class RunFolder:
     │   ├── dropped.jsonl        why trajectories had no part in the selection
     │   ├── rows/                what was selected
     │   ├── earlier/             the same of earlier iterations, where they were judged otherwise (history="all")
-    │   └── training_rows/       what the epoch trains on
+    │   ├── training_rows/       what the epoch trains on
+    │   └── evaluation.parquet   the trajectories of the evaluation after it
     └── engine_0_000003/         weights for an engine that loads checkpoints, by process
     ```
 
@@ -99,6 +106,10 @@ class RunFolder:
     def start(self) -> Path:
         """The evaluation of the policy before the first iteration."""
         return self.path / "start.json"
+
+    def evaluation(self, iterations: int) -> Path:
+        """The trajectories of the evaluation after so many iterations, whether or not they are there."""
+        return self.iteration(iterations - 1).evaluation if iterations else self.path / "start_evaluation.parquet"
 
     def iteration(self, number: int) -> IterationFolder:
         """The folder of an iteration (0-based), whether or not it is there."""

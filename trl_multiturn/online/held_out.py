@@ -8,8 +8,10 @@ from typing import Any
 from accelerate.utils import gather_object
 from datasets import Dataset
 
+from ..distributed.main_process import on_main
 from ..engines.engine import Engine
 from ..evaluation import evaluate_policy, summarize
+from ..journal.evaluations import write_evaluation
 from ..journal.run_folder import RunFolder
 from ..rollout.provenance import fingerprint
 from .sampling import ready_to_sample
@@ -33,8 +35,13 @@ class HeldOut:
         sampler = settings.rollout.sampler_settings()
         return fingerprint([self.prompts.to_list(), self.generations, settings.complete_judge().versions(), sampler])
 
-    def evaluate(self, trainer: Any, engine: Engine, settings: IterationSettings, run: RunFolder) -> dict[str, float]:
-        """Evaluates the policy as it is now; with several processes each evaluates its share of the prompts."""
+    def evaluate(
+        self, trainer: Any, engine: Engine, settings: IterationSettings, run: RunFolder, iterations: int
+    ) -> dict[str, float]:
+        """Evaluates the policy as it is now, after so many iterations, and keeps the trajectories in the run's folder.
+
+        With several processes each evaluates its share of the prompts.
+        """
         args = trainer.args
         share = range(args.process_index, len(self.prompts), args.world_size)
         trajectories = []
@@ -51,4 +58,5 @@ class HeldOut:
         if args.world_size > 1:
             parts = gather_object(parts)
         greedy, samples = ([t for part in parts for t in part[i]] for i in range(2))
+        on_main(lambda: write_evaluation(run, iterations, [*greedy, *samples]))
         return summarize(greedy, samples).metrics()
