@@ -93,7 +93,7 @@ def make_run(output: Path, iterations=2, pairing=None, row_format="preference", 
     for number in range(iterations):
         folder = run.iteration(number)
         roll_out(journal=folder.journal, iteration=number, policy_revision=f"revision {number}", **kwargs)
-        report = find_rows(folder, pairing, row_format)
+        report = find_rows(folder.journal, folder, None, pairing, row_format)
         rows = load_from_disk(folder.rows)
         save_rows(with_reference(rows), folder.training_rows)
         report.iteration, report.rows, report.trained_rows = number, len(rows), len(rows)
