@@ -14,7 +14,9 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a name that is not local fails at once instead of waiting for a network
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads that wait for a core that another worker has cost more
+# Whatever a user has exported: several threads split a sum by the size of the batch, so that results are promised to
+# the last bit on one only; and threads that wait for a core that another worker has cost more
+os.environ.update(dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1"))
 
 import hypothesis  # noqa: E402
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import os
 import pkgutil
 import subprocess
 import sys
@@ -180,3 +181,11 @@ def test_all_is_what_there_is():
 @pytest.mark.parametrize("name", sorted(set(trl_multiturn.__all__) - {"__version__"}))
 def test_public_names_are_documented(name):
     assert (getattr(trl_multiturn, name).__doc__ or "").strip()
+
+
+def test_the_suite_runs_on_one_thread_whatever_is_exported():
+    program = "import tests.conftest, os; print(os.environ['OMP_NUM_THREADS'], os.environ['MKL_NUM_THREADS'])"
+    environment = {**os.environ, "OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "4"}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=ROOT.parent, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["1", "1"]

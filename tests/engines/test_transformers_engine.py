@@ -163,6 +163,20 @@ def test_a_seeded_request_does_not_depend_on_its_company(engine):
     assert other_seed.token_ids != alone.token_ids
 
 
+def test_on_several_threads_it_depends_on_its_company_by_rounding_alone(engine):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        requests = [(prompt(n, seed=n), SamplingParams(8, temperature=0, seed=n)) for n in range(1, 9)]
+        crowd = run(engine, *requests)
+        alone = [run(engine, request)[0] for request in requests]
+    finally:
+        torch.set_num_threads(threads)
+    assert [generation.token_ids for generation in crowd] == [generation.token_ids for generation in alone]
+    for one, other in zip(crowd, alone, strict=True):
+        assert one.logps == pytest.approx(other.logps, abs=1e-5)
+
+
 def test_the_draws_follow_the_policy(model, engine):
     ids = prompt(6)
     generations = run(engine, *((ids, SamplingParams(1, temperature=0.1, seed=seed)) for seed in range(400)))

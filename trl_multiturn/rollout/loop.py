@@ -50,7 +50,8 @@ def generate_trajectories(
 
     Every trajectory is a task of its own: it samples a turn, runs the turn's calls, reads the answers, and never waits
     for another trajectory's tools. Ids are kept as they were sampled; the same configuration, engine, prompts and
-    weights give the same trajectories, whatever runs beside them and in whatever order they finish.
+    weights give the same trajectories, whatever runs beside them and in whatever order they finish, as far as the
+    engine's samples do (see [`TransformersEngine`]: on a CPU with one thread).
 
     Works with and without a running event loop (in a notebook, the cell waits as it does for any synchronous call).
 

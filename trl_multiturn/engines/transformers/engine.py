@@ -48,10 +48,10 @@ class TransformersEngine:
     [`ToolRolloutGenerator`] does that.
 
     A request with a `seed` depends on nothing else that runs: its draws are its own, and rows do not see each other.
-    On a CPU in float32 with one thread per process (`OMP_NUM_THREADS=1`; small models with several, too) its tokens
-    and log-probabilities are the same to the last bit whatever shares its batch, as long as its session's cache was
-    not evicted in between. Elsewhere matrix kernels are chosen by the size of the batch: log-probabilities then agree
-    to rounding error, and a token differs where a draw falls within that error of the boundary between two tokens.
+    On a CPU in float32 with one thread per process (`OMP_NUM_THREADS=1`) its tokens and log-probabilities are the same
+    to the last bit whatever shares its batch, as long as its session's cache was not evicted in between. Elsewhere
+    (several threads, other types, GPUs) kernels and sums are split by the size of the batch: log-probabilities then
+    agree to rounding error, and a token differs where a draw falls within that error of the boundary between two.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
