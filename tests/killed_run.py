@@ -53,17 +53,24 @@ def many_vowels(completions, **columns):
     return [float(sum(text.lower().count(vowel) for vowel in "aeiou") % 2) for text in texts]
 
 
+def few_vowels(completions, **columns):
+    """What a mistake in a reward function may look like."""
+    return [1.0 - reward for reward in many_vowels(completions, **columns)]
+
+
 def train(
     folder: str,
     lora: bool = False,
     history: str = "latest",
     save_total_limit: int | None = 1,
     method: str = "M-DPO",
+    broken: bool = False,
 ) -> None:
     """Three iterations with a real policy and the real interpreter; the same call starts the run and takes it up.
 
     With `lora` there is dropout, so that training draws random numbers. With the method `"OREO"` there is a value
-    model with an optimizer of its own, and a reference that moves with every iteration.
+    model with an optimizer of its own, and a reference that moves with every iteration. A `broken` reward is to be
+    repaired before the run goes on.
     """
     torch.set_num_threads(1)
     tokenizer = byte_tokenizer("qwen2_5")
@@ -73,7 +80,7 @@ def train(
         generator = ToolRolloutGenerator(
             Dataset.from_dict({"prompt": questions}),
             tools=[tool],
-            reward_funcs=[many_vowels],
+            reward_funcs=[few_vowels if broken else many_vowels],
             config=RolloutConfig(
                 num_generations=5,
                 previous_policy_generations=2,

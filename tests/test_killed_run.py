@@ -200,3 +200,25 @@ def test_a_launched_run_whose_process_is_killed_ends_as_an_undisturbed_one(runne
     done = start()
     assert done.returncode == 0, done.stderr[-4000:]
     compare(outcome(tmp_path / "killed"), outcome(tmp_path / "undisturbed"))
+
+
+def test_a_reward_repaired_between_kills_ends_as_if_it_had_never_been_broken(runner, tmp_path):
+    """Killed while it rolls out, judges, selects, evaluates or trains its first iteration by the wrong reward."""
+    generator = random.Random(KILLS)
+    events, _ = runner.run(tmp_path / "undisturbed")
+    expected = outcome(tmp_path / "undisturbed")
+    begins = next(i for i, (_, path) in enumerate(events) if "iteration_000" in path)
+    ends = next(i for i, (_, path) in enumerate(events) if "checkpoint-" in path)
+    for number in range(max(1, KILLS // 2)):
+        for attempt in range(10):
+            folder = tmp_path / f"repaired_{number}_{attempt}"
+            at = generator.randrange(begins, ends) + 1
+            _, killed = runner.run(folder, kill=(at, generator.uniform(0, 0.01)), broken=True)
+            if killed and not list(folder.glob("checkpoint-*")):  # nothing of the wrong rows has been kept
+                break
+        else:
+            pytest.fail("no run was killed inside its first iteration")
+        print(f"{folder.name}: killed at event {at}, {events[at - 1][1]}, with the wrong reward")
+        disturb(runner, folder, events, (begins, len(events)), generator)
+        runner.run(folder)
+        compare(outcome(folder), expected)
