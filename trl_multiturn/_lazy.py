@@ -36,3 +36,18 @@ def attach(
         return getattr(importlib.import_module(homes[name], package), name)
 
     return load, lambda: public, public
+
+
+def load_path(path: str) -> Any:
+    """What a dotted path names, such as `"my_package.my_module.my_function"`.
+
+    Raises:
+        `ValueError`: saying why it could not be loaded.
+    """
+    module, _, attribute = path.rpartition(".")
+    if not module:
+        raise ValueError("it is no dotted path")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(str(error)) from error

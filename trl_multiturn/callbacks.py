@@ -40,8 +40,8 @@ from .online.settings import IterationSettings
 from .rollout.config import RolloutConfig
 from .rollout.judging import Judge
 from .rollout.provenance import fingerprint
-from .rows.pairing import PairingConfig, UnpairedConfig
 from .rows.row_files import load_rows
+from .rows.selection import PairingConfig, UnpairedConfig, check_pairing
 from .tools.toolbox import Toolset
 from .trainer.loop.policy_weights import load_policy_weights, policy_revision, refuse_diverged, save_policy_weights
 from .trainer.values.value_based import ValueBasedTrainer
@@ -131,6 +131,7 @@ class ToolRolloutGenerator(TrainerCallback):
     ):
         judge = Judge(reward_funcs or None, reward_weights, correct_threshold, reward_timeout_seconds, missing_reward)
         Toolset(tools, environment_factory)  # raises for what is no tool
+        check_pairing(pairing)
         if engine is not None and not is_engine_factory(engine):
             check_engine(engine)
         refuse_mistakes(prompts, eval_prompts, judge, environment_factory, prompts_per_iteration)
@@ -143,7 +144,7 @@ class ToolRolloutGenerator(TrainerCallback):
         self.settings = IterationSettings(
             tools=list(tools or []),
             judge=judge,
-            rollout=config or RolloutConfig(),
+            rollout=RolloutConfig.of(config),
             pairing=pairing,
             reference=reference,
             history=history,

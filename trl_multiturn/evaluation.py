@@ -169,7 +169,7 @@ def evaluate_policy(
             f"`temperature={temperature}` makes all {n} samples of a prompt the same, so pass@{n} would only repeat "
             "pass@1. Pass a positive temperature, or `n=1`."
         )
-    config = config or RolloutConfig()
+    config = RolloutConfig.of(config)
 
     def labelled(policy: str) -> RolloutOptions:
         return {**options, "policy": options.get("policy", policy)}

@@ -67,7 +67,7 @@ def winners(trajectories: list[Trajectory]) -> list[Trajectory]:
 # Wrong uses
 RolloutConfig(num_generation=3)  # wrong: call-arg
 RolloutConfig(num_generations="3")  # wrong: arg-type
-PairingConfig(strategy="luck")  # wrong: arg-type
+PairingConfig(strategy=3)  # wrong: arg-type
 OREOConfig("run", level="word")  # wrong: arg-type
 DQOConfig("run", lambda_=1.0)  # wrong: call-arg
 MultiTurnDPOTrainer(modle="a-model")  # wrong: call-arg

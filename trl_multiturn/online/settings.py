@@ -9,9 +9,11 @@ from typing import Any, Literal
 from ..rollout.config import RolloutConfig
 from ..rollout.judging import Judge
 from ..rollout.provenance import behavior_of, version_of
-from ..rows.selection import PairingConfig, UnpairedConfig
+from ..rows.selection import PAIRINGS, SAMPLINGS, PairingConfig, UnpairedConfig
+from ..rows.strategies import resolve_strategy
 from ..tools.base import tool_name, tool_version
 from ..tools.toolbox import Toolset
+from ..verify.filters import FILTERS, resolve_filters
 from .report import Samples
 
 
@@ -71,7 +73,13 @@ class IterationSettings:
     def describe(self) -> dict[str, Any]:
         """What decides which rows an iteration finds, as JSON values (see `online.plan` for what of it may change)."""
         pairing: Any = self.pairing
-        filters = [(f, "") if isinstance(f, str) else (f.name, behavior_of(f.drops)) for f in pairing.filters]
+        filters = [
+            (f, "") if f in list(FILTERS) else (r.name, behavior_of(r.drops))
+            for f, r in zip(pairing.filters, resolve_filters(pairing.filters), strict=True)
+        ]
+        strategy = pairing.strategy
+        if strategy not in [*PAIRINGS, *SAMPLINGS]:
+            strategy = behavior_of(resolve_strategy(strategy, {}))
         settings = {
             "tools": {tool_name(tool): tool_version(tool) for tool in self.tools},
             "environment_factory": self.environment_factory and version_of(self.environment_factory),
@@ -79,7 +87,7 @@ class IterationSettings:
             "num_generations": self.rollout.num_generations,
             "previous_policy_generations": self.rollout.explored_generations,
             **self.rollout.sampler_settings(),
-            "pairing": {"kind": type(pairing).__name__, **vars(pairing), "filters": filters},
+            "pairing": {"kind": type(pairing).__name__, **vars(pairing), "filters": filters, "strategy": strategy},
             "reference": self.reference,
             "history": self.history,
         }

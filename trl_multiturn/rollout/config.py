@@ -137,6 +137,19 @@ class RolloutConfig:
     )
     max_concurrent_tools: int = field(default=64, metadata={"help": "Tool calls that run at the same time."})
 
+    @classmethod
+    def of(cls, config: Any) -> RolloutConfig:
+        """What was passed as `config`, or the defaults.
+
+        Raises:
+            `TypeError`: if it is no [`RolloutConfig`].
+        """
+        if config is None:
+            return cls()
+        if not isinstance(config, RolloutConfig):
+            raise TypeError(f"`config` is a {type(config).__name__}. Pass a `RolloutConfig`, or nothing.")
+        return config
+
     def __post_init__(self) -> None:
         for name, least in _LEAST.items():
             value = getattr(self, name)

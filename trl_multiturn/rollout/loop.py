@@ -166,7 +166,7 @@ async def agenerate_trajectories(
     player: Player | None = None,
 ) -> list[Trajectory]:
     """[`generate_trajectories`] for event loops."""
-    config = config or RolloutConfig()
+    config = RolloutConfig.of(config)
     if not re.fullmatch(r"[\w.-]+", policy):
         raise ValueError(f"`policy={policy!r}` names files: use letters, digits, `.`, `_` and `-` only.")
     check_engine(engine)

@@ -85,7 +85,7 @@ def observation_margins(
         )
     if k < 1:
         raise ValueError(f"`k={k}` repetitions give no expectation. Use at least 1.")
-    config = config or RolloutConfig()
+    config = RolloutConfig.of(config)
     toolset = Toolset(tools)
     replay = _Replay(Conversation(config, processing_class, toolset.schemas()), toolset, config, k, seed)
     # A trajectory that is in several rows is repeated once

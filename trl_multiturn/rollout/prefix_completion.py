@@ -80,7 +80,7 @@ def complete_prefixes(
     """
     if not prefixes:
         return []
-    config = config or RolloutConfig()
+    config = RolloutConfig.of(config)
     for number, prefix in enumerate(prefixes):
         _refuse(number, prefix, config)
     keys = [_key(prefix) for prefix in prefixes]

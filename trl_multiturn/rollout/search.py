@@ -155,7 +155,7 @@ async def avalue_guided_search(
     **options: Unpack[RolloutOptions],
 ) -> list[Trajectory]:
     """[`value_guided_search`] for event loops."""
-    config = config or RolloutConfig()
+    config = RolloutConfig.of(config)
     candidates = beam if candidates is None else candidates
     rewindable = options.get("environment_factory") is None
     _refuse(score, beam, candidates, config, rewindable, step, finished, score_at)

@@ -14,7 +14,7 @@ from typing import Any
 from datasets import Dataset, Features, List, Value
 
 from ..trajectory import Trajectory, Verdict
-from .selection import Pair, PairingConfig, Selection, UnpairedConfig, select, terminal_reward
+from .selection import Pair, PairingConfig, Selection, UnpairedConfig, check_pairing, select, terminal_reward
 
 
 __all__ = [
@@ -216,6 +216,7 @@ def _selection(trajectories: Any, config: Any, kinds: Any) -> Selection:
                 "trajectories, or leave the configuration out."
             )
         return trajectories
+    check_pairing(config)
     if config is not None and not isinstance(config, kinds):
         raise TypeError(f"Preference rows are selected by a `PairingConfig`, got {type(config).__name__}.")
     return select(trajectories, config)

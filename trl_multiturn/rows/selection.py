@@ -11,10 +11,11 @@ import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from ..trajectory import Trajectory, Verdict
 from ..verify.filters import apply_filters, resolve_filters
+from .strategies import Strategy, check_choice, resolve_strategy
 
 
 @dataclass
@@ -25,13 +26,15 @@ class PairingConfig:
     how, beside a trainer's configuration, which has a `seed`, too.
     """
 
-    strategy: Literal["random", "best_worst", "step"] = field(
+    # Parsers of command lines take a union's second member, if one of the others is `None`
+    strategy: Strategy | str | None = field(
         default="random",
         metadata={
             "help": "`random`: a random correct and a random incorrect trajectory of the prompt. `best_worst`: the "
             "highest against the lowest reward, the second highest against the second lowest, and so on. `step`: a "
             "correct and an incorrect trajectory that share their first turns; these become part of the prompt, so "
-            "that the pair compares the turns where the two part."
+            "that the pair compares the turns where the two part. Also the dotted path of a function of your own; in "
+            "Python the function, too (see `trl_multiturn.rows.strategies.Strategy`)."
         },
     )
     max_pairs_per_prompt: int = field(
@@ -55,8 +58,7 @@ class PairingConfig:
 
     def __post_init__(self) -> None:
         resolve_filters(self.filters)
-        if self.strategy not in ("random", "best_worst", "step"):
-            raise ValueError(f"`strategy={self.strategy!r}` is unknown. Use 'random', 'best_worst' or 'step'.")
+        resolve_strategy(self.strategy, PAIRINGS)
         if self.max_pairs_per_prompt < 1:
             raise ValueError(f"`max_pairs_per_prompt` must be at least 1, got {self.max_pairs_per_prompt}.")
         if self.min_reward_gap < 0:
@@ -73,7 +75,7 @@ class UnpairedConfig:
     how, beside a trainer's configuration, which has a `seed`, too.
     """
 
-    strategy: Literal["balanced", "winners", "all"] = field(
+    strategy: Strategy | str | None = field(
         default="balanced",
         metadata={
             "help": "`balanced`: at most `max_positives` correct and `max_negatives` incorrect trajectories per "
@@ -94,8 +96,7 @@ class UnpairedConfig:
 
     def __post_init__(self) -> None:
         resolve_filters(self.filters)
-        if self.strategy not in ("balanced", "winners", "all"):
-            raise ValueError(f"`strategy={self.strategy!r}` is unknown. Use 'balanced', 'winners' or 'all'.")
+        resolve_strategy(self.strategy, SAMPLINGS)
         if self.max_positives < 1 or self.max_negatives < 1:
             raise ValueError(
                 f"`max_positives` and `max_negatives` must be at least 1, got {self.max_positives} and "
@@ -142,7 +143,7 @@ class Selection:
 
 def select(trajectories: Sequence[Trajectory], config: PairingConfig | UnpairedConfig | None = None) -> Selection:
     """Filters, deduplicates and selects judged trajectories; [`PairingConfig`] by default."""
-    config = PairingConfig() if config is None else config
+    config = check_pairing(config) or PairingConfig()
     reasons = _drop(trajectories, config)
     groups: dict[Any, list[Trajectory]] = {}
     for trajectory, reason in zip(trajectories, reasons, strict=True):
@@ -156,9 +157,9 @@ def select(trajectories: Sequence[Trajectory], config: PairingConfig | UnpairedC
         group = sorted(groups[key], key=_arrival_free_key)
         rng = random.Random(f"{config.seed} {key}")  # a string seeds by its SHA-512: equal in every process
         if isinstance(config, UnpairedConfig):
-            chosen.extend(_unpaired(group, config, rng))
+            chosen.extend(_sample(group, config, rng))
         else:
-            found = _PAIR[config.strategy](group, config, rng)[: config.max_pairs_per_prompt]
+            found = _pair(group, config, rng)
             pairs.extend(found)
             chosen.extend(side for pair in found for side in (pair.chosen, pair.rejected))
 
@@ -173,6 +174,38 @@ def select(trajectories: Sequence[Trajectory], config: PairingConfig | UnpairedC
         rows=len(pairs) if isinstance(config, PairingConfig) else len(chosen),
     )
     return Selection(pairs, chosen, Counter(r for r in reasons if r is not None), reasons, counts)
+
+
+def check_pairing(config: Any) -> PairingConfig | UnpairedConfig | None:
+    """The configuration, if it is one.
+
+    Raises:
+        `TypeError`: saying how a strategy or a filter of one's own is passed.
+    """
+    if config is None or isinstance(config, (PairingConfig, UnpairedConfig)):
+        return config
+    remedy = "Pass a `PairingConfig` or an `UnpairedConfig`"
+    if callable(config) or isinstance(config, str):
+        remedy += f", with a strategy of your own as `PairingConfig(strategy={getattr(config, '__name__', config)})`"
+    raise TypeError(f"`pairing` is a {type(config).__name__}, which does not say how rows are chosen. {remedy}.")
+
+
+def _pair(group: list[Trajectory], config: PairingConfig, rng: random.Random) -> list[Pair]:
+    pairs = list(resolve_strategy(config.strategy, PAIRINGS)(group, config, rng))
+    for pair in pairs:
+        if not isinstance(pair, Pair):
+            raise TypeError(
+                f"`strategy={config.strategy!r}` returned a {type(pair).__name__} among its pairs. Return a list of "
+                "`trl_multiturn.rows.selection.Pair(chosen, rejected)`."
+            )
+    check_choice(config.strategy, [side for pair in pairs for side in (pair.chosen, pair.rejected)], group)
+    return pairs[: config.max_pairs_per_prompt]
+
+
+def _sample(group: list[Trajectory], config: UnpairedConfig, rng: random.Random) -> list[Trajectory]:
+    chosen = list(resolve_strategy(config.strategy, SAMPLINGS)(group, config, rng))
+    check_choice(config.strategy, chosen, group)
+    return chosen
 
 
 def select_by_prompt(
@@ -289,7 +322,8 @@ def _step_pairs(group: list[Trajectory], config: PairingConfig, rng: random.Rand
     return pairs
 
 
-_PAIR = {"random": _random_pairs, "best_worst": _best_worst_pairs, "step": _step_pairs}
+PAIRINGS: dict[str, Strategy] = {"random": _random_pairs, "best_worst": _best_worst_pairs, "step": _step_pairs}
+"""Every strategy of a [`PairingConfig`] by name."""
 
 
 def _shared_prefix(one: Trajectory, other: Trajectory) -> tuple[int, int]:
@@ -306,16 +340,29 @@ def _shared_prefix(one: Trajectory, other: Trajectory) -> tuple[int, int]:
     return shared
 
 
-def _unpaired(group: list[Trajectory], config: UnpairedConfig, rng: random.Random) -> list[Trajectory]:
+def _balanced(group: list[Trajectory], config: UnpairedConfig, rng: random.Random) -> list[Trajectory]:
+    winners, losers = _shuffled_sides(group, rng)
+    losers = losers[: config.max_negatives]
+    return _in_turns(winners[: min(config.max_positives, max(len(losers), 1))], losers)
+
+
+def _winners(group: list[Trajectory], config: UnpairedConfig, rng: random.Random) -> list[Trajectory]:
+    return _shuffled_sides(group, rng)[0][: config.max_positives]
+
+
+def _all(group: list[Trajectory], config: UnpairedConfig, rng: random.Random) -> list[Trajectory]:
+    return _in_turns(*_shuffled_sides(group, rng))
+
+
+SAMPLINGS: dict[str, Strategy] = {"balanced": _balanced, "winners": _winners, "all": _all}
+"""Every strategy of an [`UnpairedConfig`] by name."""
+
+
+def _shuffled_sides(group: list[Trajectory], rng: random.Random) -> tuple[list[Trajectory], list[Trajectory]]:
     winners, losers = _with(Verdict.CORRECT, group), _with(Verdict.INCORRECT, group)
     rng.shuffle(winners)
     rng.shuffle(losers)
-    if config.strategy == "winners":
-        return winners[: config.max_positives]
-    if config.strategy == "balanced":
-        losers = losers[: config.max_negatives]
-        winners = winners[: min(config.max_positives, max(len(losers), 1))]
-    return _in_turns(winners, losers)
+    return winners, losers
 
 
 def _in_turns(one: list[Trajectory], other: list[Trajectory]) -> list[Trajectory]:

@@ -13,7 +13,7 @@ import inspect
 import json
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -84,6 +84,8 @@ class Toolset:
     ):
         if tools is not None and (callable(tools) or is_session_tool(tools)):
             raise TypeError(f"`tools` is a single tool ({tools!r}). Pass a list: `tools=[...]`.")
+        if tools is not None and (isinstance(tools, (str, dict)) or not isinstance(tools, Iterable)):
+            raise TypeError(f"`tools` is a {type(tools).__name__}. Pass a list of tools: `tools=[...]`.")
         tools = list(tools or [])
         self._schemas = [tool_schema(tool) for tool in tools]
         self.sessions: dict[str, SessionTool] = {tool_name(t): t for t in tools if is_session_tool(t)}

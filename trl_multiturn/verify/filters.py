@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from .._lazy import load_path
 from ..trajectory import StopReason, Trajectory, Verdict
 from .answers import canonical_answer, final_answer, last_boxed, message_text
 from .fences import FenceReader
@@ -234,14 +235,37 @@ AUTHORS_FILTERS = ("no_tool_call", "error_before_answer", "over_length", "turn_w
 """What the authors' scripts drop in addition (their environment's own failures are `TOOL_FAILED` here)."""
 
 
-def resolve_filters(filters: Iterable[str | Filter]) -> tuple[Filter, ...]:
-    """Filters from names and filters."""
-    resolved = []
-    for item in filters:
-        if isinstance(item, str) and item not in FILTERS:
-            raise ValueError(f"There is no filter {item!r}. Use one of {', '.join(sorted(FILTERS))}, or a `Filter`.")
-        resolved.append(FILTERS[item] if isinstance(item, str) else item)
-    return tuple(resolved)
+def resolve_filters(filters: Iterable[str | Filter | Callable[[Trajectory], bool]]) -> tuple[Filter, ...]:
+    """Filters from names, dotted paths, filters and functions that say whether a trajectory is dropped.
+
+    Raises:
+        `TypeError`: for what is none of these.
+        `ValueError`: if a name is unknown, or a path leads nowhere.
+    """
+    if isinstance(filters, str):
+        raise TypeError(f"`filters={filters!r}` is a string. Pass a list: `filters=[{filters!r}]`.")
+    return tuple(map(_resolved, filters))
+
+
+def _resolved(item: Any) -> Filter:
+    found = FILTERS.get(item, item) if isinstance(item, str) else item
+    if isinstance(found, str):
+        try:
+            found = load_path(found)
+        except ValueError as error:
+            raise ValueError(
+                f"There is no filter {item!r} ({error}). Use one of {', '.join(sorted(FILTERS))}, a dotted path, a "
+                "`Filter` or a function."
+            ) from error
+    if isinstance(found, Filter):
+        return found
+    name = getattr(found, "__name__", None)
+    if not callable(found) or name is None:
+        raise TypeError(
+            f"`filters` holds a {type(found).__name__}, which cannot tell what is dropped. Use the name of a filter, "
+            "a `Filter`, or a function `(trajectory) -> bool`."
+        )
+    return Filter(name, (found.__doc__ or name).strip().partition("\n")[0], found)
 
 
 def apply_filters(trajectories: Iterable[Trajectory], filters: Iterable[str | Filter] = PAPER_FILTERS) -> FilterResult:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..._lazy import load_path
 from ...tools.base import tool_version
 from .action import ActionDialect
 from .dialect import Dialect, DialectFactory, DialectLike, DialectSettings, FromConfig, text_parameter
@@ -125,9 +125,8 @@ def _found(dialect: DialectLike) -> Any:
         return dialect or _auto
     if dialect in DIALECTS:
         return DIALECTS[dialect]
-    module, _, attribute = dialect.rpartition(".")
     try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        why = f"could not be loaded ({error})" if module else "is unknown"
+        return load_path(dialect)
+    except ValueError as error:
+        why = f"could not be loaded ({error})" if "." in dialect else "is unknown"
         raise ValueError(f"`dialect={dialect!r}` {why}. Use one of {_CHOICES}.") from error
