@@ -13,7 +13,7 @@ from trl_multiturn.rollout import avalue_guided_search
 from trl_multiturn.rollout.options import RolloutOptions
 
 
-NOT_HANDED_ON = {"reward_funcs", "num_generations", "prompt_indices", "player"}
+NOT_HANDED_ON = {"reward_funcs", "num_generations", "player"}
 
 
 def keyword_only(function):

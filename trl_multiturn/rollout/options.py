@@ -13,8 +13,8 @@ from ..trajectory import Trajectory
 class RolloutOptions(TypedDict, total=False):
     """Keyword-only arguments of [`generate_trajectories`], which describes each, for functions that hand them on.
 
-    `reward_funcs`, `num_generations`, `prompt_indices` and `player` are missing: such functions have them as arguments
-    of their own, or set them.
+    `reward_funcs`, `num_generations` and `player` are missing: such functions have them as arguments of their own, or
+    set them.
     """
 
     reward_weights: Sequence[float] | None
@@ -27,6 +27,7 @@ class RolloutOptions(TypedDict, total=False):
     policy_revision: str | None
     iteration: int
     sample_offset: int
+    prompt_indices: Sequence[int] | None
     journal: Journal | str | os.PathLike | None
     collect: bool
     on_trajectory: Callable[[Trajectory], None] | None

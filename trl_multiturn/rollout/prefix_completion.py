@@ -85,13 +85,15 @@ def complete_prefixes(
         _refuse(number, prefix, config)
     keys = [_key(prefix) for prefix in prefixes]
     unique = dict(zip(keys, prefixes, strict=True))
+    if "prompt_indices" in options:
+        raise TypeError("`prompt_indices` is not for prefixes: each finds its row by its trajectory. Leave it out.")
     options.setdefault("policy", "completion")
+    options["prompt_indices"] = list(unique)
     completions = generate_trajectories(
         [prompts[prefix.trajectory.info["prompt_index"]] for prefix in unique.values()],
         engine,
         tools,
         config,
-        prompt_indices=list(unique),
         num_generations=num_completions,
         reward_funcs=reward_funcs,
         player=_PrefixPlayer(unique),

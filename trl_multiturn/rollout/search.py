@@ -52,7 +52,6 @@ def value_guided_search(
     score_at: Literal["state", "action"] = "state",
     reward_funcs: Any = None,
     num_generations: int = 1,
-    prompt_indices: Sequence[int] | None = None,
     **options: Unpack[RolloutOptions],
 ) -> list[Trajectory]:
     """Searches for the trajectory of the highest score, one per prompt (OREO, arXiv:2412.16145, section 3.5).
@@ -96,7 +95,7 @@ def value_guided_search(
             What `score` reads. `"state"`, for value models: the state after the step, its observation included; where
             nothing answers a turn, the state before the token that ended it, for none comes after. `"action"`, for
             reward models: everything up to the step's last sampled token.
-        reward_funcs (`Callable`, `str` or list of them, *optional*), prompt_indices (`Sequence[int]`, *optional*):
+        reward_funcs (`Callable`, `str` or list of them, *optional*):
             As in [`generate_trajectories`].
         num_generations (`int`, *optional*, defaults to `1`):
             Searches per prompt.
@@ -131,7 +130,6 @@ def value_guided_search(
             score_at=score_at,
             reward_funcs=reward_funcs,
             num_generations=num_generations,
-            prompt_indices=prompt_indices,
             **options,
         )
     )
@@ -151,7 +149,6 @@ async def avalue_guided_search(
     score_at: Literal["state", "action"] = "state",
     reward_funcs: Any = None,
     num_generations: int = 1,
-    prompt_indices: Sequence[int] | None = None,
     **options: Unpack[RolloutOptions],
 ) -> list[Trajectory]:
     """[`value_guided_search`] for event loops."""
@@ -167,7 +164,6 @@ async def avalue_guided_search(
         config,
         reward_funcs=reward_funcs,
         num_generations=num_generations,
-        prompt_indices=prompt_indices,
         player=_SearchPlayer(Scorer(score), settings),
         **options,
     )
