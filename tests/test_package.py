@@ -46,7 +46,7 @@ LAYERS = {
     "rollout": GROUND | {"engines", "journal", "sandbox", "templates", "tools", "verify"},
     # what the online loop rests on
     "online": GROUND
-    | {"data", "distributed", "engines", "evaluation", "journal", "rollout", "rows", "tools", "trainer"},
+    | {"data", "distributed", "engines", "evaluation", "journal", "rollout", "rows", "tools", "trainer", "verify"},
     # what there is to see of all that; nothing rests on it
     "viewer": {"data", "distributed", "journal", "messages", "models", "online", "rollout", "trajectory", "verify"}
     | {"_lazy", "version"},
