@@ -25,10 +25,12 @@ Exception
     ├── ToolFailure                              machine  a tool could not do its work
     │   └── IsolationError                       machine  a layer of isolation is not granted here
     ├── TooManyToolFailures (RuntimeError)       machine  tools failed so often that the run ended
+    ├── TooManyRewardErrors (RuntimeError)       user     reward functions raised so often that the run ended
     └── EngineError (RuntimeError)               machine  the model could not generate
 ```
 
-Errors of libraries and of the user's own functions (a reward function, an environment's `reset`) pass as they are.
+Errors of libraries and of the user's own functions pass as they are, with a note that names the function. A reward
+function that raises on single trajectories leaves those undecided, and counts like a failure of the machine.
 """
 
 from __future__ import annotations
@@ -67,6 +69,10 @@ class IsolationError(ToolFailure):
 
 class TooManyToolFailures(TRLMultiturnError, RuntimeError):
     """The machine failed so often that going on would waste the run; what finished is in the journal."""
+
+
+class TooManyRewardErrors(TRLMultiturnError, RuntimeError):
+    """Reward functions raised on so many trajectories that the rows would say little; the last error is the cause."""
 
 
 class EngineError(TRLMultiturnError, RuntimeError):

@@ -9,6 +9,7 @@ import pytest
 
 from tests.support import byte_tokenizer
 from trl_multiturn import RolloutConfig, ScriptedEngine, generate_trajectories
+from trl_multiturn.errors import TooManyRewardErrors
 from trl_multiturn.rollout import Journal, JournalError, rollouts as rollout_loop
 from trl_multiturn.rollout.judging import Judge, judge_again
 from trl_multiturn.rollout.provenance import behavior_of, decides_rollouts
@@ -58,6 +59,51 @@ def roll(folder, prompts, rewards, tool=look, judge_settings=None, **settings):
     config = RolloutConfig(**{"num_generations": 2, "dialect": "native", **settings})
     arguments = {"reward_funcs": rewards, "journal": folder, "progress": False, **(judge_settings or {})}
     return engine, generate_trajectories(prompts, engine, [tool], config, **arguments)
+
+
+def fussy(completions, answer, **columns):
+    return [float(int(a) == 1) for a in answer]
+
+
+def mixed_rows(count, every):
+    return [{**row, "answer": "?" if i % every == 0 else "1"} for i, row in enumerate(rows(count))]
+
+
+def test_a_few_errors_of_a_reward_function_end_no_run(tmp_path):
+    _, judged = roll(tmp_path, mixed_rows(40, 20), fussy, num_generations=1)
+    assert [t.info["prompt_index"] for t in judged if t.verdict.value == "undecided"] == [0, 20]
+    with Journal(tmp_path) as journal:
+        errors = [t.info.get("reward_errors") for t in journal.read()]
+    assert [i for i, error in enumerate(errors) if error] == [0, 20]
+    assert errors[0] == {"fussy": "ValueError: invalid literal for int() with base 10: '?'"}
+    engine, again = roll(tmp_path, mixed_rows(40, 20), fussy, num_generations=1)  # two of two that are left raise
+    assert engine.calls == [] and [t.verdict for t in again] == [t.verdict for t in judged]
+
+
+def test_many_errors_of_a_reward_function_end_the_run_and_cost_no_rollout(tmp_path):
+    with pytest.raises(TooManyRewardErrors, match="max_tool_failure_share=0.1.*ValueError.*'fussy'") as raised:
+        roll(tmp_path, mixed_rows(40, 2), fussy, num_generations=1)
+    assert "It was raised by the reward function 'fussy'." in raised.value.__cause__.__notes__
+    _, judged = roll(tmp_path, mixed_rows(40, 2), fussy, num_generations=1, max_tool_failure_share=1.0)
+    assert sum(t.verdict.value == "undecided" for t in judged) == 20
+    engine, judged = roll(tmp_path, mixed_rows(40, 2), broken, num_generations=1)
+    assert engine.calls == [] and all(t.reward == 0.0 and "reward_errors" not in t.info for t in judged)
+
+
+def test_what_a_reward_function_raised_on_is_judged_again_when_the_run_goes_on(tmp_path):
+    seen = []
+
+    def flaky(completions, **columns):
+        seen.extend(completions)
+        if len(seen) <= 2 * 2:  # the first call, and the one row by row
+            raise ConnectionError("no judge")
+        return [1.0] * len(completions)
+
+    flaky.version = "1"
+    _, judged = roll(tmp_path, rows(2), flaky, num_generations=1, max_tool_failure_share=1.0)
+    assert {t.verdict.value for t in judged} == {"undecided"}
+    engine, judged = roll(tmp_path, rows(2), flaky, num_generations=1)
+    assert engine.calls == [] and {t.verdict.value for t in judged} == {"correct"}
 
 
 @pytest.mark.parametrize(

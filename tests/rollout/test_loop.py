@@ -14,6 +14,7 @@ import pytest
 
 from tests.support import TOOLS, assistant, byte_tokenizer, render_actions, user
 from trl_multiturn import StopReason, Verdict
+from trl_multiturn.errors import TooManyRewardErrors
 from trl_multiturn.rollout import (
     Journal,
     RolloutConfig,
@@ -653,12 +654,13 @@ def test_a_slow_verifier_holds_up_no_rollout():
     assert {t.verdict for t in trajectories} == {Verdict.CORRECT}
 
 
-def test_a_reward_functions_error_surfaces():
+def test_an_error_of_a_reward_function_on_every_trajectory_surfaces():
     def reward(completions, **columns):
         raise ZeroDivisionError("reward")
 
-    with pytest.raises(ZeroDivisionError, match="reward"):
+    with pytest.raises(TooManyRewardErrors, match="3 of 3 trajectories.*ZeroDivisionError: reward") as raised:
         roll([CODE, ANSWER], prompts=rows(3), reward_funcs=reward)
+    assert isinstance(raised.value.__cause__, ZeroDivisionError)
 
 
 # Environments, prompts, provenance

@@ -101,6 +101,38 @@ def test_an_environment_that_hangs_is_the_machines_failure_and_not_called_again(
     assert Slow.called.acquire(timeout=20) and not Slow.called.acquire(blocking=False)
 
 
+class Careless:
+    """An environment that returns what it should not."""
+
+    def reset(self, start=None, **row):
+        if start == "raise":
+            raise KeyError("start")
+        return start
+
+    def get_reward(self):
+        return "good"
+
+
+@pytest.mark.parametrize(
+    ("start", "error", "match"),
+    [
+        (5, TypeError, "`reset` of the environment `Careless` returned 5"),
+        ("raise", KeyError, "start"),
+        (None, TypeError, "`get_reward` of the environment `Careless` returned 'good'.*not a number"),
+    ],
+)
+def test_errors_of_an_environment_name_its_method(start, error, match):
+    async def play_once():
+        environment = Toolset(environment_factory=Careless).environments.types[None].make()
+        await environment.reset({"start": start})
+        await environment.reward()
+
+    with pytest.raises(error, match=match) as raised:
+        asyncio.run(play_once())
+    if start == "raise":
+        assert raised.value.__notes__ == ["It was raised by `reset` of the environment `Careless`."]
+
+
 def test_an_environment_without_reset_is_refused():
     class NoReset:
         pass

@@ -1,13 +1,15 @@
 import asyncio
 import functools
+import logging
 import math
 import threading
 import time
 
+import numpy as np
 import pytest
 
 from trl_multiturn.trajectory import StopReason, Trajectory, Verdict
-from trl_multiturn.verify import judge, judge_async, math_reward, paper_reward, resolve_reward_funcs
+from trl_multiturn.verify import judge, judge_async, math_reward, paper_reward, resolve_reward_funcs, reward_calls
 from trl_multiturn.verify.rewards import check_columns
 
 
@@ -162,10 +164,25 @@ def test_the_users_mistakes_are_raised():
     def infinite(completions, **kwargs):
         return [math.inf] * len(completions)
 
+    def scalar(completions, **kwargs):
+        return 1.0
+
+    def text(completions, **kwargs):
+        return "ok"
+
+    def table(completions, **kwargs):
+        return np.ones((len(completions), 1))
+
     two, rows = [trajectory(0)] * 2, [{}, {}]
     for timeout in (None, 10.0):
-        with pytest.raises(KeyError, match="answr"):
+        with pytest.raises(KeyError, match="answr") as raised:
             judge(two, rows, broken, timeout_seconds=timeout)
+        assert raised.value.__notes__[-1] == "It was raised by the reward function 'broken'."
+    for func in (scalar, text, table):
+        with pytest.raises(TypeError, match=f"'{func.__name__}' returned (.|\\n)*, not a list"):
+            judge(two, rows, func)
+    judged = judge(two, rows, lambda completions, **kwargs: np.ones(2))
+    assert [t.reward for t in judged] == [1.0, 1.0]
     with pytest.raises(ValueError, match="'short' returned 1 values for 2"):
         judge(two, rows, short)
     with pytest.raises(ValueError, match="not a number"):
@@ -180,6 +197,69 @@ def test_the_users_mistakes_are_raised():
         judge(two, rows, words, missing="zero")
     with pytest.raises(ValueError, match="empty"):
         judge(two, rows, [])
+
+
+def fussy(completions, answer, **kwargs):
+    """Raises on answers that are no numbers."""
+    return [float(int(a) == 1) for a in answer]
+
+
+@pytest.mark.parametrize("timeout", [None, 10.0])
+def test_a_function_that_raises_on_one_row_leaves_that_row_undecided(timeout, caplog, monkeypatch):
+    monkeypatch.setattr(reward_calls, "_told", set())
+    rows = [{"answer": a} for a in ("1", "one", "2", "two")]
+    judged = judge([trajectory(0)] * 4, rows, [fussy, steady], timeout_seconds=timeout, missing="skip")
+    assert [t.verdict.value for t in judged] == ["correct", "undecided", "incorrect", "undecided"]
+    assert judged[1].reward is None and judged[1].info["rewards"] == {"fussy": None, "steady": 0.25}
+    assert judged[1].info["reward_errors"] == {"fussy": "ValueError: invalid literal for int() with base 10: 'one'"}
+    assert "reward_errors" not in judged[0].info
+    warnings = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert len(warnings) == 1 and "'fussy' raised on a trajectory, which stays undecided" in warnings[0].message
+
+
+def steady(completions, **kwargs):
+    return [0.25] * len(completions)
+
+
+def test_a_verdict_of_a_repaired_function_forgets_the_error():
+    again = judge(judge([trajectory(0)] * 2, [{"answer": "1"}, {"answer": "x"}], fussy), [{}] * 2, steady)
+    assert [t.info for t in again] == [{"rewards": {"steady": 0.25}}] * 2
+
+
+def test_an_async_function_that_raises_on_one_row_is_asked_row_by_row():
+    calls = []
+
+    async def fussy_too(answer, **kwargs):
+        calls.append(answer)
+        return fussy(answer=answer, **kwargs)
+
+    judged = judge([trajectory(0)] * 3, [{"answer": a} for a in ("1", "x", "2")], fussy_too)
+    assert [t.verdict.value for t in judged] == ["correct", "undecided", "incorrect"]
+    assert calls == [["1", "x", "2"], ["1"], ["x"], ["2"]]
+
+
+@pytest.mark.parametrize("in_loop", [False, True])
+def test_a_function_that_hangs_is_told(in_loop, caplog, monkeypatch):
+    told = threading.Event()
+    monkeypatch.setattr(reward_calls, "_SLOW_SECONDS", 0.01)
+    messages = []
+
+    def warning(message, *arguments):
+        messages.append(message % arguments)
+        told.set()
+
+    monkeypatch.setattr(reward_calls.logger, "warning", warning)
+
+    def hangs(completions, **kwargs):
+        assert told.wait(60)
+        return [1.0]
+
+    async def holds_the_loop(completions, **kwargs):
+        return hangs(completions)
+
+    assert judge([trajectory(0)], [{}], holds_the_loop if in_loop else hangs)[0].reward == 1.0
+    assert "has been at work on 1 trajectories" in messages[0] and "reward_timeout_seconds" in messages[0]
+    assert ("holds_the_loop" if in_loop else "hangs") in messages[0]
 
 
 def test_a_column_that_a_function_asks_for_is_missed_before_any_rollout():

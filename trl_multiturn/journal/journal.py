@@ -38,7 +38,8 @@ logger = logging.getLogger(__name__)
 
 _LINE = re.compile(rb'\{"crc32":"([0-9a-f]{8})",("kind":"(\w+)","scope":"([^"]*)","prompt":(\d+),"sample":(\d+),.*\})')
 _ROWS_PER_GROUP = 1000
-_OF_VERDICTS = ("rewards", "verifiers", "prompt_fingerprint")  # what a verdict adds to a trajectory's `info`
+# what a verdict adds to a trajectory's `info`
+_OF_VERDICTS = ("rewards", "reward_errors", "verifiers", "prompt_fingerprint")
 
 
 @dataclass(frozen=True)

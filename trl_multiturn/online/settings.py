@@ -68,7 +68,8 @@ class IterationSettings:
 
     def complete_judge(self) -> Judge:
         """The judge, which also counts the reward of environments that own one."""
-        return self.judge.with_environments(Toolset(self.tools, self.environment_factory))
+        toolset = Toolset(self.tools, self.environment_factory)
+        return self.judge.with_environments(toolset, self.rollout.max_tool_failure_share)
 
     def describe(self) -> dict[str, Any]:
         """What decides which rows an iteration finds, as JSON values (see `online.plan` for what of it may change)."""

@@ -129,7 +129,7 @@ class RolloutConfig:
         default=0.1,
         metadata={
             "help": "The run stops with an error when more than this share of the finished trajectories (of 20 or "
-            "more) met a failure of the machine. 1.0 never stops."
+            "more) met a failure of the machine, or of a reward function that raised. 1.0 never stops."
         },
     )
     max_concurrent_trajectories: int = field(

@@ -9,15 +9,17 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from ..concurrency import run_coroutine
-from ..errors import JournalError
+from ..errors import JournalError, TooManyRewardErrors
 from ..journal.journal import Journal
 from ..tools.toolbox import Toolset
 from ..trajectory import Trajectory, Verdict
-from ..verify.rewards import check_columns, judge_async, resolve_reward_funcs, reward_name
+from ..verify.reward_calls import brief_error
+from ..verify.rewards import Judging, check_columns, resolve_reward_funcs, reward_name
 from .provenance import behavior_of, fingerprint
 
 
 _LOOKED_AT = 1000  # rows
+MIN_FINISHED_FOR_SHARE = 20  # trajectories, before a share of failures says anything
 
 
 @dataclass
@@ -38,6 +40,9 @@ class Judge:
             What a function's `None` means beside the others' values (see [`judge`]).
         environment (`str`, *optional*):
             Name of the environment that owns a reward. It counts with weight 1, as in [`~trl.GRPOTrainer`].
+        max_error_share (`float`, *optional*, defaults to `0.1`):
+            Largest share of the judged trajectories (of 20 or more) on which a reward function may raise. They stay
+            undecided, and are judged again when the run goes on.
 
     Raises:
         `TypeError`, `ValueError`: if a reward function cannot be used.
@@ -49,6 +54,7 @@ class Judge:
     reward_timeout_seconds: float | None = None
     missing_reward: Literal["undecided", "skip"] = "undecided"
     environment: str | None = None
+    max_error_share: float = 0.1
 
     def __post_init__(self) -> None:
         self.reward_funcs = [] if self.reward_funcs is None else resolve_reward_funcs(self.reward_funcs)
@@ -67,6 +73,8 @@ class Judge:
             self._funcs.append(_environment_reward(self.environment))
             self._weights.append(1.0)
         self._versions = self.versions()
+        self._judged, self._raised = 0, 0
+        self._last_error: Exception | None = None
 
     def __bool__(self) -> bool:
         return bool(self._funcs)
@@ -110,14 +118,20 @@ class Judge:
         settings = {"weights": self._weights, "threshold": self.correct_threshold, "missing": self.missing_reward}
         return json.loads(json.dumps({"rewards": versions, **settings}, default=str))
 
-    def with_environments(self, toolset: Toolset) -> Judge:
-        """The same judge, which also counts the reward of environments that own one."""
+    def with_environments(self, toolset: Toolset, max_error_share: float) -> Judge:
+        """A judge like this one, which also counts the reward of environments that own one."""
         owners = [kind.name for kind in toolset.environments.types.values() if kind.has_reward]
-        return replace(self, reward_funcs=self.reward_funcs or None, environment="+".join(owners) or None)
+        return replace(
+            self,
+            reward_funcs=self.reward_funcs or None,
+            environment="+".join(owners) or None,
+            max_error_share=max_error_share,
+        )
 
     def has_judged(self, trajectory: Trajectory, row: Mapping[str, Any]) -> bool:
         """Whether the verdict on a trajectory is this judge's, given with this row of the prompts."""
         decided = trajectory.verdict is not Verdict.UNDECIDED or "rewards" in trajectory.info
+        decided = decided and not trajectory.info.get("reward_errors")
         same_row = trajectory.info.get("prompt_fingerprint") == fingerprint(dict(row))
         return decided and same_row and trajectory.info.get("verifiers") == self._versions
 
@@ -132,16 +146,37 @@ class Judge:
         rows = [
             {**row, "environment_reward": trajectory.info.get("environment_reward")} for trajectory, row in finished
         ]
-        judged = await judge_async(
-            [trajectory for trajectory, _ in finished],
-            rows,
+        judging = Judging(
             self._funcs,
             reward_weights=self._weights,
             threshold=self.correct_threshold,
             missing=self.missing_reward,
             timeout_seconds=self.reward_timeout_seconds,
         )
+        judged = await judging.judge([trajectory for trajectory, _ in finished], rows)
+        self._watch_errors(judged, judging.last_error)
         return [replace(each, info={**each.info, "verifiers": self._versions}) for each in judged]
+
+    def count_earlier(self) -> None:
+        """Counts a trajectory that an earlier run judged: what raises is a share of all, not of what is left."""
+        self._judged += 1
+
+    def _watch_errors(self, judged: Sequence[Trajectory], error: Exception | None) -> None:
+        self._judged += len(judged)
+        self._raised += sum("reward_errors" in trajectory.info for trajectory in judged)
+        self._last_error = error or self._last_error
+        if self._judged >= MIN_FINISHED_FOR_SHARE and self._raised > self.max_error_share * self._judged:
+            self._end_the_run()
+
+    def _end_the_run(self) -> None:
+        error = self._last_error
+        assert error is not None
+        raise TooManyRewardErrors(
+            f"Reward functions raised on {self._raised} of {self._judged} trajectories, more than "
+            f"`max_tool_failure_share={self.max_error_share}`, so the rows would come from a part of them. The last "
+            f"one: {brief_error(error)}. {' '.join(error.__notes__)} Repair it and start again; with a journal, what "
+            "was rolled out is kept and judged anew."
+        ) from error
 
     async def serve(self, queue: asyncio.Queue, deliver: Callable[[Trajectory], None]) -> None:
         """Judges all that waits in `queue` at a time, and hands it to `deliver`, until the queue brings `None`."""
@@ -155,6 +190,8 @@ class Judge:
                 deliver(trajectory)
             for _ in batch:
                 queue.task_done()
+        if self._raised and self._raised == self._judged and self.max_error_share < 1:
+            self._end_the_run()
 
 
 def judge_again(journal: Journal, rows: Sequence[Mapping[str, Any]], judge: Judge) -> None:
@@ -175,6 +212,8 @@ def judge_again(journal: Journal, rows: Sequence[Mapping[str, Any]], judge: Judg
             for each in group:
                 refuse_other_prompt(each, row, journal)
             stale = [(each, row) for each in group if not judge.has_judged(each, row)]
+            for _ in range(len(group) - len(stale)):
+                judge.count_earlier()
             for judged in await judge.judge(stale) if stale else ():
                 journal.judge(f"{judged.info['iteration']}/{judged.info['policy']}", judged)
 

@@ -109,6 +109,7 @@ def generate_trajectories(
     Raises:
         `TypeError`, `ValueError`: for what the user got wrong, before the first trajectory.
         [`TooManyToolFailures`]: if the share of machine failures passes `config.max_tool_failure_share`.
+        [`TooManyRewardErrors`]: if reward functions raise on a larger share of the trajectories than that.
         Whatever the engine, a reward function or an environment's `reset` raises; the other trajectories are
         cancelled.
     """
@@ -183,7 +184,7 @@ async def agenerate_trajectories(
         engine=engine,
         toolset=toolset,
         config=config,
-        judge=judge.with_environments(toolset),
+        judge=judge.with_environments(toolset, config.max_tool_failure_share),
         processing_class=processing_class or engine.processing_class,
         policy=policy,
         policy_revision=policy_revision,

@@ -23,12 +23,11 @@ from .config import RolloutConfig
 from .conversation import Conversation
 from .dialects.dialect import Message
 from .episode import Episode, refuse_long_prompt
-from .judging import Judge, refuse_other_prompt
+from .judging import MIN_FINISHED_FOR_SHARE, Judge, refuse_other_prompt
 from .player import Player
 from .provenance import WatchedRow, decides_rollouts, derive_seed, describe_tokenizer, fingerprint
 
 
-_MIN_FINISHED_FOR_SHARE = 20
 _MOST_WAITING_FOR_VERDICTS = 256
 
 
@@ -128,7 +127,8 @@ class Rollouts:
                     finally:
                         queue.put_nowait(None)
             except BaseExceptionGroup as errors:
-                raise _first_leaf(errors) from None
+                error = _first_leaf(errors)
+                raise error from error.__cause__
         if plan.journal is not None:
             plan.journal.sync()
         keys = ((index, sample) for index in plan.prompt_indices for sample in plan.samples)
@@ -146,6 +146,7 @@ class Rollouts:
             self.known[key[0]] = self.known.get(key[0], 0) | 1 << key[1]
             if not plan.judge or plan.judge.has_judged(trajectory, rows[key[0]]):
                 self._keep(trajectory)
+                plan.judge.count_earlier()
                 self.bar.update()
                 continue
             queue.put_nowait((trajectory, rows[key[0]]))
@@ -215,6 +216,7 @@ class Rollouts:
         self.counts[trajectory.verdict.value if self.plan.judge else trajectory.stop_reason.value] += 1
         self.counts["tool calls"] += trajectory.info["tool_calls"]
         self.counts["tool failures"] += trajectory.stop_reason is StopReason.TOOL_FAILED
+        self.counts["reward errors"] += "reward_errors" in trajectory.info
         self.bar.set_postfix({name: count for name, count in sorted(self.counts.items()) if count}, refresh=False)
         self.bar.update()
         if self.plan.on_trajectory is not None:
@@ -228,7 +230,7 @@ class Rollouts:
         self.rolled_out += 1
         self.failures += trajectory.stop_reason is StopReason.TOOL_FAILED
         share = self.failures / self.rolled_out
-        if self.rolled_out >= _MIN_FINISHED_FOR_SHARE and share > self.config.max_tool_failure_share:
+        if self.rolled_out >= MIN_FINISHED_FOR_SHARE and share > self.config.max_tool_failure_share:
             raise TooManyToolFailures(
                 f"{self.failures} of {self.rolled_out} trajectories met a failure of the machine, more than "
                 f"`max_tool_failure_share={self.config.max_tool_failure_share}`. The last one: "

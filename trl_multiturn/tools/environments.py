@@ -70,21 +70,49 @@ class Environment:
         self.methods = {name: getattr(instance, name) for name in kind.tool_names}
 
     async def reset(self, row: Mapping[str, Any]) -> str | list[dict[str, Any]] | None:
-        """Starts the episode; what it returns is appended to the last user message."""
-        return await self._call(self.instance.reset, **row)
+        """Starts the episode; what it returns is appended to the last user message.
+
+        Raises:
+            `TypeError`: if it returns something that is no text, content blocks or `None`.
+        """
+        observation = await self._named(self.instance.reset, **row)
+        if observation is None or isinstance(observation, str | list):
+            return observation
+        raise TypeError(
+            f"`reset` of the environment `{self.kind.name}` returned {observation!r:.80}, which cannot join the "
+            "prompt. Return a text, a list of content blocks, or `None`."
+        )
 
     async def reward(self) -> float | None:
-        """The environment's own reward, or `None` where it has none."""
+        """The environment's own reward, or `None` where it has none.
+
+        Raises:
+            `TypeError`: if it returns something that is no number.
+        """
         if not self.kind.has_reward:
             return None
-        reward = await self._call(self.instance.get_reward)
-        return None if reward is None else float(reward)
+        reward = await self._named(self.instance.get_reward)
+        try:
+            return None if reward is None else float(reward)
+        except (TypeError, ValueError) as error:
+            raise TypeError(
+                f"`get_reward` of the environment `{self.kind.name}` returned {reward!r:.80}, which is not a number. "
+                "Return a number, or `None` for no verdict."
+            ) from error
 
     @property
     def done(self) -> bool:
         """Whether the environment says that the episode is over."""
         done = getattr(self.instance, "done", False)
         return bool(done) and not callable(done)
+
+    async def _named(self, method: Callable[..., Any], /, **kwargs: Any) -> Any:
+        """Calls a method of the protocol; an error of it carries a note that says which it was."""
+        try:
+            return await self._call(method, **kwargs)
+        except Exception as error:
+            error.add_note(f"It was raised by `{method.__name__}` of the environment `{self.kind.name}`.")
+            raise
 
     async def _call(self, method: Callable[..., Any], /, **kwargs: Any) -> Any:
         if inspect.iscoroutinefunction(method):

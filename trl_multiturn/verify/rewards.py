@@ -3,35 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import importlib
 import inspect
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from ..concurrency import run_coroutine, run_in_thread
+from ..concurrency import run_coroutine
 from ..trajectory import StopReason, Trajectory, Verdict
+from .reward_calls import RewardCall, RewardFunc, brief_error, reward_name as reward_name
 
 
 logger = logging.getLogger(__name__)
-
-RewardFunc = Callable[..., Any]
 
 # what TRL passes by name beside the dataset's columns
 _RESERVED = ("prompt", "completion", "completion_ids")
 # what every function is called with, and an environment's own reward
 _ALWAYS_PASSED = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric",
                   "environment_reward")  # fmt: skip
-
-
-def reward_name(reward_func: RewardFunc) -> str:
-    """The name under which a reward function's values are kept."""
-    while isinstance(reward_func, functools.partial):
-        reward_func = reward_func.func
-    return getattr(reward_func, "__name__", type(reward_func).__name__)
 
 
 def resolve_reward_funcs(reward_funcs: RewardFunc | str | Sequence[RewardFunc | str]) -> list[RewardFunc]:
@@ -69,12 +60,6 @@ def _checked(reward_func: Any) -> RewardFunc:
             "`(prompts, completions, completion_ids, **columns) -> list[float | None]`; wrap a model in one."
         )
     return reward_func
-
-
-def _is_async(reward_func: RewardFunc) -> bool:
-    return inspect.iscoroutinefunction(reward_func) or inspect.iscoroutinefunction(
-        getattr(reward_func, "__call__", None)  # noqa: B004  (an object whose `__call__` is a coroutine function)
-    )
 
 
 def check_columns(reward_funcs: Sequence[RewardFunc], columns: Mapping[str, Sequence[Any]]) -> None:
@@ -128,6 +113,9 @@ def judge(
     `INCORRECT` below. A trajectory that stopped with `TOOL_FAILED` is not shown to the functions: it is `UNDECIDED`
     with reward `None`, like one on which a function could not decide. The single values go to `info["rewards"]`.
 
+    A function that raises is called again for each trajectory by itself. Those on which it raises again are
+    `UNDECIDED` whatever the others say, with the error in `info["reward_errors"]`.
+
     Args:
         trajectories (`Sequence[Trajectory]`):
             What to judge.
@@ -146,7 +134,8 @@ def judge(
             row, and the others decide (TRL's multi-task idiom); undecided only where all return `None`.
         timeout_seconds (`float`, *optional*):
             Limit on each function's call. One that is late returned `None` for every trajectory of the call; a plain
-            function's thread is abandoned, since nothing can stop it.
+            function's thread is abandoned, since nothing can stop it. Without a limit, a function that takes longer
+            than a minute is told.
         reward_kwargs (`Mapping`, *optional*):
             Further keyword arguments for every function, such as `environments`.
 
@@ -154,12 +143,14 @@ def judge(
         `list[Trajectory]`: the same trajectories, in order, judged.
 
     Raises:
-        Whatever a reward function raises, except `TimeoutError`, which counts as "no verdict in time"; `ValueError`
-        where a function returns something other than one number or `None` per trajectory.
+        What a reward function raises on every trajectory, with its name as a note, except `TimeoutError`, which counts
+        as "no verdict in time"; `TypeError` or `ValueError` where a function returns something other than one number
+        or `None` per trajectory.
     """
-    arguments = (trajectories, rows, reward_funcs, reward_weights, threshold, missing, timeout_seconds, reward_kwargs)
+    judging = Judging(reward_funcs, reward_weights, threshold, missing, timeout_seconds, reward_kwargs)
     # Without a limit, plain functions run in the caller's thread, where their signal handlers work, as in TRL.
-    return run_coroutine(_judge(*arguments, in_threads=timeout_seconds is not None))
+    judging.in_threads = timeout_seconds is not None
+    return run_coroutine(_judge_or_raise(judging, trajectories, rows))
 
 
 async def judge_async(
@@ -173,57 +164,83 @@ async def judge_async(
     reward_kwargs: Mapping[str, Any] | None = None,
 ) -> list[Trajectory]:
     """[`judge`] for a running event loop: plain functions run in threads, so a slow one holds up nobody else."""
-    arguments = (trajectories, rows, reward_funcs, reward_weights, threshold, missing, timeout_seconds, reward_kwargs)
-    return await _judge(*arguments, in_threads=True)
+    judging = Judging(reward_funcs, reward_weights, threshold, missing, timeout_seconds, reward_kwargs)
+    return await _judge_or_raise(judging, trajectories, rows)
 
 
-async def _judge(
-    trajectories: Sequence[Trajectory],
-    rows: Sequence[Mapping[str, Any]],
-    reward_funcs: RewardFunc | str | Sequence[RewardFunc | str],
-    reward_weights: Sequence[float] | None,
-    threshold: float,
-    missing: str,
-    timeout_seconds: float | None,
-    reward_kwargs: Mapping[str, Any] | None,
-    in_threads: bool,
+async def _judge_or_raise(
+    judging: Judging, trajectories: Sequence[Trajectory], rows: Sequence[Mapping[str, Any]]
 ) -> list[Trajectory]:
-    funcs = resolve_reward_funcs(reward_funcs)
-    weights = [1.0] * len(funcs) if reward_weights is None else list(reward_weights)
-    if len(weights) != len(funcs):
-        raise ValueError(f"`reward_weights` has {len(weights)} entries for {len(funcs)} functions. Give one each.")
-    if len(rows) != len(trajectories):
-        raise ValueError(
-            f"`rows` has {len(rows)} entries for {len(trajectories)} trajectories, so columns cannot be matched. Give "
-            "each trajectory the row of its prompt."
-        )
-    if missing not in ("undecided", "skip"):
-        raise ValueError(f"`missing={missing!r}` is unknown. Use 'undecided' or 'skip'.")
+    judged = await judging.judge(trajectories, rows)
+    live = [trajectory for trajectory in judged if trajectory.stop_reason is not StopReason.TOOL_FAILED]
+    if live and judging.last_error is not None and all("reward_errors" in trajectory.info for trajectory in live):
+        raise judging.last_error
+    return judged
 
-    live = [i for i, trajectory in enumerate(trajectories) if trajectory.stop_reason != StopReason.TOOL_FAILED]
-    judged = [trajectory.judged(Verdict.UNDECIDED, None) for trajectory in trajectories]
-    if not live:
+
+@dataclass
+class Judging:
+    """How trajectories are judged; [`judge`] describes the fields. `last_error` is what a function raised last."""
+
+    reward_funcs: Any
+    reward_weights: Sequence[float] | None = None
+    threshold: float = 0.5
+    missing: str = "undecided"
+    timeout_seconds: float | None = None
+    reward_kwargs: Mapping[str, Any] | None = None
+    in_threads: bool = True
+    last_error: Exception | None = None
+
+    def __post_init__(self) -> None:
+        self.funcs = resolve_reward_funcs(self.reward_funcs)
+        self.names = _unique_names(self.funcs)
+        self.weights = [1.0] * len(self.funcs) if self.reward_weights is None else list(self.reward_weights)
+        if len(self.weights) != len(self.funcs):
+            raise ValueError(
+                f"`reward_weights` has {len(self.weights)} entries for {len(self.funcs)} functions. Give one each."
+            )
+        if self.missing not in ("undecided", "skip"):
+            raise ValueError(f"`missing={self.missing!r}` is unknown. Use 'undecided' or 'skip'.")
+
+    async def judge(self, trajectories: Sequence[Trajectory], rows: Sequence[Mapping[str, Any]]) -> list[Trajectory]:
+        """[`judge`], except that no error of a reward function is raised."""
+        if len(rows) != len(trajectories):
+            raise ValueError(
+                f"`rows` has {len(rows)} entries for {len(trajectories)} trajectories, so columns cannot be matched. "
+                "Give each trajectory the row of its prompt."
+            )
+        live = [i for i, trajectory in enumerate(trajectories) if trajectory.stop_reason != StopReason.TOOL_FAILED]
+        judged = [trajectory.judged(Verdict.UNDECIDED, None) for trajectory in trajectories]
+        if not live:
+            return judged
+        kwargs = _keyword_arguments([trajectories[i] for i in live], [rows[i] for i in live], self.reward_kwargs)
+        calls = [RewardCall(func, self.timeout_seconds, self.in_threads) for func in self.funcs]
+        outcomes = await asyncio.gather(*(call.outcomes(kwargs, len(live)) for call in calls))
+        self.last_error = next((call.last_error for call in calls if call.last_error is not None), self.last_error)
+        by_row = list(zip(*outcomes, strict=True))  # (number of live trajectories, number of functions)
+        for i, row_outcomes in zip(live, by_row, strict=True):
+            judged[i] = self._judged(trajectories[i], dict(zip(self.names, row_outcomes, strict=True)))
+        self._warn_where_none_is_decided(by_row)
         return judged
-    kwargs = _keyword_arguments([trajectories[i] for i in live], [rows[i] for i in live], reward_kwargs)
-    calls = (_call(func, kwargs, len(live), timeout_seconds, in_threads) for func in funcs)
-    values = await asyncio.gather(*calls)  # (number of functions, number of live trajectories)
 
-    names = _unique_names(funcs)
-    by_row = list(zip(*values, strict=True))
-    for i, row_values in zip(live, by_row, strict=True):
-        reward = _total(row_values, weights, missing)
+    def _judged(self, trajectory: Trajectory, outcomes: Mapping[str, float | Exception | None]) -> Trajectory:
+        errors = {name: brief_error(value) for name, value in outcomes.items() if isinstance(value, Exception)}
+        values = {name: None if isinstance(value, Exception) else value for name, value in outcomes.items()}
+        reward = None if errors else _total(list(values.values()), self.weights, self.missing)
         verdict = Verdict.UNDECIDED
         if reward is not None:
-            verdict = Verdict.CORRECT if reward >= threshold else Verdict.INCORRECT
-        info = {**trajectories[i].info, "rewards": dict(zip(names, row_values, strict=True))}
-        judged[i] = replace(trajectories[i], reward=reward, verdict=verdict, info=info)
-    if missing == "undecided" and all(None in row and any(v is not None for v in row) for row in by_row):
-        logger.warning(
-            "Each of %d trajectories got `None` from one reward function and a value from another, so none has a "
-            "verdict. If `None` means 'does not apply to this row', pass `missing='skip'`.",
-            len(live),
-        )
-    return judged
+            verdict = Verdict.CORRECT if reward >= self.threshold else Verdict.INCORRECT
+        info = {name: value for name, value in trajectory.info.items() if name != "reward_errors"}
+        info |= {"rewards": values, **({"reward_errors": errors} if errors else {})}
+        return replace(trajectory, reward=reward, verdict=verdict, info=info)
+
+    def _warn_where_none_is_decided(self, by_row: Sequence[Sequence[float | Exception | None]]) -> None:
+        if self.missing == "undecided" and all(None in row and any(v is not None for v in row) for row in by_row):
+            logger.warning(
+                "Each of %d trajectories got `None` from one reward function and a value from another, so none has a "
+                "verdict. If `None` means 'does not apply to this row', pass `missing='skip'`.",
+                len(by_row),
+            )
 
 
 def _keyword_arguments(
@@ -241,43 +258,6 @@ def _keyword_arguments(
         "log_metric": lambda name, value: None,
         **(extra or {}),
     }
-
-
-async def _call(
-    func: RewardFunc, kwargs: dict[str, Any], count: int, timeout_seconds: float | None, in_threads: bool
-) -> list[float | None]:
-    name = reward_name(func)
-    try:
-        if _is_async(func):
-            values = await asyncio.wait_for(func(**kwargs), timeout_seconds)
-        elif in_threads:
-            values = await asyncio.wait_for(run_in_thread(func, **kwargs), timeout_seconds)
-        else:
-            values = func(**kwargs)
-    except TimeoutError as error:
-        logger.warning("The reward function %r gave no verdict on %d trajectories in time (%s).", name, count, error)
-        return [None] * count
-    values = list(values)
-    if len(values) != count:
-        raise ValueError(
-            f"The reward function {name!r} returned {len(values)} values for {count} trajectories, so they cannot be "
-            "matched. Return exactly one number or `None` per completion."
-        )
-    return [_number(value, name) for value in values]
-
-
-def _number(value: Any, name: str) -> float | None:
-    if value is None:
-        return None
-    try:
-        value = float(value)
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"The reward function {name!r} returned {value!r}, which is not a number. Return a number or `None`."
-        ) from error
-    if math.isinf(value):
-        raise ValueError(f"The reward function {name!r} returned {value}. Return a finite number or `None`.")
-    return None if math.isnan(value) else value
 
 
 def _total(values: Sequence[float | None], weights: Sequence[float], missing: str) -> float | None:
