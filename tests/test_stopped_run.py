@@ -175,3 +175,23 @@ def test_evaluations_by_another_reward_are_not_compared(tmp_path, tool):  # noqa
     start = json.loads(generator.run.start.read_text())
     generator.run.start.write_text(json.dumps({**start, "evaluated_by": "another", "evaluation": {"pass@1": 9.0}}))
     assert generator.best_policy == 1
+
+
+def test_a_run_from_the_beginning_evaluates_its_own_policies(tmp_path, tool):  # noqa: F811
+    """The rows of the first iteration are on disk, and so is what another learning rate had made of them."""
+    held_out = dict(iterations=1, eval_prompts=problems(1, first=50))
+    run(tmp_path, tool, **held_out)[0].train()
+    again, generator, engine = run(tmp_path, tool, **held_out)
+    again.args.learning_rate = 1e-3
+    again.train()
+    assert {call.session.partition("/")[2] for call in engine.calls} == {"evaluation-greedy/0/0"}
+    assert [r.evaluation is not None for r in generator.reports] == [True]
+
+
+def test_a_part_of_a_run_from_the_beginning_is_not_evaluated_as_the_whole_was(tmp_path, tool):  # noqa: F811
+    held_out = dict(iterations=1, eval_prompts=problems(1, first=50))
+    run(tmp_path, tool, **held_out)[0].train()
+    again, _, engine = run(tmp_path, tool, **held_out)
+    again.args.max_steps = 1
+    again.train()
+    assert engine.calls == []

@@ -219,6 +219,8 @@ class ToolRolloutGenerator(TrainerCallback):
         if not resumed_inside:
             self._report.step_layout = step_layout(self.trainer.args)
             self._save(self._report)
+        # What an earlier run has come to after these rows need not be what this one will come to
+        self._report.last_step = self._report.evaluation = None
         self.trainer.log(self._report.metrics())
         self._epoch_started = time.perf_counter()
         return rows

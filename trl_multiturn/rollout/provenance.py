@@ -91,7 +91,7 @@ def decides_rollouts(provenance: Mapping[str, Any]) -> dict[str, Any]:
 
 def tools_without_patch(tools: Mapping[str, str]) -> dict[str, str]:
     """Versions of tools, where that of this package's interpreter is without its patch number."""
-    return {name: re.sub(r"^(python-\d+\.\d+)[^-]*", r"\1", version) for name, version in tools.items()}
+    return {name: re.sub(r"^(python-\d+\.\d+)[^-]*", r"\1", str(version)) for name, version in tools.items()}
 
 
 def _release_line(version: Any) -> str:
