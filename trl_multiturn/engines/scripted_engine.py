@@ -65,8 +65,9 @@ class ScriptedEngine:
 
     ```python
     >>> engine = ScriptedEngine(["```python\\nprint(6 * 7)\\n```", "It is \\\\boxed{42}."], tokenizer)
-    >>> trajectories = asyncio.run(generate_trajectories(prompts, engine, tools, config))
-    >>> engine.calls[1].prompt_text  # what the policy read after the tool had answered
+    >>> trajectories = generate_trajectories(prompts, engine, [PythonTool()], RolloutConfig(dialect="fenced"))
+    >>> "42" in engine.calls[-1].prompt_text  # what the policy read after the tool had answered
+    True
     ```
     """
 

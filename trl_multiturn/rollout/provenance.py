@@ -45,7 +45,7 @@ def derive_seed(*parts: int | str) -> int:
     """A seed in [0, 2^63) that depends on the parts alone, not on what else runs or ran before.
 
     ```python
-    >>> derive_seed(config.seed, iteration, "current", prompt_index, sample_index)
+    >>> seed = derive_seed(config.seed, iteration, "current", prompt_index, sample_index)
     ```
     """
     return int.from_bytes(hashlib.sha256(json.dumps(parts).encode()).digest()[:8], "big") >> 1
