@@ -278,3 +278,12 @@ def test_choosing_changes_nothing_of_the_users_tokenizer():
     tokenizer = byte_tokenizer("qwen2_5")
     choose_dialect("native", tokenizer, TOOLS)
     assert getattr(tokenizer, "response_template", None) is None
+
+
+@pytest.mark.parametrize(
+    "piece", ["`", "```", "```python ", "```python\n", " ", "~", "\\boxed{", "{", "Action:", "Action: *", "\n"]
+)
+def test_what_a_policy_repeats_without_end_is_read(piece):
+    text = "```python" + piece * 3_000  # a pattern that tries every way to divide the blanks would take hours
+    assert fenced(text).calls == []
+    ActionDialect([PYTHON]).read(text, [], [])

@@ -154,9 +154,10 @@ def test_the_recorded_status_says_what_is_an_error(dialect):
     assert result.reasons == ["boxed_after_error"]
 
 
-def test_a_call_that_could_not_be_read_is_an_error_too():
-    unread = recorded(fenced("42", "the block is not closed"), ["ok"])
-    assert apply_filters([unread], ["error_before_answer"]).reasons == ["error_before_answer"]
+def test_where_no_call_is_recorded_the_text_decides():
+    # the turns that a completion began with, and a call that could not be read
+    made = recorded(fenced("42", "NameError: x", "SyntaxError: not closed", "7"), ["ok"], turns=[3])
+    assert turns_with_errors(made) == [False, True, True, False, False]
 
 
 def test_statuses_of_parallel_calls_belong_to_their_turn():

@@ -11,7 +11,8 @@ from .reading.numerals import BasedNumber
 from .reading.quantities import Quantity
 
 
-_BOX = re.compile(r"\\f?box(?:ed)?\s*\{")
+# an escaped brace is a symbol, not a group, and two backslashes are a line's end
+_BRACES = re.compile(r"(?P<box>\\f?box(?:ed)?\s*+\{)|\\\\(?!f?box)|\\[{}]|[{}]")
 # A box that is mentioned, not filled in: blanks, also those of LaTeX, and dots
 _EMPTY = re.compile(r"(?:\\(?:[ ,;:!]|quad|dots|ldots|cdots)|[\s~.…])*")
 
@@ -32,22 +33,16 @@ def boxed_answers(text: str) -> list[str]:
     A box that the text leaves open (a generation cut off) is no answer, and neither is an empty one ("I will put the
     answer in \boxed{}"): both are passed over.
     """
-    contents = (_content(text, match.end()) for match in _BOX.finditer(text))
-    return [content for content in contents if content is not None and not _EMPTY.fullmatch(content)]
-
-
-def _content(text: str, start: int) -> str | None:
-    """What stands before the brace that closes the one before `start`; `None` where none does."""
-    depth, i = 1, start
-    while i < len(text):
-        if text[i] == "\\":
-            i += 2  # an escaped brace is a symbol, not a group
-            continue
-        depth += {"{": 1, "}": -1}.get(text[i], 0)
-        if depth == 0:
-            return text[start:i].strip()
-        i += 1
-    return None
+    opened: list[re.Match[str]] = []
+    found: list[tuple[int, str]] = []
+    for token in _BRACES.finditer(text):
+        if token[0] == "}" and opened:
+            opening = opened.pop()
+            if opening["box"]:
+                found.append((opening.start(), text[opening.end() : token.start()].strip()))
+        elif token[0].endswith("{") and token[0] != "\\{":
+            opened.append(token)
+    return [content for _, content in sorted(found) if not _EMPTY.fullmatch(content)]
 
 
 def last_boxed(text: str) -> str | None:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 _ALIASES = {"python": ("py", "ipython", r"python\d(?:\.\d+)?")}  # what models call it, in any case
 _ANY_FENCE = re.compile(r"^[ \t]*(?:```|~~~)", re.MULTILINE)
-_CLOSED_AT_THE_END = re.compile(r"[ \t]*(?:`{3,}|~{3,})[ \t]*\Z")
 # What may stand before a fence that is indented, or belongs to an item of a list
 _MARGIN = re.compile(r"(?:[ \t]|[-*+>][ \t]|\d+[.)][ \t])*\Z")
 
@@ -48,10 +47,10 @@ class FenceReader:
         self._tools = list(tools)
         groups = ("|".join([re.escape(tool), *self._aliases(tool)]) for tool in self._tools)
         names = "|".join(f"({group})" for group in groups) or r"((?!))"
+        # Possessive, and only where a run of marks begins: what a policy repeats without end takes no time to read
         self._opening = re.compile(
-            rf"(?P<fence>(?P<mark>[`~])(?P=mark){{2,}})[ \t]*(?i:{names})[ \t]*"
-            r"(?:\r?\n|[ \t](?P<line>[^`~\r\n]+?)[ \t]*(?P=fence)[ \t]*(?=\r?$))",
-            re.MULTILINE,
+            rf"(?<![`~])(?P<fence>(?P<mark>[`~])(?P=mark){{2,}}+)[ \t]*+(?i:{names})"
+            r"(?P<rest>(?:[ \t\r][^\n]*+)?)(?P<newline>\n|\Z)"
         )
 
     def _aliases(self, tool: str) -> list[str]:
@@ -62,26 +61,36 @@ class FenceReader:
         position = 0
         while (opening := self._opening.search(text, position)) is not None:
             block = self._block(text, opening)
-            yield block
-            position = block.end
+            if block is not None:
+                yield block
+            position = opening.start("rest") if block is None else block.end
 
-    def _block(self, text: str, opening: re.Match[str]) -> Block:
-        tool = next(tool for tool, name in zip(self._tools, opening.groups()[2:], strict=False) if name is not None)
-        if opening["line"] is not None:
-            return Block(tool, opening["line"], opening.start(), opening.end(), True)
+    def _block(self, text: str, opening: re.Match[str]) -> Block | None:
+        rest = opening["rest"].strip()
+        if not rest and opening["newline"]:
+            return self._lines(text, opening)
+        code = rest.removesuffix(opening["fence"])
+        if code == rest or not code or "`" in code or "~" in code:
+            return None
+        return Block(self._tool(opening), code.rstrip(), opening.start(), opening.end("rest"), True)
+
+    def _lines(self, text: str, opening: re.Match[str]) -> Block:
         # A closing fence stands at the beginning of a line, so that code may hold backticks in its strings
-        closing = re.compile(rf"^[ \t]*{opening['mark']}{{{len(opening['fence'])},}}[ \t]*", re.MULTILINE).search(
-            text, opening.end()
-        )
-        inside = text[opening.end() : len(text) if closing is None else closing.start()]
-        code, carried = _CLOSED_AT_THE_END.subn("", inside.rstrip() if closing is None else inside.rstrip("\r\n"))
-        if not carried:
-            code = inside
+        mark, length = opening["mark"], len(opening["fence"])
+        closing = re.compile(rf"^[ \t]*(?P<fence>{mark}{{{length},}})", re.MULTILINE).search(text, opening.end())
+        code = text[opening.end() : len(text) if closing is None else closing.start()]
+        if carried := code.rstrip().endswith(mark * 3):  # the last line of code has the fence at its end
+            code = code.rstrip().rstrip(mark).rstrip()
         end = len(text)
         if closing is not None:  # a fence that opens the next block ends this one as well
-            end = closing.start() if self._opening.match(text, closing.start()) else closing.end()
+            opens = self._opening.match(text, closing.start("fence"))
+            end = closing.start("fence") if opens and not opens["rest"].strip() else closing.end()
         code = _without_margin(code.replace("\r\n", "\n"), _margin(text, opening.start()))
-        return Block(tool, code, opening.start(), end, closing is not None or bool(carried))
+        return Block(self._tool(opening), code, opening.start(), end, closing is not None or carried)
+
+    def _tool(self, opening: re.Match[str]) -> str:
+        groups = opening.groups()[2:]
+        return next(tool for tool, name in zip(self._tools, groups, strict=False) if name is not None)
 
 
 def after(text: str, blocks: Iterable[Block]) -> str:

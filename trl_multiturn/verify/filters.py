@@ -123,27 +123,24 @@ def turns_with_errors(trajectory: Trajectory) -> list[bool]:
     """Of each assistant turn, whether an error answered it.
 
     By the recorded status of its calls, where there is one: a printed `error: 0` is a value, and a message may look
-    like anything. A turn that was answered although nothing was called held a call that could not be read. Without
-    records (rows that were not rolled out here) the observations' texts decide.
+    like anything. Where no call of a turn is recorded, the observations' texts decide: in rows that were not rolled
+    out here, in turns that a trajectory was given, and after a call that could not be read.
     """
     steps = turns(trajectory)
     statuses = _statuses(trajectory, len(steps))
-    if statuses is None:
-        return [any(map(is_error, texts)) for _, texts in steps]
     return [
-        any(status != "ok" for status in of_turn) if of_turn else bool(texts)
+        any(status != "ok" for status in of_turn) if of_turn else any(map(is_error, texts))
         for of_turn, (_, texts) in zip(statuses, steps, strict=True)
     ]
 
 
-def _statuses(trajectory: Trajectory, num_turns: int) -> list[list[str]] | None:
-    """The statuses of each turn's calls, as the rollout recorded them; `None` where it recorded none, or others."""
-    statuses, places = (trajectory.info.get(name) for name in ("tool_statuses", "tool_turns"))
-    if statuses is None or places is None or trajectory.info.get("turns") != num_turns:
-        return None
+def _statuses(trajectory: Trajectory, num_turns: int) -> list[list[str]]:
+    """Of each turn, the recorded statuses of its calls; none where the record is of another conversation."""
     found: list[list[str]] = [[] for _ in range(num_turns)]
-    for status, place in zip(statuses, places, strict=True):
-        found[place].append(status)
+    info = trajectory.info
+    if info.get("turns") == num_turns and "tool_turns" in info:
+        for status, place in zip(info["tool_statuses"], info["tool_turns"], strict=True):
+            found[place].append(status)
     return found
 
 

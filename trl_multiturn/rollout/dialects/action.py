@@ -52,23 +52,23 @@ class ActionDialect:
 
     def turn_end(self, text: str) -> int | None:
         """Where a turn is over: at the end of the line of its first action."""
-        action = self._first_action(text)
-        return action.end() if action else None
+        line = self._first_action(text)
+        return line.end() if line else None
 
     def read(self, text: str, sampled_ids: Sequence[int], prefix_ids: Sequence[int]) -> Turn:
         message = {"role": "assistant", "content": text}
         if self._answer is not None and self._answer.search(text[: self.turn_end(text)]):
             return Turn(message, [], answered=True)
-        first = self._first_action(text)
-        action = first["action"] if first else "" if self._action else text.strip()
+        line = self._first_action(text)
+        action = _unmarked(line["action"]) if line else "" if self._action else text.strip()
         if not action:
             problem = f"SyntaxError: write `{self._prefix}` and one action after it."
             return Turn(message, [], answered=False, problem=problem)
         return Turn(message, [ToolCall(self._tool, {self._parameter: action})], answered=False)
 
     def _first_action(self, text: str) -> re.Match[str] | None:
-        match = self._action.search(text) if self._action is not None else None
-        return match if match and match["action"] and not match["action"].startswith("Observation:") else None
+        line = self._action.search(text) if self._action is not None else None
+        return line if line and _unmarked(line["action"]) and not line["action"].startswith("Observation:") else None
 
     def observe(self, turn: Turn, results: Sequence[ToolResult]) -> list[Message]:
         return [{"role": "user", "content": results[0].output if results else turn.problem}]
@@ -77,4 +77,8 @@ class ActionDialect:
 def _action_pattern(prefix: str) -> re.Pattern[str]:
     """What follows the prefix on its line, or on the next one with something on it, without marks of emphasis."""
     word, colon = re.escape(prefix.rstrip().removesuffix(":")), ":" if prefix.rstrip().endswith(":") else ""
-    return re.compile(rf"{word}[*`]*{colon}[\s*`]*(?P<action>[^\n]*?)[*` \t\r]*$", re.MULTILINE)
+    return re.compile(rf"{word}[*`]*{colon}[\s*`]*(?P<action>[^\n]*)")
+
+
+def _unmarked(action: str) -> str:
+    return action.rstrip("*` \t\r")
