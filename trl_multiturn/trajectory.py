@@ -42,14 +42,14 @@ class Trajectory:
         prompt_ids (`list[int]`):
             Token ids of the prompt, generation prompt included.
         completion_ids (`list[int]`):
-            Token ids after the prompt, exactly as sampled and as the tools' text was tokenised: never re-tokenised.
+            Token ids after the prompt, exactly as sampled and as the tools' text was tokenized: never re-tokenized.
         action_mask (`list[int]`):
             Aligned with `completion_ids`: 1 on the tokens that the policy sampled (the end-of-turn token included), 0
             on observations and on whatever the chat template printed.
         stop_reason ([`StopReason`]):
             Why the rollout stopped.
         logps (`list[float]`, *optional*):
-            Log-probabilities (nats) under the policy that sampled the tokens (the behaviour policy), aligned with
+            Log-probabilities (nats) under the policy that sampled the tokens (the behavior policy), aligned with
             `completion_ids`, 0.0 outside the mask.
         reward (`float`, *optional*):
             Terminal reward; `None` until judged, or where no judgement was possible.

@@ -89,7 +89,7 @@ def preview_masks(
         max_length (`int`, *optional*):
             Tokens beyond it are shown as truncated, cut where the trainers would cut.
         show (`bool`, *optional*, defaults to `True`):
-            Print at once: in colours in a terminal, as HTML in a notebook.
+            Print at once: in colors in a terminal, as HTML in a notebook.
 
     Returns:
         [`MaskPreview`]
@@ -150,7 +150,7 @@ def _segments(
 def _text(segments: list[Segment]) -> Text:
     text = Text()
     for segment in segments:
-        # Also readable without colours: in a log, a pipe, or as a string
+        # Also readable without colors: in a log, a pipe, or as a string
         text.append(f"▌{_label(segment)}▐", style=f"{_TERMINAL[segment.kind]} reverse")
         text.append(" ")
         text.append(segment.text, style=_TERMINAL[segment.kind])

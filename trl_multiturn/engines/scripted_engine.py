@@ -37,7 +37,7 @@ class ScriptedCall:
 class ScriptedEngine:
     """Plays turns from a script instead of sampling them. Shipped for tests, like httpx's `MockTransport`.
 
-    A turn is text, which is tokenised (special tokens in it are recognised), or token ids, which are used as they are.
+    A turn is text, which is tokenized (special tokens in it are recognized), or token ids, which are used as they are.
     After text the end-of-turn token, the first of `stop_token_ids`, is appended unless the text already ends in one of
     them. A turn longer than `max_new_tokens` is cut there and finishes with `"length"`; one that contains a stop token
     or a stop string ends at the token that completes it.

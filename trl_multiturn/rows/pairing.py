@@ -1,6 +1,6 @@
 """Verdicts → rows: preference pairs (M-DPO) and unpaired trajectories (M-KTO, OREO, DQO) from judged trajectories.
 
-Rows carry the tokens that were sampled and their masks; nothing is rendered or tokenised again.
+Rows carry the tokens that were sampled and their masks; nothing is rendered or tokenized again.
 """
 
 from __future__ import annotations

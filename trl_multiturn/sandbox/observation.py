@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 
 
-# terminal colours and cursor movements, which tokenise badly and mean nothing to a policy
+# terminal colors and cursor movements, which tokenize badly and mean nothing to a policy
 _ANSI = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])")
 # ipykernel names a cell after a hash of its text: the same mistake must read the same in every session
 _CELL_FILE = re.compile(r"\((?:\d+\.py|<ipython-input-[^>]*>), line (\d+)\)")

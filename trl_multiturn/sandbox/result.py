@@ -41,5 +41,5 @@ class ToolResult:
 
 
 def encodable(text: str) -> str:
-    """The text with half surrogate pairs replaced, which could be neither tokenised nor stored."""
+    """The text with half surrogate pairs replaced, which could be neither tokenized nor stored."""
     return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")

@@ -170,7 +170,7 @@ def tool_schema(tool: Any) -> dict[str, Any]:
 
 
 def tool_version(tool: Any) -> str:
-    """What identifies a tool's behaviour in provenance: its `version`, or a hash of its source."""
+    """What identifies a tool's behavior in provenance: its `version`, or a hash of its source."""
     version = getattr(tool, "version", None)
     if version is not None:
         return str(version)

@@ -171,7 +171,7 @@ class VLLMServerEngine:
         if logp < -1e-4:
             raise ValueError(
                 f"The server reports log-probabilities before temperature and truncation ({logp:.3f} where only one "
-                f"token was left), so they are not the behaviour policy's. Start it as `{SERVER_OPTIONS}`."
+                f"token was left), so they are not the behavior policy's. Start it as `{SERVER_OPTIONS}`."
             )
 
 
