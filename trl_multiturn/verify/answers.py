@@ -47,7 +47,8 @@ def boxed_answers(text: str) -> list[str]:
 
 def last_boxed(text: str) -> str | None:
     r"""The content of the last `\boxed{…}` (or `\fbox{…}`) that holds an answer; `None` where there is none."""
-    return (boxed_answers(text) or [None])[-1]
+    answers = boxed_answers(text)
+    return answers[-1] if answers else None
 
 
 def final_answer(completion: str | Sequence[dict[str, Any]]) -> str | None:
