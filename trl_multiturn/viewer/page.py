@@ -9,6 +9,7 @@ import re
 from functools import lru_cache
 from importlib.resources import files
 
+from ..visible import visible
 from .payload import Payload
 
 
@@ -39,7 +40,7 @@ def render_page(payload: Payload, title: str) -> str:
     )
     parts = {
         "policy": policy,
-        "title": html.escape(title),
+        "title": html.escape(visible(title)),
         "style": style,
         "script": script,
         "index": "\n".join(_block(name, payload.blocks[name]) for name in _FIRST),

@@ -11,7 +11,7 @@ function overviewPage(data, actions) {
     section("What became of the trajectories", outcomeTables(data, actions)),
     section("What the trainer logged", logCharts(data)),
     section("Recorded for tokens", recordedList(data)),
-    h("p", { class: "quiet" }, `${data.title}, read ${data.created} by ${data.made_by}.`, selectionText(data)));
+    h("p", { class: "quiet" }, `${plain(data.title)}, read ${data.created} by ${data.made_by}.`, selectionText(data)));
 }
 
 function section(title, content) {

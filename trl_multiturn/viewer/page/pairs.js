@@ -49,7 +49,8 @@ function sharedTokens(a, b) {
 
 // The first message and part of it in which two completions differ: from character `at` to `tail` before the end
 function sharedMessages(a, b) {
-  const same = (k) => JSON.stringify(a.completion[k]) === JSON.stringify(b.completion[k]);
+  const said = (message) => JSON.stringify([message.role, messageParts(message)]);
+  const same = (k) => said(a.completion[k]) === said(b.completion[k]);
   let message = 0;
   while (message < a.completion.length && message < b.completion.length && same(message)) message++;
   const [left, right] = [a, b].map((text) => (text.completion[message] ? messageParts(text.completion[message]) : []));

@@ -6,8 +6,7 @@ const INVISIBLE =
 
 function visibleCharacter(character) {
   const code = character.codePointAt(0);
-  if (code < 0x20) return String.fromCodePoint(0x2400 + code); // ␛ and its like
-  if (code === 0x7f) return "\u2421";
+  if (code < 0x100) return `\\x${code.toString(16).padStart(2, "0")}`;
   return `U+${code.toString(16).toUpperCase().padStart(4, "0")}`;
 }
 
