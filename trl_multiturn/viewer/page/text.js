@@ -105,6 +105,6 @@ function short(value) {
 
 function seconds(value) {
   if (value === null || value === undefined) return "–";
-  if (value < 0.001) return "0 s";
+  if (value < 0.001) return value ? "< 1 ms" : "0 s";
   return value < 1 ? `${Math.round(value * 1000)} ms` : `${value.toFixed(value < 10 ? 2 : 0)} s`;
 }
