@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
+import os
 import re
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import trl
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -38,6 +41,11 @@ TOOLS = [
         },
     }
 ]
+
+
+def needs(module: str) -> Any:
+    """A module of an extra; without it its tests are skipped, or fail where `EXTRAS_REQUIRED` is set."""
+    return importlib.import_module(module) if "EXTRAS_REQUIRED" in os.environ else pytest.importorskip(module)
 
 
 def template_text(name: str) -> str:

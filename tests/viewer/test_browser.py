@@ -9,6 +9,7 @@ from urllib.parse import quote
 
 import pytest
 
+from tests.support import needs
 from tests.viewer.runs import HOSTILE, UNPAIRED, make_run
 from trl_multiturn.viewer import view
 
@@ -33,9 +34,9 @@ def pages(tmp_path_factory):
 @pytest.fixture(scope="module")
 def chromium(pages):
     if CHROMIUM is None:
-        assert "BROWSER_REQUIRED" not in os.environ, "No Chromium was found, and this environment is to test with one."
+        assert "EXTRAS_REQUIRED" not in os.environ, "No Chromium was found, and this environment is to test with one."
         pytest.skip("needs Chromium")
-    sync_api = pytest.importorskip("playwright.sync_api")
+    sync_api = needs("playwright.sync_api")
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield browser
@@ -340,7 +341,7 @@ PLACES = {
 @pytest.mark.parametrize(("scheme", "rules"), [("light", None), ("dark", {"runOnly": ["color-contrast"]})])
 def test_everyone_can_read_it(open_page, scheme, rules):
     """axe-core's rules, contrast among them; with `SCREENSHOTS=folder` also something to look at."""
-    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+    axe = needs("axe_playwright_python.sync_playwright").Axe()
     for name, address in PLACES.items():
         tab = open_page(address)
         tab.emulate_media(color_scheme=scheme)
