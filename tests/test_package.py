@@ -20,9 +20,7 @@ ROOT = Path(trl_multiturn.__file__).parent
 MODULES = sorted(module.name for module in pkgutil.walk_packages([str(ROOT)], "trl_multiturn."))
 
 # The wings, from the ground floor up, and what each may import of the others beside itself
-GROUND = {"_lazy", "_upstream", "concurrency", "errors", "messages", "precision", "steps", "trajectory", "version"} | {
-    "visible"
-}
+GROUND = {"_lazy", "_upstream", "concurrency", "errors", "messages", "precision", "steps", "trajectory", "version"}
 LAYERS = {
     **dict.fromkeys(GROUND, set()),
     "losses": set(),
@@ -51,7 +49,7 @@ LAYERS = {
     | {"data", "distributed", "engines", "evaluation", "journal", "rollout", "rows", "tools", "trainer", "verify"},
     # what there is to see of all that; nothing rests on it
     "viewer": {"data", "distributed", "journal", "messages", "models", "online", "rollout", "trajectory", "verify"}
-    | {"_lazy", "version", "visible"},
+    | {"_lazy", "version"},
     # never rows, rollouts, tools, engines or verifiers: offline training needs none of them
     "trainer": {
         "_upstream",
