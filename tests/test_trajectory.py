@@ -41,6 +41,21 @@ def test_turns_and_sampled_tokens():
     assert list(trajectory(action_mask=[0] * 5).turn_spans()) == []
 
 
+@pytest.mark.parametrize(
+    ("changes", "calls"),
+    [
+        ({}, [1, 0]),  # whatever the dialect: a rollout goes on after calls only
+        ({"stop_reason": StopReason.MAX_TURNS}, [1, 1]),
+        ({"stop_reason": StopReason.ENDED}, [1, 0]),
+        ({"info": {"tool_turns": [0, 1]}}, [1, 1]),  # an environment that ended with the last action
+        ({"completion": [{"role": "assistant", "content": "", "tool_calls": [{}]}]}, [1, 1]),
+        ({"action_mask": [0] * 5}, []),
+    ],
+)
+def test_which_turns_call_tools(changes, calls):
+    assert trajectory(**changes).turn_calls == calls
+
+
 def test_is_undecided_until_judged():
     before = trajectory()
     after = before.judged(Verdict.CORRECT, 1.0)

@@ -111,6 +111,17 @@ class Trajectory:
                 yield start, i
                 start = None
 
+    @property
+    def turn_calls(self) -> list[int]:
+        """Per assistant turn (of `turn_spans`) 1 where it calls a tool, or acts in an environment, else 0.
+
+        A rollout goes on after calls, readable or not, and after nothing else, so only the last turn may be an answer.
+        """
+        turns = sum(1 for _ in self.turn_spans())
+        last = next((message for message in reversed(self.completion) if message.get("role") == "assistant"), {})
+        calls = last.get("tool_calls") or turns - 1 in self.info.get("tool_turns", ())
+        return [1] * (turns - 1) + [int(bool(calls) or self.stop_reason is StopReason.MAX_TURNS)] * (turns > 0)
+
     def judged(self, verdict: Verdict, reward: float | None) -> Trajectory:
         """The same trajectory with a verdict and a reward."""
         return replace(self, verdict=verdict, reward=reward)

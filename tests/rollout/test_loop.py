@@ -100,6 +100,25 @@ def roll(script, tools=None, prompts=None, tokenizer=TOKENIZER, dialect="fenced"
     return generate_trajectories(prompts or rows(), engine, tools, config, progress=False, **names), engine
 
 
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        [{"from": "human", "value": "Question 0?"}],
+        [{"role": "user", "content": [{"type": "text", "text": "Question 0?"}], "tool_calls": None}],
+    ],
+)
+def test_prompts_as_other_tools_write_them_come_into_the_form(prompt):
+    (trajectory,), _ = roll([ANSWER], prompts=[{"prompt": prompt, "answer": "0"}])
+    assert trajectory.prompt == [user("Question 0?")]
+
+
+def test_trajectories_say_which_turns_answer():
+    (trajectory,), _ = roll([CODE, ANSWER])
+    assert trajectory.turn_calls == [1, 0]
+    (trajectory,), _ = roll([CODE, CODE], max_tool_calling_iterations=1)
+    assert trajectory.turn_calls == [1, 1]
+
+
 def tool_call(**arguments):
     text = ", ".join(f'"{name}": {value}' for name, value in arguments.items())
     return f'<tool_call>\n{{"name": "add", "arguments": {{{text}}}}}\n</tool_call>'
@@ -574,6 +593,12 @@ def test_an_interrupt_ends_every_session_before_it_surfaces(inside_a_loop, inter
     ("prompts", "settings", "error", "words"),
     [
         ([{"prompt": "text"}], {}, ValueError, "Row 0: `prompt` is not a list of messages"),
+        (
+            [{"prompt": [{"role": "critic", "content": "?"}]}],
+            {},
+            ValueError,
+            "Row 0: `prompt`: message 0 has the role",
+        ),
         ([], {}, ValueError, "empty"),
         (iter(rows()), {}, TypeError, "cannot be counted"),
         (rows(), {"max_trajectory_tokens": 50}, ValueError, "leaves no room for a turn"),

@@ -202,6 +202,10 @@ async def agenerate_trajectories(
         return await rollouts.run()
 
 
+def _is_message(value: Any) -> bool:
+    return isinstance(value, Mapping) and isinstance(value.get("role", value.get("from")), str)
+
+
 def _checked_rows(prompts: Any, optional_prompt: bool) -> Dataset | Sequence[Mapping[str, Any]]:
     if not hasattr(prompts, "__len__") or not hasattr(prompts, "__getitem__"):
         raise TypeError(
@@ -214,7 +218,7 @@ def _checked_rows(prompts: Any, optional_prompt: bool) -> Dataset | Sequence[Map
         prompt = row.get("prompt")
         if prompt is None and optional_prompt:
             continue
-        if not isinstance(prompt, Sequence) or isinstance(prompt, str) or not prompt or "role" not in prompt[0]:
+        if not isinstance(prompt, Sequence) or isinstance(prompt, str) or not prompt or not _is_message(prompt[0]):
             raise ValueError(
                 f"Row {index}: `prompt` is not a list of messages but {prompt!r:.80}, so no chat template can render "
                 'it. Wrap text as `[{"role": "user", "content": text}]`.'

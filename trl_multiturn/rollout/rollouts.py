@@ -186,11 +186,12 @@ class Rollouts:
 
     def _episode(self, context: RolloutContext, row: Mapping[str, Any]) -> Episode:
         toolset = self.plan.toolset
+        conversation = self.conversations[toolset.environments.for_row(row)]
         return Episode(
-            prompt=self._prompt(row),
+            prompt=self._prompt(row, conversation),
             context=context,
             open_toolbox=lambda: toolset.open(row, self.limits),
-            conversation=self.conversations[toolset.environments.for_row(row)],
+            conversation=conversation,
             engine=self.plan.engine,
             config=self.config,
         )
@@ -238,8 +239,9 @@ class Rollouts:
                 "the trajectories that finished are kept."
             )
 
-    def _prompt(self, row: Mapping[str, Any]) -> list[Message]:
-        messages = list(row.get("prompt") or [{"role": "user", "content": ""}])
+    def _prompt(self, row: Mapping[str, Any], conversation: Conversation) -> list[Message]:
+        messages = row.get("prompt") or [{"role": "user", "content": ""}]
+        messages = conversation.template.normalize(messages, "prompt")
         if self.config.system_prompt is not None and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": self.config.system_prompt})
         return messages
@@ -247,7 +249,11 @@ class Rollouts:
     def _refuse_long_prompts(self) -> None:
         conversation = self.conversations[None]
         for index, row in enumerate(self.plan.rows):
-            refuse_long_prompt(len(conversation.prompt_ids(self._prompt(row))), index, self.config)
+            try:
+                prompt = self._prompt(row, conversation)
+            except ValueError as error:
+                raise ValueError(f"Row {index}: {error}") from error
+            refuse_long_prompt(len(conversation.prompt_ids(prompt)), index, self.config)
 
 
 def _first_leaf(group: BaseExceptionGroup) -> BaseException:

@@ -49,8 +49,9 @@ def build_preference_dataset(
             trainers never look at them.
 
     Returns:
-        `Dataset` with the columns `prompt_ids`, `chosen_ids`, `chosen_action_mask`, `rejected_ids`,
-        `rejected_action_mask` and, as provenance, `prompt_index` (-1 where unknown), `chosen_reward`,
+        `Dataset` with the columns `prompt_ids`, `chosen_ids`, `chosen_action_mask`, `chosen_turn_calls`,
+        `rejected_ids`, `rejected_action_mask`, `rejected_turn_calls` and, as provenance, `prompt_index` (-1 where
+        unknown), `chosen_reward`,
         `rejected_reward`, `chosen_info`, `rejected_info` (JSON strings); one row per pair, possibly none.
     """
     pairs = _selection(trajectories, pairing, PairingConfig).pairs
@@ -62,7 +63,8 @@ def preference_features(include_messages: bool = False) -> dict[str, Any]:
     """The columns of preference rows."""
     features = {"prompt_ids": _IDS, **_PROVENANCE}
     for side in ("chosen", "rejected"):
-        features |= {f"{side}_ids": _IDS, f"{side}_action_mask": _MASK, f"{side}_reward": Value("float64")}
+        features |= {f"{side}_ids": _IDS, f"{side}_action_mask": _MASK, f"{side}_turn_calls": _MASK}
+        features |= {f"{side}_reward": Value("float64")}
         features |= {f"{side}_info": Value("string")}
     if include_messages:
         features |= {f"{part}_messages": Value("string") for part in ("prompt", "chosen", "rejected")}
@@ -81,6 +83,7 @@ def preference_row(pair: Pair, include_messages: bool = False) -> dict[str, Any]
         row |= {
             f"{side}_ids": trajectory.completion_ids[cut:],
             f"{side}_action_mask": trajectory.action_mask[cut:],
+            f"{side}_turn_calls": trajectory.turn_calls[pair.shared_turns :],
             f"{side}_reward": terminal_reward(trajectory),
             f"{side}_info": _info(trajectory),
         }
@@ -115,8 +118,9 @@ def build_unpaired_dataset(
             Add `prompt_messages` and `completion_messages`, each a JSON string, for reading.
 
     Returns:
-        `Dataset` with the columns `prompt_ids`, `completion_ids`, `action_mask`, `label` (verdict `CORRECT`),
-        `reward`, `behavior_logps` (left out where a trajectory has none), `turn_rewards` (where every trajectory has
+        `Dataset` with the columns `prompt_ids`, `completion_ids`, `action_mask`, `turn_calls` (which of the policy's
+        turns call tools, for `train_on_turns="answer"`), `label` (verdict `CORRECT`), `reward`, `behavior_logps` (left
+        out where a trajectory has none), `turn_rewards` (where every trajectory has
         `info["turn_rewards"]`), `process_rewards` (aligned with `completion_ids`, where every trajectory has
         `info["process_rewards"]`) and, as provenance, `prompt_index` (-1 where unknown), `info` (a JSON string).
     """
@@ -162,6 +166,7 @@ def unpaired_features(optional: Iterable[str], include_messages: bool = False) -
         "prompt_ids": _IDS,
         "completion_ids": _IDS,
         "action_mask": _MASK,
+        "turn_calls": _MASK,
         "label": Value("bool"),
         "reward": Value("float64"),
         **_PROVENANCE,
@@ -179,6 +184,7 @@ def unpaired_row(trajectory: Trajectory) -> dict[str, Any]:
         "prompt_ids": trajectory.prompt_ids,
         "completion_ids": trajectory.completion_ids,
         "action_mask": trajectory.action_mask,
+        "turn_calls": trajectory.turn_calls,
         "label": trajectory.verdict is Verdict.CORRECT,
         "reward": terminal_reward(trajectory),
         "prompt_index": _prompt_index(trajectory),
