@@ -61,6 +61,25 @@ def test_the_completion_begins_with_the_first_turn_that_trains():
     assert [m.get("train", True) for m in read["completion"]] == [True, True, False]
 
 
+def test_conversations_a_level_deeper():
+    tools = rows()[0]["tools"]
+    asked, said = {"role": "user", "content": "What is a quay?"}, {"role": "assistant", "content": "A wharf."}
+    row = {
+        "input": {"messages": [asked], "tools": tools, "parallel_tool_calls": True},
+        "preferred_output": [said],
+        "non_preferred_output": [{**said, "content": "A ship."}],
+    }
+    assert recognize(row) == "openai" and columns_read(row) == {"prompt", "chosen", "rejected"}
+    read = read_row(row)
+    assert (read["prompt"], read["chosen"], read["tools"]) == ([asked], [said], tools)
+    item = {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "A wharf."}]}
+    request = {"input": "What is a quay?", "instructions": "Be brief.", "tools": tools}
+    row = {"responses_create_params": request, "response": {"output": [item]}, "reward": 1.0}
+    assert recognize(row) == "rollouts" and columns_read(row) == {"prompt", "completion", "reward"}
+    read = read_row(row)
+    assert read["prompt"] == [{"role": "system", "content": "Be brief."}, asked] and read["completion"] == [said]
+
+
 def test_a_system_column_is_the_first_message():
     read = read_row({"system": "Be brief.", "conversations": [ASKED, SAID]})
     assert read["prompt"][0] == {"role": "system", "content": "Be brief."}

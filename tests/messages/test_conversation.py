@@ -62,6 +62,21 @@ WRITTEN = {
         said("observation", "06:12"),
         said("gpt", ANSWER["content"]),
     ],
+    "items of OpenAI's later API": [
+        {
+            "type": "message",
+            "id": "msg_1",
+            "role": "user",
+            "content": [{"type": "input_text", "text": QUESTION["content"]}],
+        },
+        {"type": "function_call", "id": "fc_1", "name": "tide_table", "arguments": STRING, "status": "completed"},
+        {"type": "function_call_output", "output": "06:12"},
+        {
+            "type": "message",
+            "role": "assistant",
+            "content": [{"type": "output_text", "text": ANSWER["content"], "annotations": []}],
+        },
+    ],
     "text parts": [{**m, "content": [{"type": "text", "text": part} for part in m["content"]]} for m in FORM],
     "keys that Arrow fills with null": [
         {**dict.fromkeys(("tool_calls", "tool_call_id", "name", "train", "function_call")), **m} for m in FORM
@@ -125,6 +140,17 @@ def test_reasoning_keeps_its_key_and_is_there_once():
     turn = {**ANSWER, "reasoning_content": "Hm.", "reasoning": "Hm.", "thinking": None}
     assert normalize_messages([turn]) == [{**ANSWER, "reasoning_content": "Hm."}]
     assert normalize_messages([{**ANSWER, "thinking": "Hm."}]) == [{**ANSWER, "thinking": "Hm."}]
+
+
+def test_a_thought_of_its_own_belongs_to_the_turn_after_it():
+    thought = {"type": "reasoning", "summary": [{"type": "summary_text", "text": "Hm."}]}
+    call = {"type": "function_call", "call_id": "7", **FUNCTION, "arguments": STRING}
+    turns = normalize_messages([QUESTION, thought, call])
+    assert turns[1]["reasoning_content"] == "Hm." and turns[1]["tool_calls"][0]["id"] == "7"
+    assert normalize_messages([{"type": "reasoning", "summary": []}, ANSWER]) == [ANSWER]
+    for lost in ([thought, QUESTION], [ANSWER, thought], [ANSWER, thought, call]):
+        with pytest.raises(ValueError, match="thought"):
+            normalize_messages(lost)
 
 
 def test_what_a_tool_returned_as_data_becomes_json():

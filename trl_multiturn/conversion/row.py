@@ -18,6 +18,7 @@ from ..formats import (
     read_token_log,
     recognize,
     tools_column,
+    unfolded,
 )
 
 
@@ -84,6 +85,7 @@ class RowConverter:
 
 def _others(row: Mapping[str, Any]) -> dict[str, Any]:
     """The columns that are kept as they are."""
+    row = unfolded(row)
     taken = {conversation_column(row), tools_column(row), "prompt", "completion", *SIDES, *SYSTEM}
     taken |= {"rejected_response", "rejected_messages"}
     if "completion" in row or all(side in row for side in SIDES) and "prompt" in row:

@@ -6,11 +6,11 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset, concatenate_datasets
 
-from ..formats import CONVERSATIONS, TOOLS
+from ..formats import CONVERSATIONS, NESTED, TOOLS
 from .tokenization import row_tokenization_kwargs, tokenize_numbered_row, tokenize_pair_apart
 
 
-_MESSAGE_COLUMNS = {"prompt", "chosen", "rejected", "chat_template_kwargs", *CONVERSATIONS, *TOOLS}
+_MESSAGE_COLUMNS = {"prompt", "chosen", "rejected", "chat_template_kwargs", *CONVERSATIONS, *TOOLS, *NESTED}
 
 
 def unpair_interleaved(

@@ -4,6 +4,7 @@ Reads one row at a time and renders nothing; messages go through `messages`.
 """
 
 from .columns import CONVERSATIONS, SIDES, SYSTEM, TOOLS, conversation_column, listed, tools_column
+from .nested import NESTED, unfolded
 from .recognition import FORMATS, Format, describe, recognize
 from .rows import Shapes, begins_both_sides, columns_read, find_reward, find_tools, read_row
 from .shapes import column_shapes, shape_of
@@ -13,6 +14,7 @@ from .token_logs import read_token_log
 __all__ = [
     "CONVERSATIONS",
     "FORMATS",
+    "NESTED",
     "Format",
     "SIDES",
     "SYSTEM",
@@ -31,4 +33,5 @@ __all__ = [
     "recognize",
     "shape_of",
     "tools_column",
+    "unfolded",
 ]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .columns import SIDES, conversation_column, is_conversation, is_message, load_json
+from .nested import unfolded
 from .rows import find_reward
 from .token_logs import token_source
 
@@ -54,23 +55,35 @@ def recognize(row: Mapping[str, Any]) -> str | None:
         return "logs"
     if all(isinstance(row.get(n), str) for n in SIDES) or all(isinstance(row.get(n), str) for n in _TEXT_COLUMNS):
         return "text"
-    column = conversation_column(row)
-    single = any(is_message(row.get(name)) for name in (*SIDES, "completion"))
-    if column is None and not single and not any(is_conversation(row.get(n)) for n in ("completion", *SIDES)):
+    inner = unfolded(row)
+    column = conversation_column(inner)
+    single = any(is_message(inner.get(name)) for name in (*SIDES, "completion"))
+    if column is None and not single and not any(is_conversation(inner.get(n)) for n in ("completion", *SIDES)):
         return None
-    messages = list(_messages(row))
+    messages = list(_messages(inner))
     if any("from" in message and "role" not in message for message in messages):
         return "sharegpt"
+    if row is not inner:
+        return "openai" if "chosen" in inner else "rollouts"
+    return _by_columns(row, column) or _by_roles(messages) or ("openai" if _is_whole(row, column) else "trl")
+
+
+def _by_columns(row: Mapping[str, Any], column: str | None) -> str | None:
     if "completion" in row and row.keys() & _ROLLOUT_COLUMNS:
         return "rollouts"
-    if column is not None and find_reward(row) is not None and row.keys() & _EPISODE_COLUMNS:
-        return "episodes"
+    judged = column is not None and find_reward(row) is not None
+    return "episodes" if judged and row.keys() & _EPISODE_COLUMNS else None
+
+
+def _by_roles(messages: list[Mapping[str, Any]]) -> str | None:
     roles = {str(message.get("role")).lower() for message in messages}
     if roles & _CALL_ROLES:
         return "tool-roles"
-    if "function" in roles or any(message.get("function_call") for message in messages):
-        return "function-call"
-    return "trl" if column is None or {"completion", "chosen"} & row.keys() else "openai"
+    return "function-call" if "function" in roles or any(m.get("function_call") for m in messages) else None
+
+
+def _is_whole(row: Mapping[str, Any], column: str | None) -> bool:
+    return column is not None and not {"completion", "chosen"} & row.keys()
 
 
 def describe(name: str) -> str:

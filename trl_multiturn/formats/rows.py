@@ -17,6 +17,7 @@ from .columns import (
     load_json,
     tools_column,
 )
+from .nested import unfolded, unfolded_shapes
 
 
 Shapes = Mapping[str, Shape]
@@ -26,6 +27,7 @@ _REWARDS = ("reward", "total_reward")
 
 def columns_read(row: Mapping[str, Any]) -> set[str]:
     """The columns that [`read_row`] finds in a row of messages, under whatever names."""
+    row = unfolded(row)
     found = set()
     if all(row.get(side) is not None for side in SIDES):
         found = {"prompt", *SIDES}
@@ -65,8 +67,9 @@ def read_row(
     Raises:
         `ValueError`: naming column, message and remedy.
     """
+    row, shapes = unfolded(row), unfolded_shapes(shapes or {})
     tools = find_tools(row, shapes)
-    output = {**_RowReader(row, tools, shapes or {}, template, left_out).read(), "tools": tools}
+    output = {**_RowReader(row, tools, shapes, template, left_out).read(), "tools": tools}
     if "reward" not in row and (reward := find_reward(row)) is not None:
         output["reward"] = reward
     return output

@@ -187,7 +187,7 @@ def _find_whole(row: Mapping[str, Any]) -> Any:
 def _read_whole(row: Mapping[str, Any]) -> list[_Segment]:
     ids: Any = _first(row, _IDS)
     mask: Any = _first(row, _SEQUENCE_MASKS)
-    if mask is row.get("labels"):
+    if "labels" in row and mask is row["labels"]:
         mask = [int(label != _IGNORED) for label in mask]
     return _by_mask(ids, mask, _first(row, _LOGPS), "the mask")
 

@@ -7,7 +7,7 @@ forms that tools and providers write, and refuse by name what they cannot read, 
 from .calls import arguments_as_strings, read_call
 from .conversation import REASONING, ROLES, Message, normalize_messages
 from .flags import without_flags
-from .nulls import EXACT, NEVER, SET, Shape
+from .nulls import EXACT, NEVER, SET, Shape, field_shape
 from .schemas import normalize_tools
 
 
@@ -20,6 +20,7 @@ __all__ = [
     "Message",
     "Shape",
     "arguments_as_strings",
+    "field_shape",
     "normalize_messages",
     "normalize_tools",
     "read_call",

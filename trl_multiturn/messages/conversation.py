@@ -14,6 +14,7 @@ from typing import Any
 
 from .calls import is_normal_call, normalize_calls, read_call
 from .flags import FLAGS, read_flag
+from .items import is_item, read_item
 from .nulls import EXACT, Shape, field_shape, item_shape
 from .text import brief, find_content, read_text
 
@@ -91,7 +92,7 @@ def normalize_messages(
     inner = item_shape(shape)
     for number, message in enumerate(messages):
         reader.read(number, message, inner)
-    return reader.messages
+    return reader.finish()
 
 
 class _Reader:
@@ -111,10 +112,17 @@ class _Reader:
         self._template = template
         self._left_out = left_out
         self._unanswered = _open_calls(after)
+        self._thought = ""  # of the turn to come
 
     def read(self, number: int, message: Any, shape: Shape) -> None:
         """Reads a message; it joins the turn before it where it is that turn's call."""
-        message = {k: v for k, v in message.items() if v is not None} if isinstance(message, Mapping) else message
+        if isinstance(message, Mapping):
+            message = {key: value for key, value in message.items() if value is not None}
+            if is_item(message):
+                message, thought = read_item(message, f"`{self._column}`: item {number}")
+                self._thought += thought
+                if message is None:
+                    return
         written, role = self._role(number, message)
         where = f"`{self._column}`: message {number} ({written})"
         content, key = find_content(message, where)
@@ -126,6 +134,8 @@ class _Reader:
             form["content"] = read_text(content, role, where)
             form |= self._calls(message, role, shape, where)
         self._take_over(form, message, where)
+        if self._thought:
+            self._take_thought(form, where)
         if not read_flag(message, role, where) and role == "assistant":
             form["train"] = False
         if content is None and form.keys() <= {"role", "content", "name", "train"}:
@@ -134,6 +144,12 @@ class _Reader:
                 "was), or drop the row."
             )
         self._append(form, is_call, where)
+
+    def finish(self) -> list[Message]:
+        """What was read."""
+        if self._thought:
+            self._take_thought({"role": "end"}, f"The end of `{self._column}`")
+        return self.messages
 
     def _role(self, number: int, message: Any) -> tuple[str, str]:
         """The role as it is written, and what it is in TRL's form."""
@@ -223,6 +239,14 @@ class _Reader:
         else:
             self._left_out[key] = self._left_out.get(key, 0) + 1
 
+    def _take_thought(self, form: Message, where: str) -> None:
+        if form["role"] != "assistant" or any(form.get(key) for key in REASONING):
+            raise ValueError(
+                f"{where} follows a thought ({brief(self._thought)}) that is of no turn, so it would vanish. Put it "
+                "before the turn that it led to, or drop the row."
+            )
+        form["reasoning_content"], self._thought = self._thought, ""
+
     def _append(self, form: Message, is_call: bool, where: str) -> None:
         last = self.messages[-1] if self.messages else {}
         if is_call and last.get("role") == "assistant":
@@ -231,6 +255,11 @@ class _Reader:
                     f"{where} belongs to the turn before it, but one of the two is to be trained and the other is "
                     f"not. "
                     "Flag both alike: a turn is trained as a whole or not at all."
+                )
+            if "reasoning_content" in form:
+                raise ValueError(
+                    f"{where} has a thought of its own beside the turn before it, and a turn thinks first. Join the "
+                    "two as one message, or drop the row."
                 )
             calls = [*last.get("tool_calls", ()), *form["tool_calls"]]
             form = {**form, **self.messages.pop(), "tool_calls": calls}

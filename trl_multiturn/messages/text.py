@@ -61,7 +61,7 @@ def _part(part: Any) -> str | None:
     if isinstance(part, Mapping) and (part.get("type") or "text") in _TEXT_PARTS:
         text = part.get("text")
         others = {key for key, value in part.items() if value is not None} - {"type", "text", "annotations"}
-        return text if isinstance(text, str) and not others - {"cache_control", "index"} else None
+        return text if isinstance(text, str) and not others - {"cache_control", "index", "logprobs"} else None
     return None
 
 
