@@ -24,7 +24,7 @@ GROUND = {"_lazy", "_upstream", "concurrency", "errors", "messages", "precision"
 LAYERS = {
     **dict.fromkeys(GROUND, set()),
     "losses": set(),
-    "templates": {"_upstream", "messages"},
+    "templates": {"_upstream", "errors", "messages"},
     # the interpreter, a package that could stand by itself
     "sandbox": {"_lazy", "errors"},
     "distributed": {"_upstream", "errors"},

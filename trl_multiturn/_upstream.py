@@ -39,7 +39,26 @@ _HOME = {
     "VLLMGeneration": "trl.generation.vllm_generation",
 }
 
-__all__ = sorted(_HOME)
+__all__ = [*sorted(_HOME), "response_templates", "training_template_pairs"]
+
+
+def training_template_pairs() -> list[tuple[str, str]]:
+    """The chat templates that TRL knows and the training template of each."""
+    home = vars(importlib.import_module("trl.chat_template_utils"))
+    suffix, training = "_chat_template", "_training_chat_template"
+    names = [name.removesuffix(training) for name in home if name.endswith(training)]
+    pairs = ((home.get(name + suffix), home[name + training]) for name in names)
+    return [(own, other) for own, other in pairs if isinstance(own, str) and isinstance(other, str)]
+
+
+def response_templates() -> dict[str, dict[str, Any]]:
+    """The response templates that TRL knows, by family."""
+    home = vars(importlib.import_module("trl.chat_template_utils"))
+    return {
+        name.removesuffix("_template"): value
+        for name, value in home.items()
+        if name.endswith("_template") and isinstance(value, dict) and "fields" in value
+    }
 
 
 def __getattr__(name: str) -> Any:

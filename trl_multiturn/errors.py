@@ -18,6 +18,7 @@ Three kinds of failure never mix:
 Exception
 └── TRLMultiturnError
     ├── NoRowsLeftError (ValueError)             user     no row fits `max_length` and trains something
+    ├── VanishedPartError (ValueError)           user     a chat template leaves out a part of a row
     ├── UnsupportedOutput (TypeError)            user     a tool returned what a text rollout cannot carry
     ├── JournalError (RuntimeError)              user     the journal is another run's, or
     │                                            machine  it is damaged, or cannot be written
@@ -42,6 +43,10 @@ class TRLMultiturnError(Exception):
 
 class NoRowsLeftError(TRLMultiturnError, ValueError):
     """No row of a dataset fits `max_length` and trains something."""
+
+
+class VanishedPartError(TRLMultiturnError, ValueError):
+    """A chat template leaves out a part of a message, which would otherwise vanish without a word."""
 
 
 class UnsupportedOutput(TRLMultiturnError, TypeError):

@@ -1,0 +1,226 @@
+"""A chat template seen turn by turn: prompts, actions and observations of one conversation, as token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from os.path import commonprefix
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
+
+from ..messages import REASONING, Message, normalize_messages, normalize_tools, without_flags
+from .encoding import encode, encode_pieces
+from .grammar import Grammar
+from .probes import ANSWER, USER
+from .rendering import Renderer, template_text
+from .spans import Measured
+from .training import training_template
+
+
+class TurnTemplate:
+    """A chat template seen turn by turn: prompts, actions and observations of one conversation, as token ids.
+
+    Works on a copy of the tokenizer; the user's is never changed. The copy carries the user's own template where the
+    template can be proven turn by turn, and TRL's training template of the same family where that proves more (Qwen3
+    drops the thinking of earlier turns; its training template keeps it).
+
+    Args:
+        processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]):
+            Tokenizer, or the processor of a multimodal model used on text.
+        tools (`list[dict | Callable]`, *optional*):
+            Tools in the form `apply_chat_template` takes.
+        drop_reasoning (`bool`, *optional*, defaults to `False`):
+            Leave the reasoning of assistant turns (`reasoning_content`, `reasoning`, `thinking`) out of what is
+            rendered. Without it, reasoning that the template does not show is an error.
+        **chat_template_kwargs:
+            Passed on to the template (e.g. `enable_thinking=False`). `chat_template` replaces the tokenizer's own.
+
+    Raises:
+        `ValueError`: if there is no chat template, or if it prints nothing that ends an assistant turn.
+
+    Example:
+
+    ```python
+    >>> template = TurnTemplate(tokenizer)
+    >>> template.tokenize([{"role": "user", "content": "2+2?"}], [{"role": "assistant", "content": "4"}])
+    {'prompt_ids': [...], 'completion_ids': [19, 151645, 198], 'action_mask': [1, 1, 0]}
+    ```
+    """
+
+    def __init__(
+        self,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin,
+        tools: list | None = None,
+        drop_reasoning: bool = False,
+        **chat_template_kwargs: Any,
+    ):
+        self.tools = normalize_tools(tools) or None
+        own = chat_template_kwargs.pop("chat_template", None) or template_text(processing_class, self.tools)
+        self.chat_template_kwargs = chat_template_kwargs
+        self.drop_reasoning = drop_reasoning
+        self._grammars = _grammars(processing_class, own, self.tools, chat_template_kwargs)
+        self._grammar = self._grammars[0]
+        self.processing_class = self._grammar.render.processing_class
+        self._tokenizer = self._grammar.render.tokenizer
+        if not self._grammar.endings:
+            self._grammar.render(self._grammar.form.fit([USER, ANSWER]))  # perhaps it cannot even do that
+            raise ValueError(
+                "The chat template prints nothing after an assistant turn that could end it (no end-of-turn token and "
+                "no end-of-sequence token), so a policy trained on it would never stop. Use a template that ends "
+                "assistant turns, e.g. with the tokenizer's `eos_token`."
+            )
+
+    def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
+        """Ids of `messages` followed by the generation prompt: what the policy continues.
+
+        Raises:
+            `ValueError`: if the template cannot render them, or leaves a part of them out.
+        """
+        messages, _ = without_flags(self.normalize(messages))
+        text = self._grammar.render(self._grammar.form.fit(messages), generation_prompt=True)
+        self._grammar.check_prompt(messages, text)
+        return self._encode(text)
+
+    def normalize(
+        self, messages: Sequence[Message], column: str = "messages", after: Sequence[Message] = ()
+    ) -> list[Message]:
+        """Messages in TRL's form, as everything here renders them (see [`normalize_messages`])."""
+        template = self.processing_class.chat_template
+        messages = normalize_messages(messages, column, after=after, schemas=self.tools, template=template)
+        return list(map(_without_reasoning, messages)) if self.drop_reasoning else messages
+
+    def tokenize(
+        self, prompt: Sequence[Message], completion: Sequence[Message], *, with_turns: bool = False
+    ) -> dict[str, list[int]]:
+        """Tokenizes a trajectory with the mask of what the policy sampled.
+
+        Args:
+            prompt (`list[dict]`):
+                Messages before the completion. Assistant turns here are context.
+            completion (`list[dict]`):
+                Assistant turns and the observations between them. Every assistant turn is an action; one with
+                `"train": False` has mask 0 all the same.
+            with_turns (`bool`, *optional*, defaults to `False`):
+                Also return `turn_ids`: per completion token the index of its assistant turn, -1 outside actions.
+
+        Returns:
+            `dict[str, list[int]]`: `prompt_ids`, `completion_ids` and `action_mask` (aligned with `completion_ids`).
+
+        Raises:
+            `ValueError`: if the template's rendering does not show what the policy sampled; the message names the
+                turn, the defect and the remedy.
+            [`VanishedPartError`]: if the template leaves out a part of a message.
+        """
+        prompt, _ = without_flags(self.normalize(prompt, "prompt"))
+        completion, flags = without_flags(self.normalize(completion, "completion", prompt))
+        if not completion:
+            raise ValueError("The completion holds no message, so there is nothing to train on. Drop the row.")
+        measured, grammar = self._measure(prompt + completion, len(prompt))
+        if completion[0]["role"] == "assistant":
+            boundary = measured.spans[0].start
+        else:
+            boundary = len(commonprefix([grammar.render(grammar.form.fit(prompt)), measured.text]))
+        pieces, turns = measured.split(boundary)
+        ids = encode_pieces(self._tokenizer, pieces)
+        trains = [flag for flag, message in zip(flags, completion, strict=True) if message["role"] == "assistant"]
+        bits = [int(turn >= 0 and trains[turn]) for turn in turns]
+        output = {
+            "prompt_ids": ids[0],
+            "completion_ids": [token for piece in ids[1:] for token in piece],
+            "action_mask": [bit for piece, bit in zip(ids[1:], bits, strict=True) for _ in piece],
+        }
+        if with_turns:
+            output["turn_ids"] = [turn for piece, turn in zip(ids[1:], turns, strict=True) for _ in piece]
+        return output
+
+    def observation_ids(self, messages: Sequence[Message], observations: Sequence[Message]) -> list[int]:
+        """Ids between an assistant turn's end-of-turn token and the end of the next generation prompt.
+
+        `prompt_ids(prompt) + sampled + observation_ids(...) + sampled + ...` is the conversation as the policy saw it:
+        what was sampled is never rendered and tokenized again.
+
+        Args:
+            messages (`list[dict]`):
+                The conversation up to and including the assistant turn.
+            observations (`list[dict]`):
+                The tool or user messages that answer it.
+        """
+        return self.after_turn(messages)(observations)
+
+    def after_turn(self, messages: Sequence[Message]) -> Callable[[Sequence[Message]], list[int]]:
+        """[`observation_ids`] for many observations after the same turn, which is rendered by itself only once."""
+        messages, _ = without_flags(self.normalize(messages))
+        messages = self._grammar.form.label(messages)
+        fit, render = self._grammar.form.fit, self._grammar.render
+        alone = render(fit(messages))
+        encode_head = lru_cache(maxsize=2)(self._encode)
+
+        def observation_ids(observations: Sequence[Message]) -> list[int]:
+            answers = self.normalize(observations, "observations", messages)
+            text = render(fit(messages + answers), generation_prompt=True)
+            end = self._grammar.spans.turn_end(text, messages, alone)
+            head, whole = encode_head(text[:end]), self._encode(text)
+            if whole[: len(head)] == head:  # what `encode_pieces` finds in this case, with less work
+                return whole[len(head) :]
+            return encode_pieces(self._tokenizer, [text[:end], text[end:]])[1]
+
+        return observation_ids
+
+    @property
+    def end_of_turn_ids(self) -> tuple[int, ...]:
+        """Token ids that end an assistant turn: a plain answer's and, where it differs, a tool call's."""
+        return tuple(dict.fromkeys(self._encode(text)[-1] for text in self._grammar.endings.texts))
+
+    def close_turn(self, sampled_ids: Sequence[int], next_role: str = "user") -> list[int]:
+        """Ids to append to a turn that was cut off before its end-of-turn token; they are context (mask 0).
+
+        Empty where the turn ended by itself.
+
+        Args:
+            sampled_ids (`list[int]`):
+                The turn.
+            next_role (`str`, *optional*, defaults to `"user"`):
+                Who speaks next: under some templates the marker of the next role ends a turn.
+        """
+        if sampled_ids and sampled_ids[-1] in self.end_of_turn_ids:
+            return []
+        return self._encode(self._grammar.endings.closing(next_role))
+
+    def _encode(self, text: str) -> list[int]:
+        return encode(self._tokenizer, text)
+
+    def _measure(self, messages: list[Message], first: int) -> tuple[Measured, Grammar]:
+        """The rendering and its turns, under the first of the template and TRL's training template that proves it."""
+        errors: list[ValueError] = []
+        for grammar in self._grammars:
+            try:
+                return grammar.measure(messages, first), grammar
+            except ValueError as error:
+                errors.append(error)
+        raise self._grammar.with_remedy(errors[0], messages, first) from errors[0]
+
+
+def _without_reasoning(message: Message) -> Message:
+    if message["role"] != "assistant" or not any(key in message for key in REASONING):
+        return message
+    return {key: value for key, value in message.items() if key not in REASONING}
+
+
+def _grammars(
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin,
+    own: str,
+    tools: list[Any] | None,
+    kwargs: dict[str, Any],
+) -> list[Grammar]:
+    """The user's own template and TRL's training template of its family, the one that proves more first."""
+    render = Renderer(processing_class, own, tools, kwargs)
+    if tools is None and render.attempt([USER]) is None:  # some templates go through the tools without a look
+        without_any = render.with_tools([])
+        render = render if without_any.attempt([USER]) is None else without_any
+    grammars = [Grammar(render, processing_class)]
+    training = training_template(render)
+    if training not in (None, own):
+        grammars.append(Grammar(Renderer(processing_class, training, render.tools, kwargs), processing_class))
+    # Stable: the user's own template, where it proves as much
+    return sorted(grammars, key=lambda grammar: -grammar.proven_probes)
