@@ -25,6 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     check.add_argument("--split", default=None, help="Split to read; all of them by default.")
     check.add_argument("--max_length", type=int, default=None, help="The trainer's `max_length`.")
     check.add_argument("--preview", type=int, default=1, help="How many rows to show with their masks.")
+    check.add_argument("--drop_reasoning", action="store_true", help="The trainer's `drop_reasoning`.")
     check.set_defaults(run=_check)
 
     convert = commands.add_parser("convert", help="Write rows that other tools wrote in the form that trainers read.")
@@ -82,7 +83,13 @@ def _check(options: argparse.Namespace) -> int:
     from .data.check import check_dataset, print_check
 
     report = check_dataset(
-        options.dataset, options.model, options.config, options.split, options.max_length, options.preview
+        options.dataset,
+        options.model,
+        options.config,
+        options.split,
+        options.max_length,
+        options.preview,
+        drop_reasoning=options.drop_reasoning,
     )
     print_check(report)
     return 1 if report.errors else 0

@@ -82,7 +82,7 @@ REFUSALS = [
     (GEMMA4, {"words_and_call"}, "rewrites earlier turns"),
     (["diffusion_gemma", "gptoss"], {"words_and_call"}, "the prompt that the policy continues ends with"),
     ([*LLAMA3, "muse_glimmer"], {"words_and_call"}, "leaves out its text ('W0w')"),
-    (["gptoss"], {"parallel"}, "leaves out its tool call 2"),
+    (["gptoss"], {"parallel"}, "leaves out the argument `a` (3) of its tool call 2"),
     (LLAMA3, {"parallel"}, "cannot render"),
     (["cohere", "cohere2", "gemma", "gemma3"], {"consecutive_users"}, "cannot render"),
     (["gemma"], {"system"}, "cannot render"),
@@ -193,10 +193,10 @@ def test_an_edited_template_is_measured_or_refused():
     edited = template_text("qwen2_5") + "{# edited #}"
     row = TurnTemplate(byte_tokenizer(edited)).tokenize([user("Q")], [assistant("A")])
     assert row["action_mask"] == [1, 1, 0]
-    tokenizer = byte_tokenizer(template_text("qwen3") + "{# edited #}")  # no training template matches any more
-    assert TurnTemplate(tokenizer).tokenize([user("Q")], [assistant("A")])["action_mask"][-2:] == [1, 0]
+    other = template_text("qwen3").replace("<|im_start|>", "<|begin|>")  # no training template behaves so
+    assert TurnTemplate(byte_tokenizer(other)).tokenize([user("Q")], [assistant("A")])["action_mask"][-2:] == [1, 0]
     with pytest.raises(ValueError, match="Assistant turn 0 .* rewrites earlier turns"):
-        TurnTemplate(tokenizer).tokenize([user("Q")], [assistant("A"), user("Q"), assistant("B")])
+        TurnTemplate(byte_tokenizer(other)).tokenize([user("Q")], [assistant("A"), user("Q"), assistant("B")])
 
 
 def test_template_without_an_end_of_turn_is_refused():
@@ -303,7 +303,9 @@ def test_random_conversations(name, messages):
     row = template.tokenize(messages[:1], messages[1:], with_turns=True)
     ids = row["prompt_ids"] + row["completion_ids"]
     text = processing_class.apply_chat_template(messages, tools=TOOLS, tokenize=False)
-    assert processing_class.decode(ids) == processing_class.decode(processing_class(text)["input_ids"])
+    shown = processing_class.decode(ids)
+    assert shown.startswith(text)
+    assert shown[len(text) :] == ("<|user|>" if name == "glm4moe" else "")  # what ends the turns before the last
     turns = [-1] * len(row["prompt_ids"]) + row["turn_ids"]
     starts = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
     assert sorted(set(turns)) == [-1, *range(len(starts))]

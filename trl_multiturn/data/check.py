@@ -79,6 +79,7 @@ def check_dataset(
     max_length: int | None = None,
     num_previews: int = 0,
     progress: bool = True,
+    drop_reasoning: bool = False,
 ) -> CheckReport:
     """Checks every row of a preference, unpaired or trajectory dataset.
 
@@ -95,6 +96,8 @@ def check_dataset(
             Rows to keep a preview of.
         progress (`bool`, *optional*, defaults to `True`):
             Whether to show a progress bar.
+        drop_reasoning (`bool`, *optional*, defaults to `False`):
+            As in the trainers' configurations.
 
     Returns:
         [`CheckReport`]
@@ -115,7 +118,7 @@ def check_dataset(
         shapes = column_shapes(rows)
         for index, row in enumerate(tqdm(rows, desc=f"Checking {name}", disable=not progress, unit="row")):
             try:
-                tokens, kind = _read(row, tokenizer, shapes, report)
+                tokens, kind = _read(row, tokenizer, shapes, report, drop_reasoning)
                 cut += _check_row(tokens, kind, last_token, max_length, report)
                 if len(report.previews) < num_previews:
                     report.previews.append(preview_masks([tokens], 1, tokenizer, max_length, show=False))
@@ -133,11 +136,11 @@ def _check_template(tokenizer: PreTrainedTokenizerBase, report: CheckReport) -> 
         )
         return
     try:
-        TurnTemplate(tokenizer)
+        template = TurnTemplate(tokenizer)
     except ValueError as error:
         report.errors.append(f"Chat template: {error}")
         return
-    if not _upstream.supports_tool_calling(tokenizer):
+    if not template.shows_tool_calls:
         report.warnings.append(
             "The chat template leaves out tool calls or tool results when it renders. Rows with `tool_calls` are "
             "refused; write calls and results as text, or use a template that supports tools."
@@ -145,7 +148,11 @@ def _check_template(tokenizer: PreTrainedTokenizerBase, report: CheckReport) -> 
 
 
 def _read(
-    row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, shapes: Shapes, report: CheckReport
+    row: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    shapes: Shapes,
+    report: CheckReport,
+    drop_reasoning: bool,
 ) -> tuple[dict[str, Any], Kind]:
     """A row's tokens, with masks of what trains, and its kind."""
     written = recognize(row)
@@ -158,7 +165,7 @@ def _read(
         check_label(row["label"])
     sides = PREFERENCE_SIDES if kind == "preference" else UNPAIRED_SIDES
     if sides[0][1] not in row:
-        row = row | _tokenize(row, kind, tokenizer, shapes)
+        row = row | _tokenize(row, kind, tokenizer, shapes, drop_reasoning)
     for ids, mask in sides:
         if len(row[ids]) != len(row[mask] or []):
             raise ValueError(
@@ -216,7 +223,9 @@ def _kind(row: dict[str, Any], written: str | None) -> Kind:
     raise ValueError(f"the columns are {sorted(row)}. {_COLUMNS}")
 
 
-def _tokenize(row: dict[str, Any], kind: Kind, tokenizer: PreTrainedTokenizerBase, shapes: Shapes) -> dict[str, Any]:
+def _tokenize(
+    row: dict[str, Any], kind: Kind, tokenizer: PreTrainedTokenizerBase, shapes: Shapes, drop_reasoning: bool
+) -> dict[str, Any]:
     sides = ("chosen", "rejected") if kind == "preference" else ("completion",)
     if conversation_column(row) is None and not holds_messages(row, sides):
         if kind == "preference" and "prompt" not in row:
@@ -227,7 +236,8 @@ def _tokenize(row: dict[str, Any], kind: Kind, tokenizer: PreTrainedTokenizerBas
             mask = "action_mask" if side == "completion" else f"{side}_action_mask"
             encoded |= {f"{side}_ids": ids, mask: [1] * len(ids)}
         return encoded
-    return (tokenize_preference_row if kind == "preference" else tokenize_unpaired_row)(row, tokenizer, shapes)
+    tokenize = tokenize_preference_row if kind == "preference" else tokenize_unpaired_row
+    return tokenize(row, tokenizer, shapes, drop_reasoning=drop_reasoning)
 
 
 def _warn(report: CheckReport, cut: int, max_length: int | None) -> None:

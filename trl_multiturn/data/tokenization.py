@@ -9,13 +9,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from datasets import Dataset, IterableDataset
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from .. import _upstream
+from ..errors import VanishedPartError
 from ..formats import Shapes, column_shapes, read_row
-from ..messages import normalize_tools, without_flags
-from ..templates import TurnTemplate
+from ..messages import normalize_tools, without_flags, without_reasoning
+from ..templates import TurnTemplate, tokenize_unproven
 from ..version import __version__
 from .turns import TURN_COLUMNS, turn_spans
 
@@ -32,6 +31,7 @@ def tokenize_trajectory(
     prompt: list[dict[str, Any]],
     completion: list[dict[str, Any]],
     tools: list | str | None = None,
+    drop_reasoning: bool = False,
     **chat_template_kwargs: Any,
 ) -> dict[str, list[int]]:
     """Tokenizes one trajectory; the mask is 1 exactly on tokens that the policy would have sampled.
@@ -45,6 +45,9 @@ def tokenize_trajectory(
             Assistant turns and the tool or user turns between them.
         tools (`list` or `str`, *optional*):
             Tools as `apply_chat_template` takes them, or a JSON string of their schemas.
+        drop_reasoning (`bool`, *optional*, defaults to `False`):
+            Leave out the reasoning of assistant turns. Reasoning that the template does not show is an error
+            otherwise.
         **chat_template_kwargs:
             Passed on to the chat template.
 
@@ -52,8 +55,9 @@ def tokenize_trajectory(
         `dict[str, list[int]]`: `prompt_ids`, `completion_ids`, and `action_mask` aligned with `completion_ids`.
 
     Raises:
-        `ValueError`: where the template does not show what the policy sampled; the message names its defect and a
-            remedy.
+        `ValueError`: where the template does not show what the policy sampled; the message names its defect and
+            remedies that were tried.
+        [`VanishedPartError`]: where it leaves out a part of a message.
 
     Example:
 
@@ -63,7 +67,8 @@ def tokenize_trajectory(
     '<tool_call>\\n{"name": "add", ...}\\n</tool_call><|im_end|>The sum is 4.<|im_end|>'
     ```
     """
-    return turn_template(processing_class, tools, chat_template_kwargs).tokenize(prompt, completion)
+    template = turn_template(processing_class, tools, {"drop_reasoning": drop_reasoning, **chat_template_kwargs})
+    return template.tokenize(prompt, completion)
 
 
 def turn_template(
@@ -88,6 +93,7 @@ def read_messages(
     example: Mapping[str, Any],
     processing_class: PreTrainedTokenizerBase | ProcessorMixin,
     shapes: Shapes | None = None,
+    drop_reasoning: bool = False,
 ) -> dict[str, Any]:
     """The conversation of a row in TRL's form (see [`formats.read_row`]), with its `chat_template_kwargs`."""
     kwargs = example.get("chat_template_kwargs") or {}
@@ -97,13 +103,23 @@ def read_messages(
             "such as `{'enable_thinking': False}`."
         )
     template = str(kwargs.get("chat_template") or processing_class.chat_template)
-    return {**read_row(example, shapes=shapes, template=template), "chat_template_kwargs": kwargs}
+    row = read_row(example, shapes=shapes, template=template)
+    if drop_reasoning:
+        row |= {
+            side: without_reasoning(row[side])
+            for side in ("prompt", "chosen", "rejected", "completion")
+            if side in row
+        }
+    return {**row, "chat_template_kwargs": kwargs}
 
 
 def _read_answers(
-    example: Mapping[str, Any], processing_class: PreTrainedTokenizerBase | ProcessorMixin, shapes: Shapes | None
+    example: Mapping[str, Any],
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin,
+    shapes: Shapes | None,
+    drop_reasoning: bool,
 ) -> dict[str, Any]:
-    row = read_messages(example, processing_class, shapes)
+    row = read_messages(example, processing_class, shapes, drop_reasoning)
     if not row["prompt"]:
         raise ValueError("`prompt` holds no message, so there is nothing to answer. Give it a user's turn.")
     return row
@@ -143,22 +159,15 @@ def tokenize_side(
     turns = [(flag, m) for flag, m in zip(flags, completion, strict=True) if m.get("role") == "assistant"]
     try:
         if all_tokens and completion and all(flags):
-            return _tokenize_as_upstream(processing_class, plain_prompt, completion, tools, kwargs)
+            return _untold(tokenize_unproven(processing_class, plain_prompt, completion, tools, **kwargs))
         template = turn_template(processing_class, tools, kwargs)
         output: dict[str, Any] = template.tokenize(plain_prompt, completion, with_turns=True)
+    except VanishedPartError as error:
+        raise VanishedPartError(f"`{side}`: {error}") from error
     except ValueError as error:
         if len(completion) != 1 or not turns or completion[0].get("tool_calls"):
             raise ValueError(f"`{side}`: {error}") from error
-        try:
-            output = _tokenize_as_upstream(processing_class, plain_prompt, completion, tools, kwargs)
-        except (TemplateError, TypeError, KeyError, IndexError):  # it cannot be rendered at all
-            raise ValueError(f"`{side}`: {error}") from error
-        _warn_once(
-            "The tokenized prompt is not a prefix of the tokenized prompt+completion, or a turn has no end. One-turn "
-            f"completions are then tokenized as TRL does, all of their tokens trained. {error}"
-        )
-    except (TemplateError, TypeError, KeyError, IndexError) as error:
-        raise ValueError(f"`{side}`: the chat template cannot render the row: {error}.") from error
+        output = _tokenize_one_turn(row, plain_prompt, completion, processing_class, f"`{side}`: {error}")
     output.pop("turn_ids", None)
     if len(turn_spans(output["action_mask"])) != len(turns):
         if not all(flags):
@@ -166,35 +175,39 @@ def tokenize_side(
                 f"`{side}`: the chat template prints nothing between two assistant turns, so it cannot be told which "
                 "tokens belong to the one that must not train. Join the two, or drop the row."
             )
-        return {**output, **dict.fromkeys(TURN_COLUMNS)}
+        return _untold(output)
     output["turn_weights"] = [int(flag) for flag, _ in turns]
     output["turn_calls"] = [int(bool(message.get("tool_calls"))) for _, message in turns]
     return output
 
 
-def _tokenize_as_upstream(
-    processing_class: PreTrainedTokenizerBase | ProcessorMixin,
+def _tokenize_one_turn(
+    row: Mapping[str, Any],
     prompt: list[dict[str, Any]],
     completion: list[dict[str, Any]],
-    tools: list[Any] | None,
-    kwargs: Mapping[str, Any],
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin,
+    refusal: str,
 ) -> dict[str, Any]:
-    """As TRL does: where prompt and whole conversation part, the completion begins."""
-    if isinstance(processing_class, ProcessorMixin):
-        prompt = _upstream.prepare_multimodal_messages(prompt)
-        completion = _upstream.prepare_multimodal_messages(completion)
-    tokenizer = getattr(processing_class, "tokenizer", processing_class)
-    kwargs = {"tools": tools, "tokenize": False, **kwargs}
-    header = processing_class.apply_chat_template(prompt, add_generation_prompt=True, **kwargs)
-    text = processing_class.apply_chat_template(prompt + completion, **kwargs)
-    prompt_ids = tokenizer(header, add_special_tokens=False)["input_ids"]
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    start = common_prefix_length(prompt_ids, ids)
-    output = {"prompt_ids": ids[:start], "completion_ids": ids[start:], "action_mask": [1] * (len(ids) - start)}
+    """As TRL does, with the reason in the log."""
+    try:
+        output = tokenize_unproven(processing_class, prompt, completion, row["tools"], **row["chat_template_kwargs"])
+    except VanishedPartError:
+        raise
+    except ValueError as error:  # it cannot be rendered at all
+        raise ValueError(refusal) from error
+    _warn_once(
+        "The tokenized prompt is not a prefix of the tokenized prompt+completion, or a turn has no end. One-turn "
+        f"completions are then tokenized as TRL does, all of their tokens trained. {refusal}"
+    )
+    return _untold(output)
+
+
+def _untold(output: dict[str, list[int]]) -> dict[str, Any]:
+    """Tokens whose turns are not told apart."""
     return {**output, **dict.fromkeys(TURN_COLUMNS)}
 
 
-# What rows of messages become: `tokenize(example, processing_class, shapes, all_tokens)`
+# What rows of messages become: `tokenize(example, processing_class, shapes, all_tokens, drop_reasoning)`
 Tokenize = Callable[..., dict[str, Any]]
 
 
@@ -203,6 +216,7 @@ def row_tokenization_kwargs(
     processing_class: PreTrainedTokenizerBase | ProcessorMixin,
     tokenize: Tokenize,
     all_tokens: bool = False,
+    drop_reasoning: bool = False,
 ) -> dict[str, Any]:
     """`fn_kwargs` for mapping [`tokenize_numbered_row`] over a dataset.
 
@@ -214,6 +228,7 @@ def row_tokenization_kwargs(
         "tokenize": tokenize,
         "shapes": column_shapes(dataset),
         "all_tokens": all_tokens,
+        "drop_reasoning": drop_reasoning,
         "version": __version__,
     }
 
@@ -225,11 +240,14 @@ def tokenize_numbered_row(
     tokenize: Tokenize,
     shapes: Shapes,
     all_tokens: bool,
+    drop_reasoning: bool,
     version: str,
 ) -> dict[str, Any]:
     """`tokenize(example, …)`; what it refuses is refused with the row's number."""
     try:
-        return tokenize(example, processing_class, shapes, all_tokens)
+        return tokenize(example, processing_class, shapes, all_tokens, drop_reasoning)
+    except VanishedPartError as error:
+        raise VanishedPartError(f"Row {index}: {error}") from error
     except ValueError as error:
         raise ValueError(f"Row {index}: {error}") from error
 
@@ -239,9 +257,10 @@ def tokenize_preference_row(
     processing_class: PreTrainedTokenizerBase | ProcessorMixin,
     shapes: Shapes | None = None,
     all_tokens: bool = False,
+    drop_reasoning: bool = False,
 ) -> dict[str, Any]:
     """Token columns of a conversational preference row (`prompt`, `chosen`, `rejected`), with those of its turns."""
-    row = _read_answers(example, processing_class, shapes)
+    row = _read_answers(example, processing_class, shapes, drop_reasoning)
     sides = {side: tokenize_side(row, side, processing_class, all_tokens) for side in ("chosen", "rejected")}
     # The sides share one prompt. Where theirs differ, what is left of each moves into its completion, untrained.
     shared = common_prefix_length(sides["chosen"]["prompt_ids"], sides["rejected"]["prompt_ids"])
@@ -259,10 +278,11 @@ def tokenize_unpaired_row(
     processing_class: PreTrainedTokenizerBase | ProcessorMixin,
     shapes: Shapes | None = None,
     all_tokens: bool = False,
+    drop_reasoning: bool = False,
 ) -> dict[str, Any]:
     """Token columns of a conversational row with one completion, with those of its turns, and with its `reward` where
     that stands under another name."""
-    row = _read_answers(example, processing_class, shapes)
+    row = _read_answers(example, processing_class, shapes, drop_reasoning)
     output = tokenize_side(row, "completion", processing_class, all_tokens)
     return {**output, "reward": row["reward"]} if "reward" in row else output
 
@@ -272,9 +292,10 @@ def tokenize_pair_apart(
     processing_class: PreTrainedTokenizerBase | ProcessorMixin,
     shapes: Shapes | None = None,
     all_tokens: bool = False,
+    drop_reasoning: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """The two sides of a conversational preference row, each with the columns of [`tokenize_unpaired_row`]."""
-    row = _read_answers(example, processing_class, shapes)
+    row = _read_answers(example, processing_class, shapes, drop_reasoning)
     return {side: tokenize_side(row, side, processing_class, all_tokens) for side in ("chosen", "rejected")}
 
 

@@ -5,7 +5,7 @@ forms that tools and providers write, and refuse by name what they cannot read, 
 """
 
 from .calls import arguments_as_strings, read_call
-from .conversation import REASONING, ROLES, Message, normalize_messages
+from .conversation import REASONING, ROLES, Message, normalize_messages, without_reasoning
 from .flags import without_flags
 from .nulls import EXACT, NEVER, SET, Shape, field_shape
 from .schemas import normalize_tools
@@ -25,4 +25,5 @@ __all__ = [
     "normalize_tools",
     "read_call",
     "without_flags",
+    "without_reasoning",
 ]

@@ -95,6 +95,14 @@ def normalize_messages(
     return reader.finish()
 
 
+def without_reasoning(messages: Sequence[Message]) -> list[Message]:
+    """Messages in TRL's form without what the assistant thought."""
+    return [
+        {key: value for key, value in message.items() if key not in REASONING or message["role"] != "assistant"}
+        for message in messages
+    ]
+
+
 class _Reader:
     """Reads the messages of one conversation, one after another."""
 

@@ -12,4 +12,4 @@ a turn differently once more turns follow fails the check, and the row is refuse
 cannot be read off such a rendering. A template that leaves a part of a message out is refused with the part.
 """
 
-from .turn_template import TurnTemplate as TurnTemplate
+from .turn_template import TurnTemplate as TurnTemplate, tokenize_unproven as tokenize_unproven

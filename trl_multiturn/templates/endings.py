@@ -117,13 +117,20 @@ class EndingProbe:
         run = re.match(r"\s*\S+", tail)
         assert run is not None
         blanks = len(tail) - len(tail.lstrip())
-        end = blanks
+        end, opener = blanks, self._opener()
         for piece in self._pieces(run[0][blanks:]):
-            if not history.startswith(tail[: end + len(piece)]):
+            if piece == opener or not history.startswith(tail[: end + len(piece)]):
                 break
             end += len(piece)
         end = end if end > blanks else run.end()
         return Ending(tail[:end], tail[end:])
+
+    def _opener(self) -> str | None:
+        """The special token with which messages begin, where they do."""
+        text = self._render.attempt(self._form.fit([USER])) or ""
+        header = text[: text.find(str(USER["content"]))]
+        first = next((piece for piece in self._pieces(header) if piece != self._render.tokenizer.bos_token), None)
+        return first if first in self._added else None
 
     def _pieces(self, text: str) -> list[str]:
         """A text without blanks in its special tokens and what stands between them."""

@@ -71,14 +71,16 @@ def replaced(message: Message, part: Part, value: Any) -> Message:
     return _replaced(message, part.path, value)
 
 
-def changed(part: Part) -> Any:
-    """Another value for a part, of its type."""
+def changes(part: Part) -> list[Any]:
+    """Other values for a part, of its type: a rendering that stays the same with one of them leaves something out."""
     value = part.value
     if isinstance(value, bool):
-        return not value
+        return [not value]
     if isinstance(value, (int, float)):
-        return value + 1
-    return f"{value} changed" if isinstance(value, str) and part.kind != "name" else f"{value}changed"
+        return [value + 1]
+    if part.kind == "name":
+        return [f"{value}changed"]
+    return [f"changed {value}", f"{value} changed"]  # some templates keep what stands behind a marker
 
 
 def unmistakable(messages: Sequence[Message]) -> list[Message]:

@@ -35,7 +35,7 @@ def find_remedies(messages: Sequence[Message], first: int, template: str, works:
     found += (words for words, other, at in _rewritten(messages, first) if works(other, at, {}))
     if not found and _each_turn_works(messages, first, works):
         found.append("make a row of each assistant turn, with all before it as its prompt")
-    found.append("use rows that carry token ids and masks")
+    found.append("use another chat template" if first == len(messages) else "use rows that carry token ids and masks")
     return "You can " + ", or ".join(found) + "."
 
 

@@ -9,13 +9,13 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from ..messages import REASONING, Message, normalize_messages, normalize_tools, without_flags
+from ..messages import Message, normalize_messages, normalize_tools, without_flags, without_reasoning
 from .encoding import encode, encode_pieces
 from .grammar import Grammar
 from .probes import ANSWER, USER
 from .rendering import Renderer, template_text
 from .spans import Measured
-from .training import training_template
+from .turns import TemplateMismatch
 
 
 class TurnTemplate:
@@ -59,7 +59,9 @@ class TurnTemplate:
         own = chat_template_kwargs.pop("chat_template", None) or template_text(processing_class, self.tools)
         self.chat_template_kwargs = chat_template_kwargs
         self.drop_reasoning = drop_reasoning
-        self._grammars = _grammars(processing_class, own, self.tools, chat_template_kwargs)
+        self._own, *others = _grammars(processing_class, own, self.tools, chat_template_kwargs)
+        # Stable: the user's own template, where it proves as much
+        self._grammars = sorted([self._own, *others], key=lambda grammar: -grammar.proven_probes)
         self._grammar = self._grammars[0]
         self.processing_class = self._grammar.render.processing_class
         self._tokenizer = self._grammar.render.tokenizer
@@ -78,8 +80,11 @@ class TurnTemplate:
             `ValueError`: if the template cannot render them, or leaves a part of them out.
         """
         messages, _ = without_flags(self.normalize(messages))
-        text = self._grammar.render(self._grammar.form.fit(messages), generation_prompt=True)
-        self._grammar.check_prompt(messages, text)
+        try:
+            text = self._grammar.render(self._grammar.form.fit(messages), generation_prompt=True)
+            self._grammar.check_rendering(messages, text)
+        except ValueError as error:
+            raise self._grammar.with_remedy(error, messages, len(messages)) from error
         return self._encode(text)
 
     def normalize(
@@ -88,7 +93,7 @@ class TurnTemplate:
         """Messages in TRL's form, as everything here renders them (see [`normalize_messages`])."""
         template = self.processing_class.chat_template
         messages = normalize_messages(messages, column, after=after, schemas=self.tools, template=template)
-        return list(map(_without_reasoning, messages)) if self.drop_reasoning else messages
+        return without_reasoning(messages) if self.drop_reasoning else messages
 
     def tokenize(
         self, prompt: Sequence[Message], completion: Sequence[Message], *, with_turns: bool = False
@@ -168,6 +173,11 @@ class TurnTemplate:
         return observation_ids
 
     @property
+    def shows_tool_calls(self) -> bool:
+        """Whether the template shows tool calls, their arguments and results."""
+        return self._grammar.shows_tool_calls
+
+    @property
     def end_of_turn_ids(self) -> tuple[int, ...]:
         """Token ids that end an assistant turn: a plain answer's and, where it differs, a tool call's."""
         return tuple(dict.fromkeys(self._encode(text)[-1] for text in self._grammar.endings.texts))
@@ -194,17 +204,56 @@ class TurnTemplate:
         """The rendering and its turns, under the first of the template and TRL's training template that proves it."""
         errors: list[ValueError] = []
         for grammar in self._grammars:
+            if grammar is not self._own and not self._stands_in(grammar, messages, first, errors):
+                continue
             try:
                 return grammar.measure(messages, first), grammar
             except ValueError as error:
                 errors.append(error)
-        raise self._grammar.with_remedy(errors[0], messages, first) from errors[0]
+        raise self._own.with_remedy(errors[0], messages, first) from errors[0]
+
+    def _stands_in(self, training: Grammar, messages: list[Message], first: int, errors: list[ValueError]) -> bool:
+        """Whether TRL's training template may take the place of the user's own for a conversation.
+
+        It may where the policy's first prompt is the same under both, and the own template rewrites earlier turns.
+        """
+        if errors and not isinstance(errors[0], TemplateMismatch):
+            return False
+        prompt = self._own.form.fit(messages[:first])
+        shown = self._own.render.attempt(prompt, generation_prompt=True)
+        if any(message["role"] == "assistant" for message in prompt):
+            return shown is not None
+        return shown == training.render.attempt(training.form.fit(messages[:first]), generation_prompt=True)
 
 
-def _without_reasoning(message: Message) -> Message:
-    if message["role"] != "assistant" or not any(key in message for key in REASONING):
-        return message
-    return {key: value for key, value in message.items() if key not in REASONING}
+def tokenize_unproven(
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin,
+    prompt: Sequence[Message],
+    completion: Sequence[Message],
+    tools: list | None = None,
+    **chat_template_kwargs: Any,
+) -> dict[str, list[int]]:
+    """Tokenizes messages in TRL's form as TRL's trainers do: the completion begins where prompt and whole part.
+
+    Every token of the completion has mask 1, whoever wrote it.
+
+    Raises:
+        `ValueError`: if the template cannot render the messages.
+        [`VanishedPartError`]: if it leaves a part of them out.
+    """
+    kwargs = dict(chat_template_kwargs)
+    own = kwargs.pop("chat_template", None) or template_text(processing_class, tools)
+    grammar = Grammar(_own_renderer(processing_class, own, tools, kwargs), processing_class)
+    messages = [*prompt, *completion]
+    text = grammar.render(grammar.form.fit(messages))
+    header = grammar.render(grammar.form.fit(prompt), generation_prompt=True)
+    try:
+        grammar.check_rendering(messages, text)
+    except ValueError as error:
+        raise grammar.with_remedy(error, messages, len(prompt)) from error
+    prompt_ids, ids = (encode(grammar.render.tokenizer, each) for each in (header, text))
+    start = len(commonprefix([prompt_ids, ids]))
+    return {"prompt_ids": ids[:start], "completion_ids": ids[start:], "action_mask": [1] * (len(ids) - start)}
 
 
 def _grammars(
@@ -213,14 +262,23 @@ def _grammars(
     tools: list[Any] | None,
     kwargs: dict[str, Any],
 ) -> list[Grammar]:
-    """The user's own template and TRL's training template of its family, the one that proves more first."""
-    render = Renderer(processing_class, own, tools, kwargs)
-    if tools is None and render.attempt([USER]) is None:  # some templates go through the tools without a look
-        without_any = render.with_tools([])
-        render = render if without_any.attempt([USER]) is None else without_any
+    """The user's own template, and TRL's training template of its family where there is one."""
+    render = _own_renderer(processing_class, own, tools, kwargs)
     grammars = [Grammar(render, processing_class)]
-    training = training_template(render)
+    training = grammars[0].training
     if training not in (None, own):
         grammars.append(Grammar(Renderer(processing_class, training, render.tools, kwargs), processing_class))
-    # Stable: the user's own template, where it proves as much
-    return sorted(grammars, key=lambda grammar: -grammar.proven_probes)
+    return grammars
+
+
+def _own_renderer(
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin,
+    template: str,
+    tools: list[Any] | None,
+    kwargs: dict[str, Any],
+) -> Renderer:
+    render = Renderer(processing_class, template, tools, kwargs)
+    if tools is not None or render.attempt([USER]) is not None:
+        return render
+    without_any = render.with_tools([])  # some templates go through the tools without a look
+    return render if without_any.attempt([USER]) is None else without_any

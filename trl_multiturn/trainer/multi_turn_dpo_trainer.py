@@ -102,8 +102,8 @@ class MultiTurnDPOTrainer(PackedTrainerMixin, IterativeTrainerMixin, PolicyMixin
         if "margin" in first and isinstance(dataset, Dataset):
             check_column(dataset["margin"], check_margin)
         if row_format == "messages":
-            all_tokens = not self._needs_turns(args)
-            fn_kwargs = row_tokenization_kwargs(dataset, processing_class, tokenize_preference_row, all_tokens)
+            options = not self._needs_turns(args), getattr(args, "drop_reasoning", False)
+            fn_kwargs = row_tokenization_kwargs(dataset, processing_class, tokenize_preference_row, *options)
             with _upstream.global_then_local_main_first():
                 dataset = dataset.map(tokenize_numbered_row, with_indices=True, fn_kwargs=fn_kwargs, **map_kwargs)
         elif row_format != "tokens":

@@ -6,16 +6,18 @@ from trl import KTOConfig
 
 from ..data.turns import check_train_on_turns
 from .packed_config import PackedConfig
+from .rendering_config import RenderingConfig
 
 
 @dataclass
-class MultiTurnKTOConfig(PackedConfig, KTOConfig):
+class MultiTurnKTOConfig(RenderingConfig, PackedConfig, KTOConfig):
     # docstyle-ignore
     """
     Configuration class for the [`MultiTurnKTOTrainer`].
 
     This class includes only the parameters that are specific to multi-turn KTO. How batches are computed (`packed`,
-    `group_by_prompt`, `max_tokens_per_batch`) is described in [`PackedConfig`]; for all other parameters please refer
+    `group_by_prompt`, `max_tokens_per_batch`) is described in [`PackedConfig`], what of messages is rendered
+    (`drop_reasoning`) in [`RenderingConfig`]; for all other parameters please refer
     to the [`~trl.KTOConfig`] documentation. A plain [`~trl.KTOConfig`] works too; the fields below then have
     their defaults.
 

@@ -110,10 +110,10 @@ class MultiTurnKTOTrainer(PackedTrainerMixin, IterativeTrainerMixin, PolicyMixin
         args: KTOConfig,
         map_kwargs: dict[str, Any],
     ) -> Dataset | IterableDataset:
-        all_tokens = not self._needs_turns(args)
+        options = not self._needs_turns(args), getattr(args, "drop_reasoning", False)
         if columns_read(first) >= {"chosen", "rejected"}:
-            return tokenize_interleaved(dataset, processing_class, all_tokens, **map_kwargs)
-        fn_kwargs = row_tokenization_kwargs(dataset, processing_class, tokenize_unpaired_row, all_tokens)
+            return tokenize_interleaved(dataset, processing_class, *options, **map_kwargs)
+        fn_kwargs = row_tokenization_kwargs(dataset, processing_class, tokenize_unpaired_row, *options)
         return dataset.map(tokenize_numbered_row, with_indices=True, fn_kwargs=fn_kwargs, **map_kwargs)
 
     def _warn_about_balance(self, dataset: Dataset) -> None:

@@ -8,16 +8,17 @@ from trl import KTOConfig
 
 from ...data.turns import check_train_on_turns
 from ..packed_config import PackedConfig
+from ..rendering_config import RenderingConfig
 
 
 @dataclass
-class ValueBasedConfig(PackedConfig, KTOConfig):
+class ValueBasedConfig(RenderingConfig, PackedConfig, KTOConfig):
     # docstyle-ignore
     """
     Parameters that [`OREOConfig`] and [`DQOConfig`] share: the value model beside the policy.
 
-    For the other parameters see [`PackedConfig`] and [`~trl.KTOConfig`]. Of these, `loss_type`, `desirable_weight` and
-    `undesirable_weight` belong to KTO's own loss and have no effect.
+    For the other parameters see [`RenderingConfig`], [`PackedConfig`] and [`~trl.KTOConfig`]. Of these, `loss_type`,
+    `desirable_weight` and `undesirable_weight` belong to KTO's own loss and have no effect.
 
     Parameters:
         > Parameters that control which tokens are trained

@@ -1,0 +1,96 @@
+"""What ends a turn, also where the last turn of a rendering has no end."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.support import TOOLS, assistant, byte_tokenizer, call, render_actions, result, user
+from tests.templates.chatml import CALLS, TEXT, chatml, tokenizer
+from trl_multiturn.templates import TurnTemplate
+
+
+BETWEEN = "{% if add_generation_prompt or not loop.last %}<|im_end|>\n{% endif %}"
+MARKERS = (  # the next role's marker ends a turn
+    "{% set markers = {'user': '<|user|>', 'tool': '<|observation|>', 'assistant': '<|assistant|>'} %}"
+    "{% for m in messages %}{{ markers[m.role] }}{{ m.content }}"
+    + CALLS
+    + "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+TURNS = [call(1, 2), result("3"), assistant("It is 3."), user("Sure?"), assistant("Yes.")]
+CALL = '<tool_call>{"name": "add", "arguments": {"a": 1, "b": 2}}</tool_call>'
+
+
+def measured(processing_class, completion=TURNS):
+    template = TurnTemplate(processing_class, TOOLS)
+    return template, render_actions(processing_class, template.tokenize([user("Q")], completion))
+
+
+def test_an_end_that_stands_only_between_messages_also_ends_the_last_turn():
+    _, actions = measured(tokenizer(words=TEXT + CALLS, end=BETWEEN))
+    assert actions == [CALL + "<|im_end|>", "It is 3.<|im_end|>", "Yes.<|im_end|>"]
+
+
+def test_the_marker_of_the_next_role_ends_a_turn_where_nothing_else_does():
+    template, actions = measured(byte_tokenizer(MARKERS))
+    assert actions == [CALL + "<|observation|>", "It is 3.<|user|>", "Yes.<|user|>"]
+    tokens = template.processing_class.convert_ids_to_tokens
+    assert tokens(list(template.end_of_turn_ids)) == ["<|user|>", "<|observation|>"]
+    assert tokens(template.close_turn([65], "tool")) == ["<|observation|>"]
+    assert tokens(template.close_turn([65])) == ["<|user|>"]
+
+
+def test_a_rollout_goes_on_behind_the_marker():
+    template, _ = measured(byte_tokenizer(MARKERS))
+    ids = template.observation_ids([user("Q"), call(1, 2)], [result("3")])
+    assert template.processing_class.decode(ids) == "3<|assistant|>"
+
+
+def test_a_header_that_nobody_asked_for_is_no_part_of_the_end():
+    always = chatml(end="<|im_end|>").replace("{% if add_generation_prompt %}", "{% if true %}")
+    _, actions = measured(byte_tokenizer(always))
+    assert actions[-1] == "Yes.<|im_end|>"
+
+
+def test_two_tokens_can_end_a_turn():
+    end = "{% if m.role == 'assistant' %}<|end_response|>{% endif %}<|im_end|>"
+    _, actions = measured(tokenizer(words=TEXT + CALLS, end=end))
+    assert actions[-1] == "Yes.<|end_response|><|im_end|>"
+
+
+def test_the_beginning_of_the_next_text_ends_no_turn():
+    processing_class = byte_tokenizer("{% for m in messages %}<bos>{{ m.role }}: {{ m.content }}{% endfor %}")
+    with pytest.raises(ValueError, match="would never stop"):
+        TurnTemplate(processing_class)
+
+
+# A turn whose rendering does not continue its prompt
+
+
+def test_an_empty_block_that_only_the_prompt_prints_is_context():
+    words = "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}" + TEXT
+    processing_class = tokenizer(words=words, prompt="<think></think>")
+    row = TurnTemplate(processing_class).tokenize([user("Q")], [assistant("A")])
+    assert processing_class.decode(row["prompt_ids"]).endswith("<think></think>")
+    assert render_actions(processing_class, row) == ["A<|im_end|>"]
+
+
+def test_an_open_block_that_only_the_prompt_prints_leaves_the_turn_unknown():
+    words = "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}" + TEXT
+    template = TurnTemplate(tokenizer(words=words, prompt="<think>"))
+    with pytest.raises(ValueError, match="the prompt that the policy continues ends with '<think>'"):
+        template.tokenize([user("Q")], [assistant("A")])
+
+
+def test_the_prompt_is_what_the_policy_saw_where_only_the_last_user_turn_shows_the_system_message():
+    words = (
+        "{% if m.role == 'user' and loop.last and messages[0].role == 'system' %}"
+        "{{ messages[0].content }}\n{% endif %}{% if m.role != 'system' %}" + TEXT + "{% endif %}"
+    )
+    processing_class = tokenizer(words=words)
+    template = TurnTemplate(processing_class)
+    prompt = [{"role": "system", "content": "Be kind."}, user("Question")]
+    row = template.tokenize(prompt, [assistant("A")])
+    assert row["prompt_ids"] == template.prompt_ids(prompt)
+    assert render_actions(processing_class, row) == ["A<|im_end|>"]
+    with pytest.raises(ValueError, match="rewrites earlier turns.*write the system message into"):
+        template.tokenize(prompt, [assistant("A"), user("Question"), assistant("B")])

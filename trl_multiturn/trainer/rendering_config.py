@@ -1,0 +1,26 @@
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class RenderingConfig:
+    # docstyle-ignore
+    """
+    Parameters that all multi-turn configurations share: what of a row's messages is rendered.
+
+    Parameters:
+        > Parameters that control what is rendered
+
+        drop_reasoning (`bool`, *optional*, defaults to `False`):
+            Whether the reasoning of assistant turns (`reasoning_content`, `reasoning`, `thinking`) is left out of what
+            is rendered and trained. Without it, a row whose reasoning the chat template does not show is refused.
+    """
+
+    drop_reasoning: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether the reasoning of assistant turns is left out of what is rendered and trained. Without "
+            "it, rows whose reasoning the chat template does not show are refused."
+        },
+    )
