@@ -166,6 +166,7 @@ class ToolRolloutGenerator(TrainerCallback):
         self.trainer = trainer
         if self.settings.pairing is None:
             self.settings.pairing = UnpairedConfig() if isinstance(trainer, ValueBasedTrainer) else PairingConfig()
+        self.settings.choose_filters()
         self.run_folder = self.run_folder or Path(trainer.args.output_dir, "rollouts")
         self.run = RunFolder(self.run_folder)
         if self.engine is None:

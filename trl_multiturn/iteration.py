@@ -184,8 +184,8 @@ def find_rows(
 
     def selections() -> Iterator[Selection]:
         for group, selection in select_by_prompt(Journal(journal).read_by_prompt(places), pairing):
-            for trajectory, reason in zip(group, selection.reasons, strict=True):
-                report.count(trajectory, reason)
+            for trajectory, reason, unused in zip(group, selection.reasons, selection.unused, strict=True):
+                report.count(trajectory, reason, unused)
                 if reason:
                     write_dropped(trajectory, reason)
             yield selection

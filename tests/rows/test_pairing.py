@@ -1,6 +1,7 @@
 import itertools
 import json
 import random
+from collections import Counter
 from dataclasses import dataclass, field
 
 import pytest
@@ -15,7 +16,7 @@ from trl_multiturn.rows.pairing import (
     select,
 )
 from trl_multiturn.trajectory import StopReason, Trajectory, Verdict
-from trl_multiturn.verify import PAPER_FILTERS
+from trl_multiturn.verify import PAPER_FILTERS, default_filters
 
 
 TOKENS = itertools.count(1000)
@@ -184,10 +185,42 @@ def test_filters_are_counted_and_can_be_switched_off():
     assert selection.counts["kept"] + selection.dropped.total() == selection.counts["trajectories"] == 4
 
 
-def test_the_default_filters_are_the_papers():
-    assert tuple(PairingConfig().filters) == PAPER_FILTERS
+def test_the_default_filters_are_the_papers_where_the_tools_include_an_interpreter():
+    assert default_filters(interpreter=True) == PAPER_FILTERS
+    assert default_filters(interpreter=False) == ("over_length",)
+    assert PairingConfig().filters is None
     with pytest.raises(ValueError, match="no filter 'unknown'"):
         PairingConfig(filters=["unknown"])
+
+
+def test_filters_about_code_are_on_where_code_was_written():
+    failed = [
+        {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{"function": {"name": "look", "arguments": {"key": "a"}}}],
+        },
+        {"role": "tool", "name": "look", "content": "LookupError: nothing there"},
+        {"role": "assistant", "content": r"So it is \boxed{none}."},
+    ]
+    ordinary = [fresh(0, 1.0, completion=failed), fresh(0, 0.0, completion=failed[:1])]
+    assert select(ordinary).dropped == {}
+    assert select([*ordinary, fresh(0, 0.0)]).dropped == {"error_before_answer": 1}  # `fresh` calls python
+    recorded = [fresh(0, 1.0, completion=failed, info={"prompt_index": 0, "tools": {"python": "1", "look": "2"}})]
+    assert select(recorded).dropped == {"error_before_answer": 1}
+
+
+def test_every_trajectory_that_is_in_no_row_says_why():
+    trajectories = [*group(0, 3, 1), *group(1, 2, 0), *group(2, 0, 2), fresh(3, None)]
+    selection = select(trajectories)
+    assert selection.unused.count("in_no_pair") == 2 and selection.unused[:4].count(None) == 2
+    assert selection.unused[4:] == ["no_incorrect_one"] * 2 + ["no_correct_one"] * 2 + [None]
+    assert selection.reasons == [None] * 8 + ["undecided"]
+    one = select(trajectories, UnpairedConfig(max_positives=1, max_negatives=1))
+    assert Counter(one.unused) == {None: 4 + 1, "not_drawn": 4}
+    for each in (selection, one):
+        accounted = len(each.trajectories) + each.dropped.total() + sum(why is not None for why in each.unused)
+        assert accounted == len(trajectories)
 
 
 def test_duplicates_count_once_within_a_prompt():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,9 +14,21 @@ from rich.table import Table
 
 from ..distributed.durable import write_whole
 from ..journal.run_folder import IterationFolder, RunFolder
+from ..verify.filters import FILTERS
 
 
 T = TypeVar("T")
+
+_REASONS = {
+    "tool_failed": "the machine failed, not the policy",
+    "undecided": "no verdict: a reward function said `None`, raised, or was late",
+    "duplicate": "another trajectory of the prompt has the same tokens",
+    "contradictory": "the same tokens were judged correct and incorrect",
+    "no_correct_one": "a pair needs one, and the prompt has none left",
+    "no_incorrect_one": "a pair needs one, and the prompt has none left",
+    "in_no_pair": "the prompt's pairs are of others (`max_pairs_per_prompt`, `min_reward_gap`, `min_shared_turns`)",
+    "not_drawn": "the prompt has enough rows of others (`strategy`, `max_positives`, `max_negatives`)",
+}
 
 Samples = dict[str, list[range]]  # by policy, which samples of each prompt it draws
 
@@ -37,6 +49,8 @@ class IterationReport:
         rows (`int`): pairs (preference) or trajectories (unpaired) found in this iteration.
         trained_rows (`int`): rows of the training set; more than `rows` with `history="all"`.
         dropped (`dict[str, int]`): rollouts dropped, by the name of the filter.
+        unused (`dict[str, int]`): rollouts that were not dropped and are in no row, by why ([`Selection`]).
+        reward_errors (`int`): rollouts on which a reward function raised; they are among the undecided.
         stop_reasons (`dict[str, int]`): rollouts by stop reason.
         tool_calls, tool_failures (`int`): calls, and how many of them ended in an error the policy saw.
         rollout_seconds, train_seconds, eval_seconds (`float`): wall time by stage.
@@ -58,6 +72,8 @@ class IterationReport:
     rows: int = 0
     trained_rows: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
+    unused: dict[str, int] = field(default_factory=dict)
+    reward_errors: int = 0
     stop_reasons: dict[str, int] = field(default_factory=dict)
     tool_calls: int = 0
     tool_failures: int = 0
@@ -86,16 +102,18 @@ class IterationReport:
         spans = {"current": range(total - explored), "previous": range(total - explored, total)}
         return {policy: [span] if span else [] for policy, span in spans.items()}
 
-    def count(self, trajectory: Any, dropped: str | None = None) -> None:
-        """Counts a trajectory, and the filter that dropped it."""
+    def count(self, trajectory: Any, dropped: str | None = None, unused: str | None = None) -> None:
+        """Counts a trajectory, and what dropped it, or why it is in no row though nothing did."""
         self.trajectories += 1
         verdict, stop_reason = trajectory.verdict.value, trajectory.stop_reason.value
         setattr(self, verdict, getattr(self, verdict) + 1)
         self.stop_reasons[stop_reason] = self.stop_reasons.get(stop_reason, 0) + 1
         self.tool_calls += trajectory.info.get("tool_calls", 0)
         self.tool_failures += trajectory.info.get("tool_errors", 0)
-        if dropped:
-            self.dropped[dropped] = self.dropped.get(dropped, 0) + 1
+        self.reward_errors += "reward_errors" in trajectory.info
+        for counts, reason in ((self.dropped, dropped), (self.unused, unused)):
+            if reason:
+                counts[reason] = counts.get(reason, 0) + 1
 
     def metrics(self) -> dict[str, float]:
         """The numbers under TRL's metric names."""
@@ -107,7 +125,9 @@ class IterationReport:
             "rollout/time_s": self.rollout_seconds,
             "tools/call_frequency": self.tool_calls / max(self.trajectories, 1),
             "tools/failure_frequency": self.tool_failures / max(self.tool_calls, 1),
+            **({"rollout/reward_errors": self.reward_errors} if self.reward_errors else {}),
             **{f"data/dropped_{name}": count for name, count in self.dropped.items()},
+            **{f"data/unused_{name}": count for name, count in self.unused.items()},
         }
 
     def save(self, folder: str | os.PathLike) -> None:
@@ -168,7 +188,7 @@ def iteration_table(reports: list[IterationReport], start: dict[str, float] | No
     table = Table(title="Iterations (pass@1 on held-out prompts, after training)", title_justify="left")
     for name in ("iteration", "rollouts", "correct %", "rows", "tool calls", "failed", "pass@1 % ± s.e.", "seconds"):
         table.add_column(name, justify="right")
-    table.add_column("dropped by filter")
+    table.add_column("in no row")
     if start:
         table.add_row("start", *[""] * 5, _pass_at_1(start))
     for r in reports:
@@ -181,9 +201,21 @@ def iteration_table(reports: list[IterationReport], start: dict[str, float] | No
             str(r.tool_failures),
             _pass_at_1(r.evaluation),
             f"{r.rollout_seconds + r.train_seconds + r.eval_seconds:.0f}",
-            "\n".join(f"{name} {count}" for name, count in sorted(r.dropped.items()) if count) or "–",
+            "\n".join(f"{name} {count}" for name, count in _in_no_row(r).items()) or "–",
         )
     return table
+
+
+def _in_no_row(report: IterationReport) -> dict[str, int]:
+    """The rollouts that are in no row, by reason: those dropped before those left over."""
+    dropped, unused = (dict(sorted(counts.items())) for counts in (report.dropped, report.unused))
+    return {name: count for name, count in {**dropped, **unused}.items() if count}
+
+
+def explain_reasons(names: Iterable[str]) -> list[str]:
+    """A line for each reason why rollouts are in no row; a filter of the user's own explains itself."""
+    known = {**_REASONS, **{name: filter.description for name, filter in FILTERS.items()}}
+    return [f"{name}: {known[name]}" for name in names if name in known]
 
 
 def print_iterations(reports: list[IterationReport], start: dict[str, float] | None = None) -> None:
@@ -192,3 +224,5 @@ def print_iterations(reports: list[IterationReport], start: dict[str, float] | N
     if not console.is_terminal:
         console = Console(width=140)
     console.print(iteration_table(reports, start))
+    for line in explain_reasons(dict.fromkeys(name for report in reports for name in _in_no_row(report))):
+        console.print(line, markup=False, highlight=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from ..rollout.config import RolloutConfig
@@ -13,7 +13,7 @@ from ..rows.selection import PAIRINGS, SAMPLINGS, PairingConfig, UnpairedConfig
 from ..rows.strategies import resolve_strategy
 from ..tools.base import tool_name, tool_version
 from ..tools.toolbox import Toolset
-from ..verify.filters import FILTERS, resolve_filters
+from ..verify.filters import FILTERS, default_filters, resolve_filters
 from .report import Samples
 
 
@@ -70,6 +70,12 @@ class IterationSettings:
         """The judge, which also counts the reward of environments that own one."""
         toolset = Toolset(self.tools, self.environment_factory)
         return self.judge.with_environments(toolset, self.rollout.max_tool_failure_share)
+
+    def choose_filters(self) -> None:
+        """Settles the filters of a [`PairingConfig`] that leaves them open: which fit depends on the tools."""
+        if isinstance(self.pairing, PairingConfig) and self.pairing.filters is None:
+            interpreter = Toolset(self.tools, self.environment_factory).has_interpreter
+            self.pairing = replace(self.pairing, filters=list(default_filters(interpreter)))
 
     def describe(self) -> dict[str, Any]:
         """What decides which rows an iteration finds, as JSON values (see `online.plan` for what of it may change)."""

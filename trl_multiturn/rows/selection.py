@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..trajectory import Trajectory, Verdict
-from ..verify.filters import apply_filters, resolve_filters
+from ..verify.filters import apply_filters, default_filters, resolve_filters, used_interpreter
 from .strategies import Strategy, check_choice, resolve_strategy
 
 
@@ -40,9 +40,13 @@ class PairingConfig:
     max_pairs_per_prompt: int = field(
         default=1, metadata={"help": "Most pairs per prompt. A trajectory is in one pair at most."}
     )
-    filters: list[str] = field(
-        default_factory=lambda: ["error_before_answer", "over_length", "turn_without_code"],
-        metadata={"help": "Filters by name (`trl_multiturn.verify.FILTERS`); in Python also `Filter` objects."},
+    filters: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Filters by name (`trl_multiturn.verify.FILTERS`); in Python also `Filter` objects. By default "
+            "the paper's: `over_length` and, where the tools include an interpreter, `error_before_answer` and "
+            "`turn_without_code`."
+        },
     )
     deduplicate: bool = field(
         default=True, metadata={"help": "Keep one of several trajectories of a prompt with the same tokens."}
@@ -57,7 +61,7 @@ class PairingConfig:
     seed: int = field(default=0, metadata={"help": "Seed of the random choices."})
 
     def __post_init__(self) -> None:
-        resolve_filters(self.filters)
+        resolve_filters(self.filters or ())
         resolve_strategy(self.strategy, PAIRINGS)
         if self.max_pairs_per_prompt < 1:
             raise ValueError(f"`max_pairs_per_prompt` must be at least 1, got {self.max_pairs_per_prompt}.")
@@ -130,6 +134,9 @@ class Selection:
         dropped (`Counter`): trajectories left out before selection, by reason: `"tool_failed"`, `"undecided"`, the
             name of a filter, `"duplicate"`, `"contradictory"` (the same tokens judged both ways).
         reasons (`list[str | None]`): the same per input trajectory; `None` where it took part in the selection.
+        unused (`list[str | None]`): per input trajectory that took part and is in no row, why: `"no_correct_one"` or
+            `"no_incorrect_one"` among those of its prompt, `"in_no_pair"` (others were, or the rewards are too close),
+            `"not_drawn"` (the limits of an [`UnpairedConfig`]); `None` for the others.
         counts (`Counter`): `trajectories`, `correct`, `incorrect`, `undecided`, `kept`, `prompts`,
             `prompts_without_correct`, `prompts_without_incorrect` (both after dropping), `pairs`, `rows`.
     """
@@ -138,6 +145,7 @@ class Selection:
     trajectories: list[Trajectory]
     dropped: Counter[str] = field(default_factory=Counter)
     reasons: list[str | None] = field(default_factory=list)
+    unused: list[str | None] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
 
 
@@ -163,6 +171,11 @@ def select(trajectories: Sequence[Trajectory], config: PairingConfig | UnpairedC
             pairs.extend(found)
             chosen.extend(side for pair in found for side in (pair.chosen, pair.rejected))
 
+    taken = {id(trajectory) for trajectory in chosen}
+    unused = [
+        None if reason is not None or id(trajectory) in taken else _why_unused(groups[_group_key(trajectory)], config)
+        for trajectory, reason in zip(trajectories, reasons, strict=True)
+    ]
     counts = Counter(trajectory.verdict.value for trajectory in trajectories)
     counts.update(
         trajectories=len(trajectories),
@@ -173,7 +186,7 @@ def select(trajectories: Sequence[Trajectory], config: PairingConfig | UnpairedC
         pairs=len(pairs),
         rows=len(pairs) if isinstance(config, PairingConfig) else len(chosen),
     )
-    return Selection(pairs, chosen, Counter(r for r in reasons if r is not None), reasons, counts)
+    return Selection(pairs, chosen, Counter(r for r in reasons if r is not None), reasons, unused, counts)
 
 
 def check_pairing(config: Any) -> PairingConfig | UnpairedConfig | None:
@@ -241,7 +254,8 @@ def select_by_prompt(
 
 
 def _drop(trajectories: Sequence[Trajectory], config: PairingConfig | UnpairedConfig) -> list[str | None]:
-    reasons = apply_filters(trajectories, config.filters).reasons
+    filters = default_filters(used_interpreter(trajectories)) if config.filters is None else config.filters
+    reasons = apply_filters(trajectories, filters).reasons
     kept = sorted(
         (i for i, reason in enumerate(reasons) if reason is None), key=lambda i: _arrival_free_key(trajectories[i])
     )
@@ -257,6 +271,15 @@ def _drop(trajectories: Sequence[Trajectory], config: PairingConfig | UnpairedCo
             for i in copies[1:]:
                 reasons[i] = "duplicate"
     return reasons
+
+
+def _why_unused(group: Sequence[Trajectory], config: PairingConfig | UnpairedConfig) -> str:
+    """Why a trajectory that took part is in no row; `group` are those of its prompt that did."""
+    if isinstance(config, UnpairedConfig):
+        return "not_drawn"
+    if not _with(Verdict.CORRECT, group):
+        return "no_correct_one"
+    return "in_no_pair" if _with(Verdict.INCORRECT, group) else "no_incorrect_one"
 
 
 def _group_key(trajectory: Trajectory) -> tuple[int, tuple[int, ...]]:

@@ -96,6 +96,15 @@ class Toolset:
             _refuse_duplicates(names + kind.tool_names)
         _refuse_duplicates(names)
 
+    @property
+    def has_interpreter(self) -> bool:
+        """Whether the policy writes programs: a tool is called `python`, or takes `code`."""
+        functions = [schema["function"] for schema in self._schemas]
+        return any(
+            function["name"] == "python" or "code" in function.get("parameters", {}).get("properties", {})
+            for function in functions
+        )
+
     def schemas(self, environment: EnvironmentType | None = None) -> list[dict[str, Any]]:
         """JSON schemas of what a trajectory in `environment` may call."""
         return self._schemas + (environment.schemas if environment is not None else [])

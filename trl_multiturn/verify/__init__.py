@@ -4,11 +4,13 @@ from .answers import canonical_answer, final_answer, last_boxed, message_text
 from .comparison import compare_numbers
 from .filters import (
     AUTHORS_FILTERS,
+    CODE_FILTERS,
     FILTERS,
     PAPER_FILTERS,
     Filter,
     FilterResult,
     apply_filters,
+    default_filters,
     long_answer,
     over_length,
     resolve_filters,
@@ -31,6 +33,7 @@ from .rewards import judge, judge_async, resolve_reward_funcs, reward_name
 
 __all__ = [
     "AUTHORS_FILTERS",
+    "CODE_FILTERS",
     "FILTERS",
     "PAPER_FILTERS",
     "Filter",
@@ -40,6 +43,7 @@ __all__ = [
     "apply_filters",
     "canonical_answer",
     "compare_numbers",
+    "default_filters",
     "exact_number",
     "final_answer",
     "gold_answer",

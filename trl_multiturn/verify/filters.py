@@ -231,6 +231,31 @@ AUTHORS_FILTERS = ("no_tool_call", "error_before_answer", "over_length", "turn_w
                    "empty_output_before_answer", "call_limit", "long_answer")  # fmt: skip
 """What the authors' scripts drop in addition (their environment's own failures are `TOOL_FAILED` here)."""
 
+CODE_FILTERS = ("error_before_answer", "turn_without_code")
+"""The paper's filters that are about code: with ordinary functions a turn of plain words is no fault."""
+
+
+def default_filters(interpreter: bool) -> tuple[str, ...]:
+    """The paper's filters; those about code only where the tools include an interpreter."""
+    return tuple(name for name in PAPER_FILTERS if interpreter or name not in CODE_FILTERS)
+
+
+def used_interpreter(trajectories: Iterable[Trajectory]) -> bool:
+    """Whether any of the trajectories could write programs: by the tools it records, or by what it wrote."""
+    return any(
+        "python" in trajectory.info.get("tools", ()) or any(map(_writes_program, trajectory.completion))
+        for trajectory in trajectories
+    )
+
+
+def _writes_program(message: dict[str, Any]) -> bool:
+    if is_observation(message):
+        return False
+    calls = [call.get("function", call) for call in message.get("tool_calls") or ()]
+    if any(call.get("name") == "python" or "code" in (call.get("arguments") or ()) for call in calls):
+        return True
+    return next(_CODE.blocks(message_text(message)), None) is not None
+
 
 def resolve_filters(filters: Iterable[str | Filter | Callable[[Trajectory], bool]]) -> tuple[Filter, ...]:
     """Filters from names, dotted paths, filters and functions that say whether a trajectory is dropped.
