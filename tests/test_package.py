@@ -34,7 +34,7 @@ LAYERS = {
     "tools": {"_lazy", "concurrency", "errors", "sandbox", "trajectory", "version"},
     "engines": {"_lazy", "errors", "precision"},
     "journal": {"_lazy", "distributed", "errors", "trajectory"},
-    "verify": {"_lazy", "concurrency", "steps", "trajectory", "version"},
+    "verify": {"_lazy", "concurrency", "messages", "steps", "trajectory", "version"},
     # rows as other tools write them
     "formats": {"messages"},
     # rows to batches; verdicts to rows

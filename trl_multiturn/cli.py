@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .messages.terminal import visible
+
 
 _FORMS = ["auto", "openai", "sharegpt", "tool-roles", "function-call", "episodes", "rollouts", "logs"]
 _PAIRS = "Write pairs of a task's episodes, chosen so (see `PairingConfig.strategy`)."
@@ -63,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return options.run(options)
     except (OSError, ValueError, _journal_error()) as error:  # what the user or the machine has to put right
-        print(f"trl-multiturn {options.command}: {error}", file=sys.stderr)
+        print(visible(f"trl-multiturn {options.command}: {error}"), file=sys.stderr)
         return 2
 
 

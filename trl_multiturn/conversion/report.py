@@ -10,6 +10,7 @@ from itertools import count, groupby
 from rich.console import Console
 
 from ..formats import FORMATS
+from ..messages.terminal import visible
 
 
 _MAX_REASONS = 50
@@ -62,7 +63,7 @@ def print_conversion(report: ConversionReport) -> None:
     console = Console()
     for line in report.lines():
         style = next((style for start, style in _STYLES.items() if line.startswith(start)), None)
-        console.print(line, style=style, markup=False, highlight=False)
+        console.print(visible(line), style=style, markup=False, highlight=False)
 
 
 def _rows(numbers: Sequence[int]) -> str:

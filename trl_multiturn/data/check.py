@@ -24,6 +24,7 @@ from ..formats import (
     find_reward,
     recognize,
 )
+from ..messages.terminal import visible
 from ..templates import TurnTemplate
 from .loading import load_rows
 from .preview import MaskPreview, preview_masks
@@ -288,11 +289,11 @@ def print_check(report: CheckReport) -> None:
         share = sum(report.trained) / max(sum(report.lengths), 1)
         console.print(f"{100 * share:.1f} % of all tokens are trained.")
     for note in report.notes:
-        console.print(f"note: {note}", markup=False)
+        console.print(visible(f"note: {note}"), markup=False)
     for warning in report.warnings:
-        console.print(f"warning: {warning}", style="yellow", markup=False)
+        console.print(visible(f"warning: {warning}"), style="yellow", markup=False)
     for error in report.errors[:_MAX_SHOWN]:
-        console.print(f"error: {error}", style="red", markup=False)
+        console.print(visible(f"error: {error}"), style="red", markup=False)
     if len(report.errors) > _MAX_SHOWN:
         console.print(f"… and {len(report.errors) - _MAX_SHOWN} more errors.", style="red")
     if not report.errors:

@@ -14,6 +14,7 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from ..formats import column_shapes, columns_read
+from ..messages.terminal import visible
 from ..trajectory import Trajectory
 from .tokenization import tokenize_preference_row, tokenize_unpaired_row
 from .truncation import PREFERENCE_SIDES, UNPAIRED_SIDES, completion_cut
@@ -51,7 +52,9 @@ class MaskPreview:
     sequences: list[tuple[str, list[Segment]]]
 
     def __rich__(self) -> Group:
-        return Group(*(Panel(_text(segments), title=title, title_align="left") for title, segments in self.sequences))
+        return Group(
+            *(Panel(_text(segments), title=Text(title), title_align="left") for title, segments in self.sequences)
+        )
 
     def _repr_html_(self) -> str:
         blocks = (
@@ -153,7 +156,7 @@ def _text(segments: list[Segment]) -> Text:
         # Also readable without colors: in a log, a pipe, or as a string
         text.append(f"▌{_label(segment)}▐", style=f"{_TERMINAL[segment.kind]} reverse")
         text.append(" ")
-        text.append(segment.text, style=_TERMINAL[segment.kind])
+        text.append(visible(segment.text), style=_TERMINAL[segment.kind])
     text.append(f"\n{_count(segments)}", style="italic")
     return text
 
@@ -172,7 +175,7 @@ def _count(segments: list[Segment]) -> str:
 
 def _span(segment: Segment) -> str:
     label = f'<sub style="color:#777">{_label(segment)} </sub>' if segment.turn else ""
-    return f'{label}<span style="{_CSS[segment.kind]}">{html.escape(segment.text)}</span>'
+    return f'{label}<span style="{_CSS[segment.kind]}">{html.escape(visible(segment.text))}</span>'
 
 
 def _show(preview: MaskPreview) -> None:

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
+from ..messages.terminal import visible
 from ..steps import StepDelimiter, step_ids
 
 
@@ -49,9 +50,9 @@ class ValuePreview:
             for step in steps:
                 value = "" if step.value is None else f"{step.value:6.3f}"
                 table.add_row(
-                    Text(value, style=_terminal(step.value)), Text(step.text.strip("\n"), _weight(step.value))
+                    Text(value, style=_terminal(step.value)), Text(visible(step.text.strip("\n")), _weight(step.value))
                 )
-            panels.append(Panel(table, title=title, title_align="left"))
+            panels.append(Panel(table, title=Text(title), title_align="left"))
         return Group(*panels)
 
     def _repr_html_(self) -> str:
@@ -61,7 +62,7 @@ class ValuePreview:
                 f'<tr><td style="{_css(step.value)};padding:2px 8px;text-align:right;vertical-align:top">'
                 f"{'' if step.value is None else f'{step.value:.3f}'}</td>"
                 f'<td style="white-space:pre-wrap;{"color:#777" if step.value is None else ""}">'
-                f"{html.escape(step.text.strip(chr(10)))}</td></tr>"
+                f"{html.escape(visible(step.text.strip(chr(10))))}</td></tr>"
                 for step in steps
             )
             blocks.append(f'<p><b>{html.escape(title)}</b></p><table style="font-family:monospace">{lines}</table>')

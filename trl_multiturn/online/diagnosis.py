@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..messages.terminal import visible
 from ..rollout.config import RolloutConfig
 from ..trajectory import StopReason, Trajectory, Verdict
 from .report import IterationReport
@@ -170,5 +171,5 @@ def _said(message: dict[str, Any]) -> str:
 
 
 def _shortened(text: str) -> str:
-    text = text if len(text) <= LONGEST_MESSAGE else text[:LONGEST_MESSAGE] + " …"
+    text = visible(text if len(text) <= LONGEST_MESSAGE else text[:LONGEST_MESSAGE] + " …")
     return text.replace("\n", "\n    ")

@@ -11,9 +11,11 @@ from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from ..distributed.durable import write_whole
 from ..journal.run_folder import IterationFolder, RunFolder
+from ..messages.terminal import visible
 from ..verify.filters import FILTERS
 
 
@@ -201,7 +203,7 @@ def iteration_table(reports: list[IterationReport], start: dict[str, float] | No
             str(r.tool_failures),
             _pass_at_1(r.evaluation),
             f"{r.rollout_seconds + r.train_seconds + r.eval_seconds:.0f}",
-            "\n".join(f"{name} {count}" for name, count in _in_no_row(r).items()) or "–",
+            Text(visible("\n".join(f"{name} {count}" for name, count in _in_no_row(r).items())) or "–"),
         )
     return table
 
@@ -225,4 +227,4 @@ def print_iterations(reports: list[IterationReport], start: dict[str, float] | N
         console = Console(width=140)
     console.print(iteration_table(reports, start))
     for line in explain_reasons(dict.fromkeys(name for report in reports for name in _in_no_row(report))):
-        console.print(line, markup=False, highlight=False)
+        console.print(visible(line), markup=False, highlight=False)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ..concurrency import run_in_thread
+from ..messages.terminal import visible
 
 
 logger = logging.getLogger(__name__)
@@ -32,7 +33,7 @@ def reward_name(reward_func: RewardFunc) -> str:
 
 def brief_error(error: BaseException) -> str:
     """An error in one line, as it is kept."""
-    return f"{type(error).__name__}: {error}"[:500]
+    return visible(f"{type(error).__name__}: {error}"[:500])
 
 
 class RewardCall:
