@@ -21,7 +21,7 @@ from trl_multiturn.trainer import (
     OREOTrainer,
 )
 
-from .helpers import dpo_config, preference_dataset
+from .helpers import dpo_config, move, preference_dataset
 
 
 TRAINERS = {
@@ -189,3 +189,16 @@ def test_a_reference_that_cannot_be_used_is_refused(model, tmp_path, given, sett
     settings = {"max_length": None, "precompute_ref_log_probs": True} | settings
     with pytest.raises(ValueError, match=error):
         MultiTurnDPOTrainer(model, args=dpo_config(tmp_path, **settings), train_dataset=preference_dataset(1, **given))
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_flags_count_in_packed_and_padded_batches_alike(model, tmp_path, name):
+    def loss(packed, **flag):
+        rows = [*flagged(name, **flag), *flagged(name)]
+        trainer = build(name, model, tmp_path, Dataset.from_list(rows), packed=packed, beta=0.5)
+        move(trainer.model)
+        batch = next(iter(trainer.get_train_dataloader()))
+        return trainer.compute_loss(trainer.model, batch).item()
+
+    assert loss(False, train=False) == pytest.approx(loss(True, train=False), rel=1e-5)
+    assert loss(False, train=False) != pytest.approx(loss(False), rel=1e-4)
