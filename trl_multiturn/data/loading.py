@@ -42,7 +42,7 @@ def load_rows(name: str, config: str | None = None, streaming: bool = False) -> 
                 f"{name} cannot be read as {_BUILDERS[path.suffix]}: {error.__cause__ or error}. Mend the file; in "
                 "a JSONL file each line is one object. Where rows are of other types after the first megabytes (calls "
                 f"that name other arguments), `trl-multiturn convert {name} OUT.parquet` writes them so that they "
-                f"load."
+                "load."
             ) from error
     if (path / "state.json").exists():
         return DatasetDict(train=load_from_disk(path))
