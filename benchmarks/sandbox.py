@@ -253,7 +253,7 @@ def hardware() -> str:
 HOSTILE = {
     "while True: pass": ("timeout",),
     "import os; os._exit(3)": ("crashed",),
-    "import ctypes; ctypes.string_at(0)": ("crashed",),
+    "import os; os.abort()": ("crashed",),
     "x = bytearray(4 << 30)": ("memory",),
     "import os; os.fork()": ("error",),
     "import os; os.kill(os.getppid(), 9)": ("error",),

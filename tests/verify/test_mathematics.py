@@ -84,7 +84,7 @@ def test_plain_numbers_never_start_a_process():
     assert verifier.verify(texts, [f"{i}.0" if i % 2 else str(i + 1) for i in range(3000)]) == [
         i % 2 == 1 for i in range(3000)
     ]
-    assert verifier.verify([r"\int_0^1 x^{-x} dx"], [r" \int_0^1 x^{-x} dx"]) == [True]  # the same text
+    assert verifier.verify([r"\int_0^1 x dx"], [r" \int_0^1 x dx"]) == [True]  # the same text
     assert worker_pids(verifier) == []
 
 
