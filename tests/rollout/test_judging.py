@@ -14,6 +14,7 @@ from trl_multiturn.rollout import Journal, JournalError, rollouts as rollout_loo
 from trl_multiturn.rollout.judging import Judge, judge_again
 from trl_multiturn.rollout.provenance import behavior_of, decides_rollouts
 from trl_multiturn.tools.base import current_rollout
+from trl_multiturn.verify import MathVerifier
 
 
 TOKENIZER = byte_tokenizer("qwen2_5")
@@ -67,6 +68,24 @@ def fussy(completions, answer, **columns):
 
 def mixed_rows(count, every):
     return [{**row, "answer": "?" if i % every == 0 else "1"} for i, row in enumerate(rows(count))]
+
+
+def test_golds_that_cannot_be_read_are_told_before_the_first_rollout(tmp_path, caplog):
+    def refuse(*arguments):
+        raise AssertionError("a rollout began")
+
+    engine = ScriptedEngine(refuse, TOKENIZER)
+    verifier = MathVerifier(num_workers=1)
+    with pytest.raises(ValueError, match="'needs' needs `solution`"):
+        generate_trajectories(rows(), engine, [look], reward_funcs=needs, progress=False)
+    prompts = [{**row, "answer": "First this.\nThen that."} for row in rows()]
+    with pytest.raises(AssertionError, match="a rollout began"):
+        generate_trajectories(prompts, engine, [look], reward_funcs=verifier.reward, progress=False)
+    assert "3 of the first 3 values of the column `answer` cannot be read" in caplog.text
+
+
+def needs(completions, solution, **columns):
+    return [1.0] * len(completions)
 
 
 def test_a_few_errors_of_a_reward_function_end_no_run(tmp_path):

@@ -67,8 +67,8 @@ def check_columns(reward_funcs: Sequence[RewardFunc], columns: Mapping[str, Sequ
 
     Args:
         reward_funcs (`Sequence[Callable]`):
-            Resolved functions. One with a function `check_columns` as an attribute, such as [`math_reward`], looks at
-            the columns itself, too.
+            Resolved functions. One with a function `check_columns` as an attribute, such as [`math_reward`], or a
+            method of an object that has one, looks at the columns itself, too.
         columns (`Mapping[str, Sequence]`):
             The columns of the prompts dataset, or the first rows of each.
 
@@ -84,8 +84,10 @@ def check_columns(reward_funcs: Sequence[RewardFunc], columns: Mapping[str, Sequ
                 f"the prompts do not have (their columns: {sorted(columns)}). Add the column, or give the parameter a "
                 "default."
             )
-        if hasattr(func, "check_columns"):
-            func.check_columns(columns)
+        for owner in (func, getattr(func, "__self__", None)):  # of a method: its object
+            if hasattr(owner, "check_columns"):
+                owner.check_columns(columns)
+                break
 
 
 def _required_parameters(func: RewardFunc) -> list[str]:
