@@ -73,7 +73,15 @@ def main(script_args, model_args, rollout_args, engine_args):
     # Greedy and samples; with values a search
     arguments = (prompts, engine, tools, script_args.reward_funcs)
     n, temperature = script_args.eval_generations, script_args.eval_temperature
-    result = evaluate_policy(*arguments, n=n, temperature=temperature, config=config, progress=True)
+    result = evaluate_policy(
+        *arguments,
+        n=n,
+        temperature=temperature,
+        config=config,
+        progress=True,
+        log_completions=script_args.log_completions,
+        num_completions_to_print=script_args.num_completions_to_print,
+    )
     metrics = result.metrics()
     if script_args.value_model:
         values = ValueModel.from_pretrained(script_args.value_model).to(device)

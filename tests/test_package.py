@@ -44,9 +44,23 @@ LAYERS = {
     "conversion": {"data", "distributed", "formats", "messages", "rows", "trajectory"},
     # the loop of turns
     "rollout": GROUND | {"engines", "journal", "sandbox", "templates", "tools", "verify"},
+    # a few trajectories where people look for them
+    "completions": {"_lazy", "messages", "trajectory"},
     # what the online loop rests on
     "online": GROUND
-    | {"data", "distributed", "engines", "evaluation", "journal", "rollout", "rows", "tools", "trainer", "verify"},
+    | {
+        "completions",
+        "data",
+        "distributed",
+        "engines",
+        "evaluation",
+        "journal",
+        "rollout",
+        "rows",
+        "tools",
+        "trainer",
+        "verify",
+    },
     # what there is to see of all that; nothing rests on it
     "viewer": {"data", "distributed", "journal", "messages", "models", "online", "rollout", "trajectory", "verify"}
     | {"_lazy", "version"},

@@ -37,6 +37,7 @@ from .online.reference import restore_reference
 from .online.report import IterationReport, load_reports, load_start, print_iterations, save_start
 from .online.sampling import refresh, rest, unwrapped_policy
 from .online.settings import IterationSettings
+from .online.shown import ShownCompletions
 from .rollout.config import RolloutConfig
 from .rollout.judging import Judge
 from .rollout.provenance import fingerprint
@@ -105,6 +106,12 @@ class ToolRolloutGenerator(TrainerCallback):
             [`TransformersEngine`] on the model that is being trained.
         run_folder (`str`, *optional*):
             Defaults to `<output_dir>/rollouts`.
+        log_completions (`bool`, *optional*, defaults to `False`):
+            Whether to show a few trajectories of each iteration and evaluation: printed as a table, and in the
+            trackers of `report_to` as a table (W&B), traces (trackio) or text (TensorBoard). They are the best, the
+            worst, one for each reason for which some were dropped, and then more of the best and the worst.
+        num_completions_to_print (`int`, *optional*, defaults to `5`):
+            How many, at most.
     """
 
     def __init__(
@@ -128,6 +135,8 @@ class ToolRolloutGenerator(TrainerCallback):
         reward_timeout_seconds: float | None = None,
         engine: Engine | Callable[[Any, Any], Engine] | None = None,
         run_folder: str | None = None,
+        log_completions: bool = False,
+        num_completions_to_print: int = 5,
     ):
         judge = Judge(reward_funcs or None, reward_weights, correct_threshold, reward_timeout_seconds, missing_reward)
         Toolset(tools, environment_factory)  # raises for what is no tool
@@ -138,6 +147,7 @@ class ToolRolloutGenerator(TrainerCallback):
         refuse_unknown_choices(reference=reference, history=history, lr_schedule=lr_schedule)
         self.prompts = prompts
         self.held_out = None if eval_prompts is None else HeldOut(eval_prompts, eval_generations)
+        self.shown = ShownCompletions(num_completions_to_print) if log_completions else None
         self.prompts_per_iteration = prompts_per_iteration or len(prompts)
         self.lr_schedule = lr_schedule
         self.engine: Any = engine
@@ -199,7 +209,7 @@ class ToolRolloutGenerator(TrainerCallback):
             first_step=self.trainer.state.global_step,
         )
         plan = on_main(lambda: plan_iteration(folder, beginning))
-        if plan.notice and self.trainer.args.process_index == 0 and not self.trainer.args.disable_tqdm:
+        if plan.notice and self.trainer.args.process_index == 0:
             tqdm.write(plan.notice)
         if plan.action == "set aside":
             on_main(lambda: self.run.set_aside(iteration))
@@ -241,9 +251,12 @@ class ToolRolloutGenerator(TrainerCallback):
             samples=marks,
         )
         self._save(begun)
+        see = self.shown.see if self.shown else None
         rows, report = run_iteration(
-            iteration, self._prompts_of, self.trainer, self.engine, self.settings, self.run, samples
+            iteration, self._prompts_of, self.trainer, self.engine, self.settings, self.run, samples, see
         )
+        if self.shown:
+            self.shown.log_iteration(self.trainer, iteration)
         report.settings, report.samples = settings, marks
         self._report = report
         self._save(report)
@@ -303,7 +316,7 @@ class ToolRolloutGenerator(TrainerCallback):
         revision, key = policy_revision(weights_of(self.trainer)), self.held_out.key(self.settings)
         known = on_main(lambda: load_start(self.run.path))
         if known is None or (known["policy_revision"], known.get("evaluated_by", key)) != (revision, key):
-            evaluation = self.held_out.evaluate(self.trainer, self.engine, self.settings, self.run, 0)
+            evaluation = self._held_out_metrics(0)
             start = {"policy_revision": revision, "evaluation": evaluation, "evaluated_by": key}
             on_main(lambda: save_start(self.run.path, start))
             self.trainer.log(_prefixed(evaluation))
@@ -391,15 +404,21 @@ class ToolRolloutGenerator(TrainerCallback):
         if report.evaluation is None or report.evaluated_by not in (None, key):
             started = time.perf_counter()
             known = self._evaluation_of_unchanged(report, key)
-            report.evaluation = known or self.held_out.evaluate(
-                self.trainer, self.engine, self.settings, self.run, report.iteration + 1
-            )
+            report.evaluation = known or self._held_out_metrics(report.iteration + 1)
             report.evaluated_by = key
             report.eval_seconds = time.perf_counter() - started
             self._save(report)
         elif any(_prefixed(report.evaluation).keys() <= entry.keys() for entry in self._logged_now()):
             return
         self.trainer.log(_prefixed(report.evaluation))
+
+    def _held_out_metrics(self, iterations: int) -> dict[str, float]:
+        """Evaluates the policy as it is now, after so many iterations."""
+        assert self.held_out is not None
+        result = self.held_out.evaluate(self.trainer, self.engine, self.settings, self.run, iterations)
+        if self.shown:
+            self.shown.log_evaluation(self.trainer, iterations, result.trajectories)
+        return result.metrics()
 
     def _evaluation_of_unchanged(self, report: IterationReport, key: str) -> dict[str, float] | None:
         """What is known of the policy already, if the iteration has not changed it."""

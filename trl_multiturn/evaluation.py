@@ -10,12 +10,17 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Unpack
 
+from .completions.choice import CompletionPicker
+from .completions.logger import log_completions as show_completions
 from .engines.engine import Engine
+from .journal.export import write_trajectories
 from .rollout.config import RolloutConfig
 from .rollout.loop import generate_trajectories
 from .rollout.options import RolloutOptions
@@ -102,6 +107,10 @@ class EvaluationResult:
         """Greedy pass@1."""
         return self.greedy.value
 
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes the trajectories to a `.jsonl` or `.parquet` file, which `trl-multiturn view` opens."""
+        write_trajectories(self.trajectories, Path(path))
+
     def metrics(self) -> dict[str, float]:
         """Flat numbers for a log: `pass@1` (greedy), and with samples `mean@n` (the share of correct samples, which is
         pass@1 under sampling), `pass@k` for powers of two and `n`, `maj@n`; each with `…_se`; and `undecided`."""
@@ -129,6 +138,8 @@ def evaluate_policy(
     config: RolloutConfig | None = None,
     answer: Callable[[Trajectory], str | None] | None = None,
     search: Callable[..., list[Trajectory]] | None = None,
+    log_completions: bool = False,
+    num_completions_to_print: int = 5,
     **options: Unpack[RolloutOptions],
 ) -> EvaluationResult:
     r"""Evaluates a policy on held-out prompts: pass@1 with greedy decoding and, for `n > 1`, pass@k and maj@n.
@@ -156,6 +167,11 @@ def evaluate_policy(
         search (`Callable`, *optional*):
             Decodes in place of greedy decoding, and at `config`'s temperature, e.g.
             `functools.partial(value_guided_search, score=value_model.score, beam=7)`.
+        log_completions (`bool`, *optional*, defaults to `False`):
+            Whether to print a few trajectories, chosen as by [`CompletionPicker`], and to log them to the runs of W&B
+            and trackio that are under way in this process.
+        num_completions_to_print (`int`, *optional*, defaults to `5`):
+            How many, at most.
         **options ([`~trl_multiturn.rollout.options.RolloutOptions`]):
             As in [`generate_trajectories`], e.g. `environment_factory`, `reward_weights`, `progress`.
 
@@ -195,6 +211,9 @@ def evaluate_policy(
     undecided = result.counts[Verdict.UNDECIDED.value]
     if undecided:
         logger.warning("%d of %d evaluation trajectories have no verdict.", undecided, len(result.trajectories))
+    if log_completions:
+        picker = CompletionPicker(num_completions_to_print).see_all(result.trajectories)
+        show_completions(picker.picks(), "Evaluation", report_to="all", name="eval_completions")
     return result
 
 

@@ -32,6 +32,7 @@ from .rollout.loop import generate_trajectories
 from .rows.row_files import forget_caches, load_rows, save_rows, write_rows
 from .rows.selection import PairingConfig, Selection, UnpairedConfig, select_by_prompt
 from .trainer.loop.policy_weights import policy_revision, policy_weights, save_policy_weights
+from .trajectory import Trajectory
 
 
 def run_iteration(
@@ -42,6 +43,7 @@ def run_iteration(
     settings: IterationSettings,
     run: RunFolder,
     samples: Samples | None = None,
+    see: Callable[[Trajectory, str | None], None] | None = None,
 ) -> tuple[Dataset, IterationReport]:
     """Prompts in, the training rows of one iteration out: lines 3 to 7 of Algorithm 1.
 
@@ -64,6 +66,8 @@ def run_iteration(
             Where the run keeps what it finds.
         samples (`Samples`, *optional*):
             Which samples each policy draws (see [`IterationSettings.samples`]).
+        see (`Callable`, *optional*):
+            Called on the main process with every trajectory and the name of the filter that dropped it.
 
     Returns:
         `(rows, report)`: token rows with the reference's log-probabilities, and the iteration's counts.
@@ -86,7 +90,7 @@ def run_iteration(
 
     # Filter and pair, prompt by prompt.
     report = on_main_at_own_pace(
-        lambda: find_rows(folder.journal, folder, places, settings.pairing, trainer.row_format), patience
+        lambda: find_rows(folder.journal, folder, places, settings.pairing, trainer.row_format, see), patience
     )
     rows = load_rows(folder.rows)
 
@@ -158,6 +162,7 @@ def find_rows(
     places: Places | None,
     pairing: PairingConfig | UnpairedConfig | None,
     row_format: Literal["preference", "unpaired"],
+    see: Callable[[Trajectory, str | None], None] | None = None,
 ) -> IterationReport:
     """Selects an iteration's rows from its journal and writes them, prompt by prompt: memory holds one prompt's
     trajectories, and of the others nothing but counts.
@@ -173,6 +178,8 @@ def find_rows(
             How to select.
         row_format (`"preference"` or `"unpaired"`):
             Which rows to write.
+        see (`Callable`, *optional*):
+            Called with every trajectory and the name of the filter that dropped it.
 
     Returns:
         The counts of the iteration's report that come from its trajectories.
@@ -188,6 +195,8 @@ def find_rows(
                 report.count(trajectory, reason, unused)
                 if reason:
                     write_dropped(trajectory, reason)
+                if see is not None:
+                    see(trajectory, reason)
             yield selection
         if places is not None:
             refuse_missing(folder, places, report.trajectories)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import groupby
@@ -88,13 +88,17 @@ def export_trajectories(run_folder: str | os.PathLike, output: Path) -> int:
     Raises:
         `ValueError`: for another ending.
     """
+    return write_trajectories(run_trajectories(run_folder), output)
+
+
+def write_trajectories(trajectories: Iterable[Trajectory], output: Path) -> int:
+    """Writes any trajectories as [`export_trajectories`] does, and returns how many."""
     if output.suffix not in (".jsonl", ".parquet"):
         raise ValueError(f"{output} ends in neither `.jsonl` nor `.parquet`, so its format is unknown.")
-    trajectories = run_trajectories(run_folder)
     return (_write_jsonl if output.suffix == ".jsonl" else write_parquet)(trajectories, output)
 
 
-def _write_jsonl(trajectories: Iterator[Trajectory], path: Path) -> int:
+def _write_jsonl(trajectories: Iterable[Trajectory], path: Path) -> int:
     count = 0
     # Half of a surrogate pair, which a policy can write into a call's arguments as JSON, is in no encoding
     with written_whole(path) as partial, open(partial, "w", encoding="utf-8", errors="replace") as file:

@@ -10,7 +10,7 @@ from datasets import Dataset
 
 from ..distributed.main_process import on_main
 from ..engines.engine import Engine
-from ..evaluation import evaluate_policy, summarize
+from ..evaluation import EvaluationResult, evaluate_policy, summarize
 from ..journal.evaluations import write_evaluation
 from ..journal.run_folder import RunFolder
 from ..rollout.provenance import fingerprint
@@ -37,7 +37,7 @@ class HeldOut:
 
     def evaluate(
         self, trainer: Any, engine: Engine, settings: IterationSettings, run: RunFolder, iterations: int
-    ) -> dict[str, float]:
+    ) -> EvaluationResult:
         """Evaluates the policy as it is now, after so many iterations, and keeps the trajectories in the run's folder.
 
         With several processes each evaluates its share of the prompts.
@@ -59,4 +59,4 @@ class HeldOut:
             parts = gather_object(parts)
         greedy, samples = ([t for part in parts for t in part[i]] for i in range(2))
         on_main(lambda: write_evaluation(run, iterations, [*greedy, *samples]))
-        return summarize(greedy, samples).metrics()
+        return summarize(greedy, samples)

@@ -71,6 +71,11 @@ class PromptArguments(ScriptArguments):
         default=1,
         metadata={"help": "Samples per held-out prompt for pass@n and maj@n besides the greedy one; 1: greedy only."},
     )
+    log_completions: bool = field(
+        default=False,
+        metadata={"help": "Whether to print a few trajectories and log them to the trackers of `--report_to`."},
+    )
+    num_completions_to_print: int = field(default=5, metadata={"help": "How many of them, at most."})
 
 
 @dataclass

@@ -52,6 +52,8 @@ def rollout_generator(
         eval_generations=script.eval_generations,
         lr_schedule=script.lr_schedule,
         engine=engine_factory(arguments.engine, arguments.model, arguments.rollout),
+        log_completions=script.log_completions,
+        num_completions_to_print=script.num_completions_to_print,
     )
 
 
@@ -81,7 +83,7 @@ def train_and_save(trainer: Any, generator: ToolRolloutGenerator, arguments: Onl
 
     trainer.save_model(training.output_dir)
     accelerator.print(f"💾 {what_was_saved(generator)} is in {training.output_dir}.")
-    if generator.eval_prompts is not None and accelerator.is_main_process:
+    if generator.held_out is not None and accelerator.is_main_process:
         reload_and_evaluate(generator, arguments, accelerator.device)
 
 
@@ -112,7 +114,7 @@ def reload_and_evaluate(generator: ToolRolloutGenerator, arguments: OnlineArgume
     engine = TransformersEngine(policy, tokenizer, arguments.engine.rollout_batch_size)
     settings = generator.settings
     result = evaluate_policy(
-        generator.eval_prompts,
+        generator.held_out.prompts,
         engine,
         settings.tools,
         arguments.script.reward_funcs,
