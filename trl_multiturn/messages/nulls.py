@@ -22,10 +22,10 @@ EXACT, SET, NEVER = "exact", "set", "never"
 _told: set[str] = set()
 
 
-def tell_once(message: str) -> None:
-    """Logs a warning, the same one never twice."""
-    if message not in _told:
-        _told.add(message)
+def tell_once(message: str, topic: str | None = None) -> None:
+    """Logs a warning, the same one, or one of the same topic, never twice."""
+    if (topic or message) not in _told:
+        _told.add(topic or message)
         logger.warning(message)
 
 
@@ -96,9 +96,9 @@ def _is_written(key: str, shape: Shape, schema: Any, where: str) -> bool:
     if in_struct or shape is None:
         tell_once(
             f"{where}: `{key}` is null, and nothing says whether that was written or is what Arrow fills in where "
-            f"other "
-            f"rows have the field; it is {'kept' if keeps else 'left out'}. Load the rows with "
-            '`on_mixed_types="use_json"`, or write arguments as JSON strings, and nulls are what was written.'
+            f"other rows have the field; it is {'kept' if keeps else 'left out'}, as others like it. Write arguments "
+            'as JSON strings, or load the rows with `on_mixed_types="use_json"`, and nulls are what was written.',
+            "kept nulls" if keeps else "nulls left out",
         )
     return keeps
 
