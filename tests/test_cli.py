@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from datasets import Dataset, load_dataset
 
+from tests.formats.written import ONE_CALL, TRAJECTORIES, rows
 from tests.support import TOOLS, assistant, byte_tokenizer, call, result, save_tiny, user
 from trl_multiturn import IterationReport, Journal, StopReason, Trajectory, Verdict, preview_masks, tokenize_trajectory
 from trl_multiturn.cli import main
@@ -65,6 +66,14 @@ def test_check_names_every_malformed_row_and_fails(tmp_path, model, capsys):
     [
         ({"prompt": PROMPT, "completion": GUESSED}, "neither a `label` nor a `reward`"),
         ({"question": "?", "answer": "!"}, "the columns are ['answer', 'question']"),
+        (
+            {"simulations": [{"messages": PROMPT + GUESSED, "reward": 1.0}]},
+            "the rows stand in `simulations` of one obj",
+        ),
+        (
+            {"prompt_ids": [1], "response_ids": [2], "response_mask": [1]},
+            "message logs with token ids (`--from logs`)",
+        ),
         ({"prompt_ids": [1], "completion_ids": [2, 3], "action_mask": [1], "label": True}, "1 entries but"),
         ({"prompt_ids": [1], "completion_ids": [2, 3], "action_mask": [0, 0], "reward": 1.0}, "no gradient"),
     ],
@@ -72,6 +81,26 @@ def test_check_names_every_malformed_row_and_fails(tmp_path, model, capsys):
 def test_check_says_what_is_wrong(row, message):
     report = check_dataset(Dataset.from_list([row]), TOKENIZER, progress=False)
     assert message in report.errors[0] and report.errors[0].startswith("train, row 0: ")
+
+
+@pytest.mark.parametrize("form", TRAJECTORIES)
+def test_check_reads_rows_of_other_tools_and_names_the_converter(form):
+    name, write = TRAJECTORIES[form]
+    count = 2 if form in ONE_CALL else 3
+    report = check_dataset(Dataset.from_list([write(row) for row in rows()[:count]]), TOKENIZER, progress=False)
+    expected = check_dataset(Dataset.from_list(rows()[:count]), TOKENIZER, progress=False)
+    assert report.errors == [] and report.kinds == {"trajectory": count}
+    assert (report.lengths, report.trained) == (expected.lengths, expected.trained)
+    assert [f"--from {name}" in note for note in report.notes] == [True] * (name != "trl")
+
+
+def test_check_takes_conversations_without_an_outcome_for_supervised_rows():
+    flagged = [{"role": "assistant", "content": "Agreed.", "train": False}, *GUESSED]
+    report = check_dataset(Dataset.from_list([{"messages": PROMPT + flagged}]), TOKENIZER, progress=False)
+    assert report.errors == [] and report.kinds == {"supervised": 1}
+    assert "neither a `reward` nor a `label`" in report.warnings[0]
+    plain = check_dataset(Dataset.from_list([{"messages": PROMPT + GUESSED}]), TOKENIZER, progress=False)
+    assert report.trained == plain.trained and report.lengths[0] > plain.lengths[0]
 
 
 def test_check_counts_what_max_length_does():

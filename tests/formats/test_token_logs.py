@@ -65,6 +65,16 @@ def test_logs_become_token_rows(form):
     )
 
 
+def test_messages_of_which_some_hold_no_ids_are_read_as_messages():
+    assert recognize({"messages": [{"role": "user", "content": "?"}, *MESSAGES[1:]]}) == "openai"
+    answers = [{"prompt_token_ids": s["prompt_ids"], "token_ids": s["completion_ids"]} for s in STEPS]
+    messages = [{"role": "user", "content": "?"}] + [
+        {"role": "assistant", "content": "!"} | answer for answer in answers
+    ]
+    found = read_token_log({"messages": messages})
+    assert found == {name: ROW[name] for name in ("prompt_ids", "completion_ids", "action_mask")}
+
+
 def test_turns_without_log_probabilities_beside_others_are_history():
     history = [{"role": "assistant", "content": "hi", "token_ids": [9]}, *MESSAGES]
     assert read_token_log({"message_log": history})["prompt_ids"] == [9, 1, 2]
@@ -77,13 +87,13 @@ def test_turns_without_log_probabilities_beside_others_are_history():
             {"trajectory": [STEPS[0], {**STEPS[1], "prompt_ids": [1, 2, 3, 9]}]},
             "the prompt of step 1 does not begin with",
         ),
-        ({"messages": [*MESSAGES, {"role": "user", "content": "x"}]}, "message 4 .user. holds no token ids"),
+        ({"messages": [*MESSAGES, {"role": "user", "content": "x"}]}, "no column holds the token ids of a whole"),
         ({"messages": [MESSAGES[0], {**MESSAGES[1], "token_ids": [3]}]}, "1 sampled tokens but 2 log-probabilities"),
         ({"prompt_ids": [1], "response_ids": [2]}, "no mask, so nothing says which of them the policy sampled"),
         ({"prompt_ids": [1], "response_ids": [2], "response_mask": [1, 0]}, "the mask has 2 entries for 1 tokens"),
         ({"messages": MESSAGES[:1]}, "no token is marked as sampled"),
         ({"messages": MESSAGES[1:]}, "no token stands before the first that was sampled"),
-        ({"messages": []}, "no column holds token ids"),
+        ({"messages": []}, "no column holds the token ids"),
     ],
 )
 def test_what_is_no_sequence_is_told(row, error):

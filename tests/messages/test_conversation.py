@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from datetime import date
 
 import pytest
 
@@ -195,6 +196,8 @@ def test_keys_that_nobody_knows_are_counted_where_they_may_be_left_out():
         ({**CALL, "tool_calls": [{**FUNCTION, "arguments": [1]}]}, "the arguments are .1., but they are an object"),
         ({**CALL, "tool_calls": [{**FUNCTION, "result": "06:12"}]}, "has the key `result` .'06:12'."),
         ({**CALL, "tool_calls": [{"type": "custom", "custom": {}}]}, "is of the type 'custom'"),
+        ({**CALL, "tool_calls": [{**FUNCTION, "arguments": {"on": [date(2026, 1, 2)]}}]}, "arguments hold datetime"),
+        ({**RESULT, "content": date(2026, 1, 2)}, "message 1 .tool.: the content is datetime.date"),
         ({**ANSWER, "weight": 0.5}, "`weight` is 0.5, but a turn is trained .1, True. or not .0, False."),
         ({**ANSWER, "train": True, "weight": 0}, "its flags contradict each other"),
         ({**QUESTION, "train": True}, "message 1 .user.: `train` is True, but only what the policy says"),

@@ -221,7 +221,21 @@ def _kind(row: dict[str, Any], written: str | None) -> Kind:
         if "completion" not in row and "completion_ids" not in row and not {"label", "reward"} & row.keys():
             return "supervised"
         raise ValueError("there is neither a `label` nor a `reward`, so nothing says how good the completion is.")
+    if (inner := _inner_rows(row)) is not None:
+        raise ValueError(
+            f"the rows stand in `{inner[0]}` of one object: {describe(inner[1])}. Write them out with that converter."
+        )
     raise ValueError(f"the columns are {sorted(row)}. {_COLUMNS}")
+
+
+def _inner_rows(row: Mapping[str, Any]) -> tuple[str, str] | None:
+    """The column that holds rows of its own, and what they are."""
+    for name, value in row.items():
+        if isinstance(value, list) and value and isinstance(value[0], Mapping):
+            written = recognize(value[0])
+            if written is not None:
+                return name, written
+    return None
 
 
 def _tokenize(

@@ -13,6 +13,7 @@ _IDS = ("token_ids", "input_ids", "tokens")
 _LOGPS = ("generation_logprobs", "completion_logprobs", "generation_log_probs", "logprobs", "logps")
 _PROMPTS = ("prompt_ids", "prompt_token_ids")
 _COMPLETIONS = ("completion_ids", "completion_token_ids", "response_ids", "response_token_ids", "generation_token_ids")
+_COMPLETIONS += ("output_token_ids", "output_ids", "token_ids")
 _MASKS = ("action_mask", "completion_mask", "response_mask", "env_mask", "tool_mask", "loss_mask")
 _SEQUENCE_MASKS = ("loss_mask", "action_mask", "assistant_masks", "assistant_mask", "labels")
 _IGNORED = -100
@@ -41,7 +42,7 @@ def read_token_log(row: Mapping[str, Any]) -> dict[str, Any]:
     """
     source = token_source(row)
     if source is None:
-        raise ValueError("no column holds token ids. Convert it as messages.")
+        raise ValueError("no column holds the token ids of a whole conversation. Convert it as messages.")
     finds, read = _READERS[source]
     segments = read(finds(row))
     first = next((i for i, (_, sampled, _) in enumerate(segments) if sampled), None)
@@ -97,7 +98,7 @@ def _scores(row: Mapping[str, Any], count: int, what: str) -> list[float] | None
 def _find_messages(row: Mapping[str, Any]) -> Any:
     for name in CONVERSATIONS:
         messages = load_json(row.get(name))
-        if is_conversation(messages) and any(_first(m, _IDS) is not None for m in messages if isinstance(m, Mapping)):
+        if is_conversation(messages) and all(isinstance(m, Mapping) and _first(m, _IDS) for m in messages):
             return messages
     return None
 
@@ -107,9 +108,6 @@ def _read_messages(messages: Sequence[Mapping[str, Any]]) -> list[_Segment]:
     segments: list[_Segment] = []
     for number, message in enumerate(messages):
         ids = _first(message, _IDS)
-        if ids is None:
-            role = message.get("role")
-            raise ValueError(f"message {number} ({role}) holds no token ids, while others do. Drop the row.")
         mask = message.get("token_loss_mask")
         sampled = message.get("role", message.get("from")) in ("assistant", "gpt")
         if sampled and scored and _first(message, _LOGPS) is None:
@@ -210,8 +208,8 @@ def _by_mask(ids: Any, mask: Any, scores: Any, what: str) -> list[_Segment]:
 
 
 _READERS: dict[str, tuple[Callable[[Mapping[str, Any]], Any], Callable[[Any], list[_Segment]]]] = {
-    "messages": (_find_messages, _read_messages),
     "steps": (_find_steps, _read_steps),
+    "messages": (_find_messages, _read_messages),
     "sides": (_find_sides, _read_sides),
     "whole": (_find_whole, _read_whole),
 }

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .nulls import EXACT, NEVER, Shape, field_shape, holds_null, without_fill_ins
+from .nulls import EXACT, NEVER, Shape, field_shape, is_plain, not_json, without_fill_ins
 from .text import brief
 
 
@@ -101,11 +101,7 @@ def is_normal_call(call: Any) -> bool:
     function = call.get("function")
     if type(function) is not dict or function.keys() != {"name", "arguments"} or type(function["name"]) is not str:
         return False
-    return (
-        type(function["arguments"]) is dict
-        and not holds_null(function["arguments"])
-        and call.get("id", "") is not None
-    )
+    return type(function["arguments"]) is dict and is_plain(function["arguments"]) and call.get("id", "") is not None
 
 
 def _with_string(call: Mapping[str, Any]) -> dict[str, Any]:
@@ -135,8 +131,15 @@ def _read_arguments(arguments: Any, schema: Any, shape: Shape, where: str) -> di
         raise ValueError(f"{where}: the arguments are {brief(arguments)}, but they are an object. Write one.")
     if shape == NEVER:  # a struct without a value anywhere
         return {}
-    if not holds_null(arguments):
+    if is_plain(arguments):
         return dict(arguments)
+    if (foreign := not_json(arguments)) is not None:
+        raise ValueError(
+            f"{where}: the arguments hold {brief(foreign)}, which is no JSON, so a chat template would print the name "
+            f"of "
+            "its type. Write it as text or as a number (`datasets` reads what looks like a date as one: write the "
+            "arguments as JSON strings)."
+        )
     return without_fill_ins(arguments, shape, schema, where)
 
 

@@ -43,13 +43,23 @@ def item_shape(shape: Shape) -> Shape:
     return shape[0] if shape else None
 
 
-def holds_null(value: Any) -> bool:
-    """Whether a null stands anywhere in a value."""
-    if value is None:
+def is_plain(value: Any) -> bool:
+    """Whether a value is JSON without a null."""
+    kind = type(value)
+    if kind in (str, int, float, bool):
         return True
+    if kind is dict:
+        return all(map(is_plain, value.values()))
+    return kind is list and all(map(is_plain, value))
+
+
+def not_json(value: Any) -> Any:
+    """The first part of a value that is no JSON, such as a date; `None` where there is none."""
     if isinstance(value, Mapping):
-        return any(map(holds_null, value.values()))
-    return isinstance(value, (list, tuple)) and any(map(holds_null, value))
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        return next((found for found in map(not_json, value) if found is not None), None)
+    return None if value is None or isinstance(value, (str, int, float, bool)) else value
 
 
 def without_fill_ins(arguments: Any, shape: Shape, schema: Any, where: str) -> Any:

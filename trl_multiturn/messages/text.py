@@ -6,6 +6,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from .nulls import not_json
+
 
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _OTHER_PARTS = ("image", "audio", "video", "file", "document", "refusal", "thinking", "reasoning", "tool_use", "tool_")
@@ -46,7 +48,7 @@ def read_text(content: Any, role: str, where: str) -> str:
             return "".join(part for part in parts if part is not None)
         for number, part in enumerate(content):
             _refuse_other_part(part, number, where)
-    if role == "tool":
+    if role == "tool" and not_json(content) is None:
         return json.dumps(content, ensure_ascii=False)
     raise ValueError(
         f"{where}: the content is {brief(content)}, which chat templates print in Python's spelling or not at all. "
