@@ -12,8 +12,10 @@ from .rows import find_reward
 _IDS = ("token_ids", "input_ids", "tokens")
 _LOGPS = ("generation_logprobs", "completion_logprobs", "generation_log_probs", "logprobs", "logps")
 _PROMPTS = ("prompt_ids", "prompt_token_ids")
-_COMPLETIONS = ("completion_ids", "completion_token_ids", "response_ids", "response_token_ids", "generation_token_ids")
-_COMPLETIONS += ("output_token_ids", "output_ids", "token_ids")
+_COMPLETIONS = (
+    *("completion_ids", "completion_token_ids", "response_ids", "response_token_ids", "generation_token_ids"),
+    *("output_token_ids", "output_ids", "token_ids"),
+)
 _MASKS = ("action_mask", "completion_mask", "response_mask", "env_mask", "tool_mask", "loss_mask")
 _SEQUENCE_MASKS = ("loss_mask", "action_mask", "assistant_masks", "assistant_mask", "labels")
 _IGNORED = -100
