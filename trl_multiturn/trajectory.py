@@ -118,7 +118,9 @@ class Trajectory:
         A rollout goes on after calls, readable or not, and after nothing else, so only the last turn may be an answer.
         """
         turns = sum(1 for _ in self.turn_spans())
-        last = next((message for message in reversed(self.completion) if message.get("role") == "assistant"), {})
+        last: dict[str, Any] = next(
+            (message for message in reversed(self.completion) if message.get("role") == "assistant"), {}
+        )
         calls = last.get("tool_calls") or turns - 1 in self.info.get("tool_turns", ())
         return [1] * (turns - 1) + [int(bool(calls) or self.stop_reason is StopReason.MAX_TURNS)] * (turns > 0)
 

@@ -91,7 +91,7 @@ class TurnTemplate:
         self, messages: Sequence[Message], column: str = "messages", after: Sequence[Message] = ()
     ) -> list[Message]:
         """Messages in TRL's form, as everything here renders them (see [`normalize_messages`])."""
-        template = self.processing_class.chat_template
+        template = str(self.processing_class.chat_template)
         messages = normalize_messages(messages, column, after=after, schemas=self.tools, template=template)
         return without_reasoning(messages) if self.drop_reasoning else messages
 
