@@ -68,7 +68,6 @@ def main(script_args, training_args, model_args, dataset_args):
         hold_out,
         last_values,
         report_auc,
-        scorer_of,
         small_policy,
         without_tools,
     )
@@ -121,7 +120,7 @@ def main(script_args, training_args, model_args, dataset_args):
 
     # Look at values along held-out trajectories: where the reasoning breaks, they should drop
     if held_out is not None and trainer.accelerator.is_main_process:
-        pages = preview_values(trainer.eval_dataset, scorer_of(trainer), trainer.processing_class, 20, show=False)
+        pages = preview_values(trainer, num_rows=20, show=False)
         pages.save(f"{training_args.output_dir}/values.html")
 
     # Save and push to Hub

@@ -67,7 +67,7 @@ def main(arguments):
         peft_config=get_peft_config(arguments.model),
     )
     train_and_save(trainer, generator, arguments)
-    finish(trainer, arguments)
+    finish(trainer, generator, arguments)
 
 
 def make_parser():
@@ -79,5 +79,6 @@ def make_parser():
 
 if __name__ == "__main__":
     from trl_multiturn.scripts.arguments import parse_online
+    from trl_multiturn.scripts.online import run_script
 
-    main(parse_online(make_parser(), default_config=CONFIGS / "dpo_cpu.yaml"))
+    run_script(main, parse_online(make_parser(), default_config=CONFIGS / "dpo_cpu.yaml"))

@@ -96,7 +96,7 @@ def main(arguments):
         values = ValueModel.from_pretrained(f"{folder}/value_model").to(device)
         rollout, rewards = arguments.rollout, script.reward_funcs
         compare_decoding(script.beam, script.search_step, eval_prompts, engine, values, tools, rewards, rollout)
-    finish(trainer, arguments)
+    finish(trainer, generator, arguments)
 
 
 def make_parser():
@@ -110,5 +110,6 @@ def make_parser():
 
 if __name__ == "__main__":
     from trl_multiturn.scripts.arguments import parse_online
+    from trl_multiturn.scripts.online import run_script
 
-    main(parse_online(make_parser(), default_config=CONFIGS / "oreo_cpu.yaml"))
+    run_script(main, parse_online(make_parser(), default_config=CONFIGS / "oreo_cpu.yaml"))

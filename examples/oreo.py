@@ -128,7 +128,7 @@ def main(script_args, training_args, model_args, dataset_args):
 
 
 def train(train_dataset, held_out, script_args, training_args, model_args, dataset_args):
-    from embedded.offline_values import last_values, report_auc, save_groups, scorer_of, small_policy, without_tools
+    from embedded.offline_values import last_values, report_auc, save_groups, small_policy, without_tools
     from trl import get_peft_config, get_quantization_config
 
     from trl_multiturn import OREOTrainer, preview_masks
@@ -172,7 +172,7 @@ def train(train_dataset, held_out, script_args, training_args, model_args, datas
 
     # Look at values along held-out trajectories: where the reasoning breaks, they should drop
     if held_out is not None and trainer.accelerator.is_main_process:
-        pages = preview_values(trainer.eval_dataset, scorer_of(trainer), trainer.processing_class, 20, show=False)
+        pages = preview_values(trainer, num_rows=20, show=False)
         pages.save(f"{training_args.output_dir}/values.html")
 
     # Save and push to Hub

@@ -31,8 +31,10 @@ from trl_multiturn import (
     build_unpaired_dataset,
     math_reward,
 )
+from trl_multiturn.journal.evaluations import read_evaluations
 from trl_multiturn.journal.export import run_trajectories
 from trl_multiturn.journal.run_folder import RunFolder
+from trl_multiturn.online.endings import view_command
 from trl_multiturn.rollout import Journal, JournalError
 from trl_multiturn.rollout.judging import Judge
 from trl_multiturn.scripts.online import what_was_saved
@@ -285,9 +287,8 @@ def test_stopped_run_goes_on_and_ends_where_an_undisturbed_one_does(tmp_path, to
         stopped.train()
 
     resumed, generator, engine = make_run(tmp_path / "stopped", tool, iterations=3)
-    resumed.args.disable_tqdm = False
     resumed.train(resume_from_checkpoint=True)
-    assert "Iteration 2 goes on with the rollouts in" in capsys.readouterr().out
+    assert "Iteration 2 goes on with the rollouts in" in capsys.readouterr().out  # also without progress bars
     assert not [call for call in engine.calls if call.session.startswith("0/")]  # nothing is rolled out twice
     assert policy_revision(resumed.model) == policy_revision(whole.model)
     for mine, theirs in zip(generator.reports, reference_run.reports, strict=True):
@@ -296,6 +297,27 @@ def test_stopped_run_goes_on_and_ends_where_an_undisturbed_one_does(tmp_path, to
             theirs.policy_revision,
             theirs.last_step,
         )
+
+
+def test_rows_that_are_taken_up_log_what_was_counted_of_them(tmp_path, tool, capsys):
+    """Not the one placeholder with which the trainer was built."""
+    first, _, _ = make_run(tmp_path, tool, iterations=1)
+    first.train()
+    again, _, _ = make_run(tmp_path, tool, iterations=1)
+    again.train()  # from the start, with the rows that are there
+    assert "Iteration 1 has its rows already" in capsys.readouterr().out
+    for name in ("data/rows", "data/length_p95"):
+        assert logged(again, name) == logged(first, name) and len(logged(first, name)) == 1
+    assert logged(first, "data/rows") == [3]
+
+
+def test_a_run_ends_with_where_to_look_at_it_and_keeps_what_it_was_measured_by(tmp_path, tool, capsys):
+    trainer, generator, _ = make_run(tmp_path, tool, iterations=1, eval_prompts=problems(2, 50), eval_generations=2)
+    trainer.train()
+    assert capsys.readouterr().out.splitlines()[-1] == f"Look at it: {view_command(tmp_path)}"
+    kept = dict(read_evaluations(generator.run))
+    assert [len(trajectories) for trajectories in kept.values()] == [2 + 4] * 2 and list(kept) == [0, 1]
+    assert {t.verdict for t in kept[0] if t.info["policy"] == "evaluation-greedy"} == {Verdict.CORRECT}
 
 
 def test_rollouts_of_other_settings_or_prompts_are_refused_and_nothing_is_lost(tmp_path, tool):

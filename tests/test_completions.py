@@ -16,7 +16,6 @@ from tests.viewer.runs import HOSTILE
 from trl_multiturn import StopReason, Trajectory, Verdict
 from trl_multiturn.completions import CompletionPicker, completions_table, log_completions
 from trl_multiturn.completions.trackers import _block, _messages
-from trl_multiturn.messages.visible import visible
 
 
 def trajectory(name, reward, verdict=None, said="It is 3."):
@@ -97,14 +96,7 @@ def test_nothing_that_a_model_writes_reaches_the_terminal_as_a_command():
     text = rendered(trajectory("x", 1.0, said=f"{HOSTILE} [bold red]no mark-up[/] \x07\x9b2J"))
     assert not set("\x1b\x07\x9b\u202e\u200b") & set(text)
     flat = "".join(line.split("│")[3].strip() for line in text.splitlines() if line.count("│") == 5)
-    assert "[bold red]no mark-up[/]" in flat and "\\x1b[31mred" in flat and "U+202Edesrever" in flat
-
-
-def test_invisible_characters_are_spelled_out():
-    assert visible("tab\tline\né ü 日本 👩‍💻") == "tab\tline\né ü 日本 👩‍💻"
-    assert visible("\x00\x1b\x7f\x85\u202e\u2066\u200b\ufeff\U000e0041\ud800") == (
-        "\\x00\\x1b\\x7f\\x85U+202EU+2066U+200BU+FEFFU+E0041U+D800"
-    )
+    assert "[bold red]no mark-up[/]" in flat and "\\x1b[31mred" in flat and "\\u202edesrever" in flat
 
 
 def test_a_block_of_markdown_is_fenced_longer_than_what_it_holds():

@@ -15,11 +15,9 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
-from .distributed.lock import FolderLock
 from .distributed.main_process import on_main
 from .distributed.preemption import Preemption
 from .distributed.sharding import weights_of
-from .distributed.shared_folder import refuse_unshared_folder
 from .engines.engine import Engine, check_engine, is_engine_factory
 from .iteration import run_iteration
 from .journal.journal import Journal
@@ -31,6 +29,7 @@ from .online.arguments import (
     warn_of_cut_rows,
 )
 from .online.diagnosis import diagnose
+from .online.endings import alone_in, where_to_look
 from .online.held_out import HeldOut
 from .online.plan import Beginning, plan_iteration, refuse_other_layout, step_layout
 from .online.reference import restore_reference
@@ -107,9 +106,8 @@ class ToolRolloutGenerator(TrainerCallback):
         run_folder (`str`, *optional*):
             Defaults to `<output_dir>/rollouts`.
         log_completions (`bool`, *optional*, defaults to `False`):
-            Whether to show a few trajectories of each iteration and evaluation: printed as a table, and in the
-            trackers of `report_to` as a table (W&B), traces (trackio) or text (TensorBoard). They are the best, the
-            worst, one for each reason for which some were dropped, and then more of the best and the worst.
+            Whether to print a few trajectories of each iteration and evaluation ([`CompletionPicker`] chooses), and to
+            log them to the trackers of `report_to`.
         num_completions_to_print (`int`, *optional*, defaults to `5`):
             How many, at most.
     """
@@ -219,6 +217,7 @@ class ToolRolloutGenerator(TrainerCallback):
             if resumed_inside:
                 refuse_other_layout(self._report, step_layout(self.trainer.args), beginning.first_step)
             rows = load_rows(folder.training_rows)
+            self.trainer.row_statistics = self._report.row_statistics or None
             if not resumed_inside:  # the checkpoint is of the iteration before
                 restore_reference(self.trainer, self.settings.reference, self.run)
         else:
@@ -275,15 +274,8 @@ class ToolRolloutGenerator(TrainerCallback):
     @contextmanager
     def running(self) -> Iterator[None]:
         """Around the run: one folder that all processes share, one run in it, and SIGTERM ends it cleanly."""
-        lock = FolderLock(self.run.lock)
-        with self._preemption.watched():
-            refuse_unshared_folder(self.run.path)
-            on_main(lock.acquire)
-            try:
-                yield
-            finally:
-                if self.trainer.args.process_index == 0:
-                    lock.release()
+        with self._preemption.watched(), alone_in(self.run, self.trainer.args):
+            yield
 
     @contextmanager
     def training(self) -> Iterator[None]:
@@ -316,7 +308,7 @@ class ToolRolloutGenerator(TrainerCallback):
         revision, key = policy_revision(weights_of(self.trainer)), self.held_out.key(self.settings)
         known = on_main(lambda: load_start(self.run.path))
         if known is None or (known["policy_revision"], known.get("evaluated_by", key)) != (revision, key):
-            evaluation = self._held_out_metrics(0)
+            evaluation = self.held_out.evaluate(self.trainer, self.engine, self.settings, self.run, 0, self.shown)
             start = {"policy_revision": revision, "evaluation": evaluation, "evaluated_by": key}
             on_main(lambda: save_start(self.run.path, start))
             self.trainer.log(_prefixed(evaluation))
@@ -354,6 +346,7 @@ class ToolRolloutGenerator(TrainerCallback):
             self.trainer.train_dataset = load_rows(self.run.iteration(self.reports[-1].iteration).training_rows)
         if args.process_index == 0:
             print_iterations(self.reports, self.start_evaluation)
+            print(where_to_look(self.run, args.output_dir))
 
     # What the run has found so far
 
@@ -404,7 +397,7 @@ class ToolRolloutGenerator(TrainerCallback):
         if report.evaluation is None or report.evaluated_by not in (None, key):
             started = time.perf_counter()
             known = self._evaluation_of_unchanged(report, key)
-            report.evaluation = known or self._held_out_metrics(report.iteration + 1)
+            report.evaluation = known or self._evaluate(report.iteration + 1)
             report.evaluated_by = key
             report.eval_seconds = time.perf_counter() - started
             self._save(report)
@@ -412,13 +405,9 @@ class ToolRolloutGenerator(TrainerCallback):
             return
         self.trainer.log(_prefixed(report.evaluation))
 
-    def _held_out_metrics(self, iterations: int) -> dict[str, float]:
-        """Evaluates the policy as it is now, after so many iterations."""
+    def _evaluate(self, iterations: int) -> dict[str, float]:
         assert self.held_out is not None
-        result = self.held_out.evaluate(self.trainer, self.engine, self.settings, self.run, iterations)
-        if self.shown:
-            self.shown.log_evaluation(self.trainer, iterations, result.trajectories)
-        return result.metrics()
+        return self.held_out.evaluate(self.trainer, self.engine, self.settings, self.run, iterations, self.shown)
 
     def _evaluation_of_unchanged(self, report: IterationReport, key: str) -> dict[str, float] | None:
         """What is known of the policy already, if the iteration has not changed it."""

@@ -73,6 +73,7 @@ def run_iteration(
         `(rows, report)`: token rows with the reference's log-probabilities, and the iteration's counts.
     """
     started = time.perf_counter()
+    trainer.row_statistics = None
     folder, patience = run.iteration(iteration), trainer.args.ddp_timeout
 
     # π_t is kept: the next iteration explores with it, and it may turn out to be the best of all.
@@ -108,6 +109,7 @@ def run_iteration(
 
     report.iteration, report.first_step, report.policy_revision = iteration, trainer.state.global_step, revision
     report.rows, report.trained_rows = len(rows), len(training_rows)
+    report.row_statistics = dict(trainer.row_statistics or {})
     report.rollout_seconds = time.perf_counter() - started
     return training_rows, report
 

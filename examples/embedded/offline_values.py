@@ -203,13 +203,7 @@ def load_groups(folder: Path) -> list[Group]:
 
 def scorer_of(trainer: Any) -> Any:
     """The trainer's value model as something that scores tokens; a head does so once it stands on its policy."""
-    if trainer.value_model.kind != "head":
-        return trainer.value_model
-    from trl_multiturn import ValueModel
-
-    folder = Path(trainer.args.output_dir, "value_model")
-    trainer.value_model.save_pretrained(folder)
-    return ValueModel.from_pretrained(folder, policy=trainer.accelerator.unwrap_model(trainer.model))
+    return trainer.value_model.standing_on(trainer.accelerator.unwrap_model(trainer.model))
 
 
 def _wins(group: Group) -> tuple[float, int]:

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
-from trl_multiturn.data.value_preview import preview_values
+import pytest
 
-from ..support import byte_tokenizer
+from tests.support import byte_tokenizer
+from tests.trainer.value_helpers import make_trainer
+from trl_multiturn.data.value_preview import preview_values
 
 
 TOKENIZER = byte_tokenizer()
@@ -53,3 +55,39 @@ def test_page_and_terminal(tmp_path, capsys):
     page = (tmp_path / "values.html").read_text(encoding="utf-8")
     assert "&lt;OUT&gt;" in page and "<OUT>" not in page
     assert page.count("hsl(") == 3
+
+
+@pytest.mark.parametrize("kind", ["full", "head"])
+def test_a_trainer_brings_its_rows_its_values_and_its_tokenizer(tmp_path, kind):
+    trainer = make_trainer(tmp_path, value_model=kind)
+    ((title, steps),) = preview_values(trainer, step_delimiter="turn", show=False).trajectories
+    assert title == "trajectory 0 · reward 1.0" and [step.value is None for step in steps] == [False, True, False]
+    row = trainer.train_dataset[0]
+    values = trainer.value_model.standing_on(trainer.model)
+    ends = [3, len(row["completion_ids"]) - 1]
+    wanted = values.score([row["prompt_ids"] + row["completion_ids"][:end] for end in ends])
+    assert [step.value for step in steps if step.value is not None] == pytest.approx(wanted, abs=1e-6)
+    assert len(set(wanted)) == 2 and 0.0 not in wanted
+
+
+def test_a_trainer_without_values_is_told_so(tmp_path):
+    class DPOTrainer:
+        train_dataset = eval_dataset = [row()]
+        processing_class = TOKENIZER
+
+    with pytest.raises(ValueError, match="A DPOTrainer trains no value model"):
+        preview_values(DPOTrainer())
+    assert preview_values(DPOTrainer(), Recorder(), show=False).trajectories  # a value model of one's own
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (([row()],), "Nothing was passed that values states"),
+        (([row()], Recorder()), "which needs a tokenizer"),
+        (([{"chosen_ids": [1]}], Recorder(), TOKENIZER), "no `prompt_ids`"),
+    ],
+)
+def test_what_is_missing_is_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        preview_values(*arguments)

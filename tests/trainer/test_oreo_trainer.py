@@ -422,7 +422,7 @@ class TestRows:
         longest = max(len(row["prompt_ids"]) + len(row["completion_ids"]) for row in token_rows())
         trainer = make_trainer(tmp_path, max_length=longest - 1)
         assert len(trainer.train_dataset) == 3
-        assert trainer._data_statistics == {
+        assert trainer.row_statistics == {
             "data/rows": 3,
             "data/rows_dropped_too_long": 1,
             "data/rows_dropped_untrained": 0,

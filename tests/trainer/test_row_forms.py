@@ -154,7 +154,7 @@ def test_rows_of_another_kind_are_told_in_the_trainers_words(trainers, name, row
 def test_pairs_that_are_identical_from_the_start_are_dropped_and_counted(model, tmp_path):
     same = [row | {"rejected": row["chosen"]} for row in preference_rows(2)]
     trainer = build("dpo", model, tmp_path, Dataset.from_list([*preference_rows(2), *same], on_mixed_types="use_json"))
-    assert len(trainer.train_dataset) == 2 and trainer._data_statistics["data/rows_dropped_identical"] == 2
+    assert len(trainer.train_dataset) == 2 and trainer.row_statistics["data/rows_dropped_identical"] == 2
 
 
 # A reference of the user's own

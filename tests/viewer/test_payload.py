@@ -16,7 +16,7 @@ from tests.support import byte_tokenizer, save_tiny, user
 from tests.viewer.runs import HOSTILE, TOKENIZER, make_run
 from trl_multiturn import ValueModel
 from trl_multiturn.cli import main
-from trl_multiturn.viewer import command, read_page, view
+from trl_multiturn.viewer import page as page_module, read_page, view
 from trl_multiturn.viewer.source import open_source
 from trl_multiturn.viewer.token_texts import token_texts
 
@@ -200,7 +200,7 @@ def test_no_text_of_a_model_stands_in_the_markup(page):
 
 
 def test_the_script_builds_no_markup_from_text():
-    sources = "".join(path.read_text() for path in Path(command.__file__).with_name("page").glob("*.js"))
+    sources = "".join(path.read_text() for path in Path(page_module.__file__).with_name("page").glob("*.js"))
     for way in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(", "new Function", "srcdoc"):
         assert way not in sources
 
@@ -240,16 +240,3 @@ def test_half_a_character_is_shown_all_the_same(tmp_path):
     (tmp_path / "rows.jsonl").write_text(json.dumps(row))
     assert main(["view", str(tmp_path / "rows.jsonl"), "--no_open"]) == 0
     assert entry(read_page((tmp_path / "rows.html").read_text()), "text", 0)["completion"][0]["content"] == "?"
-
-
-def test_the_line_to_copy_names_the_program_that_is_there(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(command.shutil, "which", lambda name: "/bin/trl-multiturn")
-    assert command.view_command(tmp_path / "out put") == "trl-multiturn view 'out put'"
-    monkeypatch.setattr(command.shutil, "which", lambda name: None)
-    (tmp_path / ".venv" / "bin").mkdir(parents=True)
-    (tmp_path / ".venv" / "bin" / "trl-multiturn").touch()
-    monkeypatch.setattr(command.sys, "executable", str(tmp_path / ".venv" / "bin" / "python"))
-    assert command.view_command("outputs/run") == ".venv/bin/trl-multiturn view outputs/run"
-    monkeypatch.setattr(command.sys, "executable", "/elsewhere/python")
-    assert command.view_command("/data/run") == "/elsewhere/python -m trl_multiturn.cli view /data/run"

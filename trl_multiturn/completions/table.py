@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..messages.visible import visible
+from ..messages.terminal import visible
 from ..trajectory import Trajectory
 from .choice import PickedCompletion
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ..messages import arguments_as_strings
-from ..messages.visible import visible
+from ..messages.terminal import visible
 from ..trajectory import Trajectory
 from .choice import PickedCompletion
 from .table import message_text, outcome

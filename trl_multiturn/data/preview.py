@@ -108,7 +108,7 @@ def preview_masks(
     ]
     preview = MaskPreview(sequences)
     if show:
-        _show(preview)
+        show_preview(preview)
     return preview
 
 
@@ -178,7 +178,8 @@ def _span(segment: Segment) -> str:
     return f'{label}<span style="{_CSS[segment.kind]}">{html.escape(visible(segment.text))}</span>'
 
 
-def _show(preview: MaskPreview) -> None:
+def show_preview(preview: Any) -> None:
+    """Shows what prints itself: as HTML in a notebook, with `rich` elsewhere."""
     try:
         from IPython import get_ipython
         from IPython.display import display

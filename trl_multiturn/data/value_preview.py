@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Protocol
 
-from datasets import Dataset
-from rich.console import Console, Group
+from rich.console import Group
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
@@ -16,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..messages.terminal import visible
 from ..steps import StepDelimiter, step_ids
+from .preview import show_preview
 
 
 class Scorer(Protocol):
@@ -75,9 +75,9 @@ class ValuePreview:
 
 
 def preview_values(
-    rows: Dataset | list[dict[str, Any]],
-    value_model: Scorer,
-    processing_class: PreTrainedTokenizerBase,
+    rows: Any,
+    value_model: Scorer | None = None,
+    processing_class: PreTrainedTokenizerBase | None = None,
     num_rows: int = 1,
     step_delimiter: StepDelimiter = "line",
     show: bool = True,
@@ -87,16 +87,26 @@ def preview_values(
 
     Args:
         rows (`Dataset` or `list[dict]`): token rows (`prompt_ids`, `completion_ids`, `action_mask`, optionally `label`
-            or `reward` for the title), such as a trainer's `eval_dataset`.
-        value_model: anything with `score(sequences) -> list[float]`.
-        processing_class ([`~transformers.PreTrainedTokenizerBase`]): the tokenizer.
+            or `reward` for the title). Or a trainer of OREO or DQO, which brings its `eval_dataset` (without one its
+            training rows), its value model and its tokenizer.
+        value_model (*optional*): anything with `score(sequences) -> list[float]`.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*): the tokenizer.
         num_rows (`int`, *optional*, defaults to `1`): rows to show.
         step_delimiter (`str`, *optional*, defaults to `"line"`): where steps end: `"turn"`, `"line"` or `"sentence"`.
-        show (`bool`, *optional*, defaults to `True`): print at once.
+        show (`bool`, *optional*, defaults to `True`): print at once: in a terminal, or as HTML in a notebook.
 
     Returns:
         [`ValuePreview`]. The last step's value is that of the state before its last token, which ends the trajectory.
+
+    Raises:
+        `ValueError`: if there is no value model, no tokenizer, or the rows hold no single trajectories.
     """
+    if hasattr(rows, "train_dataset"):
+        trainer = rows
+        rows = _rows_of(trainer)
+        value_model = value_model or _value_model_of(trainer)
+        processing_class = processing_class or trainer.processing_class
+    _refuse_missing(rows, value_model, processing_class)
     trajectories = []
     for index in range(min(num_rows, len(rows))):
         row = rows[index]
@@ -106,8 +116,38 @@ def preview_values(
         )
     preview = ValuePreview(trajectories)
     if show:
-        Console().print(preview)
+        show_preview(preview)
     return preview
+
+
+def _rows_of(trainer: Any) -> Any:
+    """The rows of a trainer: those it evaluates on, or else those it trains on; the first of several sets."""
+    rows = trainer.train_dataset if trainer.eval_dataset is None else trainer.eval_dataset
+    return next(iter(rows.values())) if isinstance(rows, dict) else rows
+
+
+def _value_model_of(trainer: Any) -> Any:
+    value_model = getattr(trainer, "value_model", None)
+    if value_model is None:
+        raise ValueError(
+            f"A {type(trainer).__name__} trains no value model, so there are no values to show. Pass a trainer of "
+            "OREO or DQO, or `value_model=ValueModel.from_pretrained(folder)`."
+        )
+    return value_model.standing_on(trainer.accelerator.unwrap_model(trainer.model))
+
+
+def _refuse_missing(rows: Any, value_model: Any, processing_class: Any) -> None:
+    if value_model is None:
+        raise ValueError("Nothing was passed that values states. Pass `value_model=`, or a trainer of OREO or DQO.")
+    if processing_class is None:
+        raise ValueError("Steps are found in text, which needs a tokenizer. Pass `processing_class=`.")
+    columns = getattr(rows, "column_names", None) or (sorted(rows[0]) if len(rows) else [])
+    wanted = ("prompt_ids", "completion_ids", "action_mask") if columns else ()
+    if missing := [name for name in wanted if name not in columns]:
+        raise ValueError(
+            f"The rows have the columns {columns} but no `{missing[0]}`, so there are no tokens of one trajectory to "
+            "value. Pass token rows, such as a trainer's own, or those of `build_unpaired_dataset`."
+        )
 
 
 def _steps(

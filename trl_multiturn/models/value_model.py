@@ -128,6 +128,19 @@ class ValueModel(nn.Module):
         self.train(was_training)
         return scores
 
+    def standing_on(self, policy: PreTrainedModel | PeftModel) -> ValueModel:
+        """
+        A head that reads tokens: this one, over the decoder of its policy. Another kind is returned as it is.
+
+        Args:
+            policy ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): whose hidden states the head is handed.
+        """
+        if self.kind != "head" or self.backbone is not None:
+            return self
+        standing = ValueModel(decoder(policy), self.head.in_features, self.kind)
+        standing.head = self.head
+        return standing.train(self.training)
+
     @classmethod
     def from_policy(
         cls,

@@ -10,12 +10,13 @@ from datasets import Dataset
 
 from ..distributed.main_process import on_main
 from ..engines.engine import Engine
-from ..evaluation import EvaluationResult, evaluate_policy, summarize
+from ..evaluation import evaluate_policy, summarize
 from ..journal.evaluations import write_evaluation
 from ..journal.run_folder import RunFolder
 from ..rollout.provenance import fingerprint
 from .sampling import ready_to_sample
 from .settings import IterationSettings
+from .shown import ShownCompletions
 
 
 @dataclass
@@ -36,11 +37,17 @@ class HeldOut:
         return fingerprint([self.prompts.to_list(), self.generations, settings.complete_judge().versions(), sampler])
 
     def evaluate(
-        self, trainer: Any, engine: Engine, settings: IterationSettings, run: RunFolder, iterations: int
-    ) -> EvaluationResult:
-        """Evaluates the policy as it is now, after so many iterations, and keeps the trajectories in the run's folder.
+        self,
+        trainer: Any,
+        engine: Engine,
+        settings: IterationSettings,
+        run: RunFolder,
+        iterations: int,
+        shown: ShownCompletions | None = None,
+    ) -> dict[str, float]:
+        """Evaluates the policy as it is now, after so many iterations; the trajectories are kept in the run's folder.
 
-        With several processes each evaluates its share of the prompts.
+        With several processes each evaluates its share of the prompts. `shown` logs a few trajectories.
         """
         args = trainer.args
         share = range(args.process_index, len(self.prompts), args.world_size)
@@ -59,4 +66,6 @@ class HeldOut:
             parts = gather_object(parts)
         greedy, samples = ([t for part in parts for t in part[i]] for i in range(2))
         on_main(lambda: write_evaluation(run, iterations, [*greedy, *samples]))
-        return summarize(greedy, samples)
+        if shown is not None:
+            shown.log_evaluation(trainer, iterations, [*greedy, *samples])
+        return summarize(greedy, samples).metrics()

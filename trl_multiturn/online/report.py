@@ -50,6 +50,7 @@ class IterationReport:
         trajectories, correct, incorrect, undecided (`int`): rollouts by verdict.
         rows (`int`): pairs (preference) or trajectories (unpaired) found in this iteration.
         trained_rows (`int`): rows of the training set; more than `rows` with `history="all"`.
+        row_statistics (`dict[str, float]`): what the trainer counted of its rows (`data/…`).
         dropped (`dict[str, int]`): rollouts dropped, by the name of the filter.
         unused (`dict[str, int]`): rollouts that were not dropped and are in no row, by why ([`Selection`]).
         reward_errors (`int`): rollouts on which a reward function raised; they are among the undecided.
@@ -73,6 +74,7 @@ class IterationReport:
     undecided: int = 0
     rows: int = 0
     trained_rows: int = 0
+    row_statistics: dict[str, float] = field(default_factory=dict)
     dropped: dict[str, int] = field(default_factory=dict)
     unused: dict[str, int] = field(default_factory=dict)
     reward_errors: int = 0

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import signal
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from datasets import Dataset
@@ -11,6 +12,7 @@ from transformers import AutoTokenizer
 from ..callbacks import ToolRolloutGenerator
 from ..data.preview import preview_masks
 from ..evaluation import evaluate_policy
+from ..online.endings import where_to_look
 from .arguments import OnlineArguments, PromptArguments
 from .prompts import load_shots, with_shots
 from .sampling import engine_factory, load_policy
@@ -87,11 +89,20 @@ def train_and_save(trainer: Any, generator: ToolRolloutGenerator, arguments: Onl
         reload_and_evaluate(generator, arguments, accelerator.device)
 
 
-def finish(trainer: Any, arguments: OnlineArguments) -> None:
-    """Pushes what was saved to the Hub where that is asked for, and ends the trainer."""
+def finish(trainer: Any, generator: ToolRolloutGenerator, arguments: OnlineArguments) -> None:
+    """Pushes what was saved to the Hub if that is asked for, says where to look at the run, and ends the trainer."""
     if arguments.training.push_to_hub:
         trainer.push_to_hub(dataset_name=arguments.script.dataset_name)
+    trainer.accelerator.print(where_to_look(generator.run, arguments.training.output_dir))
     trainer.end()
+
+
+def run_script(main: Callable[[OnlineArguments], None], arguments: OnlineArguments) -> None:
+    """Runs a script; Ctrl-C ends it with what the run says about it, and without a traceback (status 130)."""
+    try:
+        main(arguments)
+    except KeyboardInterrupt:
+        raise SystemExit(128 + signal.SIGINT) from None
 
 
 def what_was_saved(generator: ToolRolloutGenerator) -> str:

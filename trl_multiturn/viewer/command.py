@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shlex
-import shutil
 import sys
 import webbrowser
 from pathlib import Path
@@ -50,24 +48,6 @@ def run_view(options: argparse.Namespace) -> int:
 def page_beside(source: Path) -> Path:
     """Where the page of a source goes: into a folder, beside a file."""
     return source / "view.html" if source.is_dir() else source.with_suffix(".html")
-
-
-def view_command(path: str | os.PathLike) -> str:
-    """The line to copy into a shell that shows a run, wherever the package is installed."""
-    return shlex.join([*_program(), "view", os.path.relpath(path) if _is_below(Path(path), Path.cwd()) else str(path)])
-
-
-def _program() -> list[str]:
-    if shutil.which("trl-multiturn"):
-        return ["trl-multiturn"]
-    beside = Path(sys.executable).with_name("trl-multiturn")  # of an environment that is not activated
-    if beside.exists():
-        return [os.path.relpath(beside) if _is_below(beside, Path.cwd()) else str(beside)]
-    return [sys.executable, "-m", "trl_multiturn.cli"]
-
-
-def _is_below(path: Path, folder: Path) -> bool:
-    return Path(os.path.abspath(path)).is_relative_to(folder)
 
 
 def _at_a_screen() -> bool:

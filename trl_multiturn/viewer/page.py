@@ -9,7 +9,7 @@ import re
 from functools import lru_cache
 from importlib.resources import files
 
-from ..messages.visible import visible
+from ..messages.terminal import visible
 from .payload import Payload
 
 

@@ -41,8 +41,8 @@ class TokenRowsMixin(TrainerHost):
     _upstream_collator: str
     _collator_class: type
 
-    # The statistics of the last training rows, until they are logged
-    _data_statistics: dict[str, float] | None = None
+    # Counts of the last training rows (`data/…`), until they are logged
+    row_statistics: dict[str, float] | None = None
 
     # The parent's constructor computes reference log-probabilities, so the collator must be ours from its first
     # assignment. A property sees every assignment and leaves the parent's constructor as it is.
@@ -102,7 +102,7 @@ class TokenRowsMixin(TrainerHost):
         )
         self._check_given_reference(dataset, statistics, args, dataset_name)
         if dataset_name == "train" and statistics:
-            self._data_statistics = statistics
+            self.row_statistics = statistics
         self._warn_about(statistics, args, dataset_name)
         return dataset
 
@@ -140,9 +140,9 @@ class TokenRowsMixin(TrainerHost):
             )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if self._data_statistics is not None and self.model.training:
-            logs.update(self._data_statistics)
-            self._data_statistics = None
+        if self.row_statistics is not None and self.model.training:
+            logs.update(self.row_statistics)
+            self.row_statistics = None
         super().log(logs, start_time)
 
     # Reference log-probabilities

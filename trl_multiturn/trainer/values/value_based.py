@@ -181,7 +181,7 @@ class ValueBasedTrainer(TokenReferenceMixin, MultiTurnKTOTrainer):
             desc=f"Reading rewards of {dataset_name} dataset",
         )
         if dataset_name == "train" and statistics:
-            self._data_statistics = statistics
+            self.row_statistics = statistics
         dropped = statistics.get("data/rows_dropped_too_long", 0), statistics.get("data/rows_dropped_untrained", 0)
         if any(dropped):
             logger.warning(

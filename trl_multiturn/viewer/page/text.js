@@ -1,13 +1,13 @@
 // Text that a model or a tool wrote, made visible: control characters and direction marks act on nothing.
 
-// C0 and C1 but for tab and line feed; direction marks, overrides and isolates; invisible separators and tags
-const INVISIBLE =
-  /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff\u{e0000}-\u{e007f}]/u;
+// What `messages.terminal.visible` shows in Python: control and format characters, line ends that few know, half
+// characters; but line feed, tab, and the joiners of Indic scripts, Persian and emoji
+const INVISIBLE = /(?![\n\t\u200c\u200d])[\p{Cc}\p{Cf}\p{Zl}\p{Zp}\p{Cs}]/u;
 
 function visibleCharacter(character) {
-  const code = character.codePointAt(0);
-  if (code < 0x100) return `\\x${code.toString(16).padStart(2, "0")}`;
-  return `U+${code.toString(16).toUpperCase().padStart(4, "0")}`;
+  const code = character.codePointAt(0).toString(16);
+  if (code.length <= 2) return `\\x${code.padStart(2, "0")}`;
+  return code.length <= 4 ? `\\u${code.padStart(4, "0")}` : `\\U${code.padStart(8, "0")}`;
 }
 
 // As one string, for places that hold no elements
