@@ -51,7 +51,8 @@ class Comparison:
             raise ValueError("the answer cannot be parsed")
         # x < 3 and (-∞, 3) are compared, whichever is the gold answer
         options = {"timeout_seconds": None, "raise_on_error": True, "allow_set_relation_comp": True}
-        return self._verify(golds, answers, **options) and self._near(golds[0], answers[0])
+        same = self._verify(golds, answers, **options) and self._near(golds[0], answers[0])
+        return same or self._same_solutions(golds[0], answers[0])
 
     def _read(self, text, config):
         return self._parse(rf"\boxed{{{text}}}", [config], extraction_mode="first_match", parsing_timeout=None)
@@ -71,6 +72,15 @@ class Comparison:
             return item
         bounds = all(isinstance(a, self.sympy.Rel) and not isinstance(a, self.sympy.Eq) for a in item.args)
         return self.sympy.Or(*item.args).as_set() if bounds else item
+
+    def _same_solutions(self, gold, answer):
+        """Whether two conditions on one variable hold for the same numbers: |x| < 2 and -2 < x < 2."""
+        conditions = (self.sympy.Rel, self.sympy.And, self.sympy.Or)
+        if not all(isinstance(item, conditions) and len(item.free_symbols) == 1 for item in (gold, answer)):
+            return False
+        real = self.sympy.Symbol("x", real=True)
+        sets = [item.subs(item.free_symbols.pop(), real).as_set() for item in (gold, answer)]
+        return gold.free_symbols == answer.free_symbols and sets[0] == sets[1]
 
     def _near(self, gold, answer):
         """Whether two numbers differ by rounding only; whatever else they are passes."""

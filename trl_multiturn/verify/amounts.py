@@ -64,7 +64,7 @@ def _percentages(gold: Quantity, answer: Quantity, in_percent: bool) -> bool | N
         return None
     if percent.number == 100 * plain.number:
         return not plain.units or None
-    if percent.number == plain.number:  # the sign may have been left away
+    if percent.number == plain.number and not plain.units:  # the sign may have been left away
         return True if in_percent else None
     return False
 

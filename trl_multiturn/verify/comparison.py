@@ -84,6 +84,8 @@ def _with_expression(left: Reading, right: Reading) -> Outcome:
         latex = str(form.value)
     elif isinstance(form, Ratio) and form.value is not None:
         latex = fraction_latex(form.value)
+    elif isinstance(form, Group) and "matrix}" in expression.text:
+        latex = _matrix(form)
     elif isinstance(form, Items | Group | Choice):
         latex = known.text
     elif isinstance(form, Phrase) and max(map(len, form.words)) <= 3:  # `ab` may be a product
@@ -93,10 +95,19 @@ def _with_expression(left: Reading, right: Reading) -> Outcome:
     return Open(((expression.text, latex),)) if left.form is None else Open(((latex, expression.text),))
 
 
+def _matrix(group: Group) -> str:
+    """A tuple as the column that it stands for, a list of lists as the matrix."""
+    rows = [read(item) for item in group.items]
+    cells = [list(row.form.items) if isinstance(row.form, Group) else [row.text] for row in rows]
+    return r"\begin{pmatrix}" + r"\\".join("&".join(row) for row in cells) + r"\end{pmatrix}"
+
+
 def _forms(left: Reading, right: Reading, in_percent: bool) -> Outcome:
     if type(left.form) is type(right.form):
         return _alike(left, right, in_percent)
     for reading, other in ((left, right), (right, left)):
+        if isinstance(reading.form, Choice) and isinstance(other.form, Items | Group):
+            return False
         if isinstance(reading.form, Choice):
             return _choice(reading.form, other, in_percent)
         if isinstance(reading.form, Clock | Date | Ratio):
@@ -174,12 +185,24 @@ def _groups(gold: Group, answer: Group, in_percent: bool) -> Outcome:
 
 
 def _mixed_lists(left: Reading, right: Reading, in_percent: bool) -> Outcome:
-    """A list beside a tuple: a Python list of three or more is a list, everything else is math-verify's."""
+    """A list or a set beside a tuple or an interval.
+
+    `1, 2` may be the tuple `(1, 2)`, and `[1, 2, 3]` is how Python prints a list. A set in braces has no order, and
+    `[1, 2]` is an interval, too: where the members agree, nobody knows what was meant.
+    """
     assert isinstance(left.form, Items | Group) and isinstance(right.form, Items | Group)
-    if any(isinstance(form, Group) and len(form.items) < 3 for form in (left.form, right.form)):
-        return Open(((left.text, right.text),))
     golds, answers = Items(left.form.items), Items(right.form.items)
-    return _items(replace(left, form=golds), replace(right, form=answers), in_percent)
+    same = _items(replace(left, form=golds), replace(right, form=answers), in_percent)
+    if same is not True:
+        return same
+    items, group = (left.form, right.form) if isinstance(left.form, Items) else (right.form, left.form)
+    assert isinstance(items, Items) and isinstance(group, Group)
+    if items.braced:
+        return None
+    if group.opening + group.closing == "[]":
+        return True if len(group.items) > 2 else None
+    in_order = all(compare(*pair, in_percent) is True for pair in zip(golds.items, answers.items, strict=True))
+    return True if in_order else None
 
 
 def _phrases(gold: Phrase, answer: Phrase) -> bool | None:

@@ -84,10 +84,10 @@ def check_columns(reward_funcs: Sequence[RewardFunc], columns: Mapping[str, Sequ
                 f"the prompts do not have (their columns: {sorted(columns)}). Add the column, or give the parameter a "
                 "default."
             )
-        for owner in (func, getattr(func, "__self__", None)):  # of a method: its object
-            if hasattr(owner, "check_columns"):
-                owner.check_columns(columns)
-                break
+        of_object = getattr(getattr(func, "__self__", None), "check_columns", None)  # where it is a method
+        check = getattr(func, "check_columns", of_object)
+        if check is not None:
+            check(columns)
 
 
 def _required_parameters(func: RewardFunc) -> list[str]:

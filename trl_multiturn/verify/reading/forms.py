@@ -28,13 +28,14 @@ _STATES = re.compile(
 _NUMBER = re.compile(r"(?<![\w.,])[$€£]?\d[\d,]*(?:\.\d+)?(?:/\d+)?%?(?![\w.,/]*\d)")
 # a number beside one of these is not what the sentence states
 _HEDGES = frozenset(
-    "between either exceed exceeds fewer greater if least less maximum minimum more most neither no not or over than "
-    "to unless until up".split()
+    "between divided double either exceed exceeds fewer greater half if least less log maximum minimum minus more "
+    "most neither no not or over plus root sqrt than times to triple twice unless until up".split()
 )
 _NAME = r"(?:\\text\{[^{}]*\}|\\(?:angle|overline|triangle|alpha|beta|gamma|theta|lambda|mu)|[A-Za-z'])"
 _SYMBOL = rf"(?:{_NAME}\s*)+(?:_\s*\{{?\w+\}}?)?"
 _ASSIGNED = re.compile(rf"({_SYMBOL}(?:\s*\([A-Za-z\d, ]*\))?|\([A-Za-z](?:\s*,\s*[A-Za-z])*\))\s*=\s*(?!.*[=<>])(.+)")
 _MEMBER = re.compile(r"[A-Za-z]\s*\\in(?![A-Za-z])\s*(?=\S)")
+_VARIABLE = re.compile(r"(?<![\\A-Za-z])[A-Za-z](?![A-Za-z])")
 _EQUALS = re.compile(r"(?<![<>!\\])=")
 
 
@@ -58,6 +59,7 @@ class Items:
     """Texts in no order: a list, or a set in braces."""
 
     items: tuple[str, ...]
+    braced: bool = False
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,7 @@ def _items(text: str) -> Items | None:
     if inner is not None:
         described = not inner.strip() or re.search(r"\\mid|[:|]", inner)  # {x : x > 2}
         items = () if described else split(inner)
-        return Items(items) if items else None
+        return Items(items, braced=True) if items else None
     text = re.sub(r"\\text\{\s*(and|or)\s*\}", r" \1 ", text)
     items = split(re.sub(r"\s*(?:[,;]\s*)?(?<![A-Za-z])(?:and|or)(?![A-Za-z])\s*", ",", text).replace(";", ","))
     if len(items) < 2 or any(len(words(item).split()) > 3 for item in items):
@@ -185,7 +187,9 @@ def _stated(text: str) -> str | None:
         form = _form(normalize(match[1]), words(normalize(match[1])))
         if form is not None and not isinstance(form, Phrase):
             return match[1]
-    if len(re.findall(r"[A-Za-z]{2,}", text)) < 2 or re.search(r"\\[a-z]|[=<>^]", text):
+    found = re.findall(r"[A-Za-z]+", text)
+    variables = any(len(word) == 1 and word not in "aAI" for word in found)
+    if len(found) < 2 or variables or max(map(len, found)) < 3 or re.search(r"\\[a-z]|[=<>^]", text):
         return None
     numbers = list(_NUMBER.finditer(text))
     return text[numbers[0].start() :] if len(numbers) == 1 else None
@@ -199,5 +203,7 @@ def last_side(text: str) -> str | None:
     if len(sides) < 2 or not all(sides) or re.search(r"[<>]|\\(?:le|ge|ne)(?![a-z])", text):
         return None
     named = re.fullmatch(_SYMBOL, sides[0]) is not None
-    letters = re.compile(r"(?<![\\A-Za-z])[A-Za-z](?![A-Za-z])")
-    return sides[-1] if not any(letters.search(words(side)) for side in sides[named:]) else None
+    letters = [_VARIABLE.search(words(side)) is not None for side in sides]
+    if not any(letters[named:]):
+        return sides[-1]
+    return sides[0] if letters == [False, True] and re.fullmatch(_SYMBOL, sides[1]) else None  # 2 = x

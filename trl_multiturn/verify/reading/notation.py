@@ -13,8 +13,9 @@ from typing import NamedTuple
 
 _SYMBOLS = {
     "−": "-", "‐": "-", "‑": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "∙": r"\cdot ", "÷": r"\div ",
-    "∕": "/", "∞": r"\infty ", "≤": r"\le ", "⩽": r"\le ", "≥": r"\ge ", "⩾": r"\ge ", "≠": r"\ne ",
+    "∕": "/", "⁄": "/", "∞": r"\infty ", "≤": r"\le ", "⩽": r"\le ", "≥": r"\ge ", "⩾": r"\ge ", "≠": r"\ne ",
     "≈": r"\approx ", "≅": r"\approx ", "±": r"\pm ", "∓": r"\mp ", "∈": r"\in ", "∪": r"\cup ", "∩": r"\cap ",
+    "→": r"\to ", "⇒": r"\to ",
     "∅": r"\emptyset ", "ℝ": r"\mathbb{R} ", "ℤ": r"\mathbb{Z} ", "°": r"^{\circ}", "º": r"^{\circ}", "′": "'",
     "’": "'", "‘": "'", "″": '"', "“": '"', "”": '"', "«": '"', "»": '"', "⟨": "(", "⟩": ")", "√": r"\sqrt",
 }  # fmt: skip
@@ -23,12 +24,18 @@ _LOWERED = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
 _TEXT_COMMANDS = "text|textrm|textbf|textit|textsf|texttt|textnormal|mathrm|mathbf|mathit|mathsf|mathtt|mathnormal"
 
 
+_NESTED = r"(?:[^{}]|\{[^{}]*\})*"  # with braces of one level
+
+
 class Rule(NamedTuple):
     """One change of notation: every match of `pattern` becomes `replacement`."""
 
     reason: str
     pattern: re.Pattern[str]
     replacement: str | Callable[[re.Match[str]], str]
+
+
+_FUNCTIONS = "ln|log|exp|sin|cos|tan|sec|csc|cot|arcsin|arccos|arctan"
 
 
 def _rule(reason: str, pattern: str, replacement: str | Callable[[re.Match[str]], str]) -> Rule:
@@ -60,8 +67,10 @@ LAYOUT = (
     _rule("fractions of three sizes", r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
     _rule("a fraction without braces", rf"\\frac\s*{_ARGUMENT}\s*{_ARGUMENT}", _bracketed),
     _rule("underlined or bold is the same", r"\\(?:underline|boldsymbol|bm|emph)\s*\{([^{}]*)\}", r"\1"),
-    _rule("one command for words", rf"\\({_TEXT_COMMANDS}|mbox|hbox)\s*\{{([^{{}}]*)\}}", _text_or_symbol),
+    _rule("one command for words", rf"\\({_TEXT_COMMANDS}|mbox|hbox)\s*\{{({_NESTED})\}}", _text_or_symbol),
     _rule("degrees", r"\^\s*\{?\s*\\(?:circ|degree)\s*\}?|\\degrees?(?![A-Za-z])", r"^{\\circ}"),
+    _rule("degrees, typed with a letter", r"(?<=\d)\s*\^\s*(?:o(?![A-Za-z])|\{\s*o\s*\})", r"^{\\circ}"),
+    _rule("a remainder", r"\\bmod(?![A-Za-z])", r"\\mod"),
     _rule("one empty set", r"\\varnothing(?![A-Za-z])|\\O(?![A-Za-z])", r"\\emptyset"),
     _rule("angle brackets of vectors", r"\\langle(?![A-Za-z])", "("),
     _rule("angle brackets of vectors", r"\\rangle(?![A-Za-z])", ")"),
@@ -76,6 +85,7 @@ KEYBOARD = (
     _rule("a root as a function", r"(?<![A-Za-z\\])sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
     _rule("a root sign before a number", r"\\sqrt\s*(\d+(?:\.\d+)?|[A-Za-z])(?![\d}])", r"\\sqrt{\1}"),
     _rule("a root sign before brackets", r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
+    _rule("a function from the keyboard", rf"(?<![A-Za-z\\])({_FUNCTIONS})(?=\s*[(\d])", r"\\\1"),
     _rule("a name from the keyboard", r"(?<![A-Za-z\\])(pi|infinity|theta)(?![A-Za-z])", r"\\\1 "),
     _rule("relations from the keyboard", r"<\s*=", r"\\le "),
     _rule("relations from the keyboard", r">\s*=", r"\\ge "),
@@ -110,9 +120,13 @@ WHOLE = (
     _rule("quotation marks", r"^([\"'])(?=\S)([^\"']+)\1$", r"\2"),
     _rule("braces that group everything", r"^\{([^{}]*)\}$", r"\1"),
     _rule("a number in parentheses", r"^\(\s*([+-]?[\d.]+)\s*\)$", r"\1"),
+    _rule("the modulus is in the question", r"\s*(?:\\pmod\s*\{[^{}]*\}|\(\s*\\?mod\s*\w+\s*\))$", ""),
+    _rule("a set told by a condition is the condition",
+          r"^\\\{\s*[A-Za-z]\s*(?:\\in\s*\\mathbb\{R\}\s*)?(?:\\mid|:|\|)(.*(?:[<>]|\\[lg]e).*)\\\}$", r"\1"),
     _rule("a line break at the end", r"\s*\\+$", ""),
     _rule("a full stop ends a sentence", r"[,;:?]+$|(?<!\.)\.$", ""),
-    _rule("an estimate is told by its number", r"^(?:\\approx|\\sim|~|=|:)\s*(?=\S)", ""),
+    _rule("an estimate is told by its number",
+          r"^(?:\\approx|\\sim|\\(?:right|Right)arrow|\\to|~|=|:)(?![A-Za-z])\s*(?=\S)", ""),
     _rule("an exact answer is told by its number", r"(?i)^(?:exactly|only|just)\s+(?=[\d\\$.+-])", ""),
     _rule("an estimate is told by its number",
           r"(?i)^(?:about|around|approximately|approx\.?|roughly|nearly|almost)\s+(?=[\d\\$.+-])", ""),
@@ -169,5 +183,5 @@ def _unwrap(text: str) -> str:
 
 def words(text: str) -> str:
     r"""A normalized answer as it reads: without `\text{…}`, and with signs in place of their escapes."""
-    text = re.sub(r"\\text\{([^{}]*)\}", r" \1 ", text)
+    text = re.sub(rf"\\text\{{({_NESTED})\}}", r" \1 ", text)
     return re.sub(" +", " ", text.replace(r"\%", "%").replace(r"\$", "$")).strip()

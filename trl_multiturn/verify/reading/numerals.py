@@ -22,6 +22,7 @@ _SIGN = re.compile(r"(?i)([+-]|(?:minus|negative)\s)\s*")
 _FRACTION = re.compile(
     r"\\frac\{([^{}]+)\}\{([^{}]+)\}|\(?([^{}()/]+?)\)?\s*(?:/|\bover\b|\bout of\b)\s*\(?([^{}()/]+)\)?"
 )
+_CHANCE = re.compile(r"(\d+) in (\d+)")
 _MIXED = re.compile(r"(\d[\d,]*)(?:\s+|\s*(?:and|&)\s+|(?=\\))(\\frac\{\d+\}\{\d+\}|\d+\s*/\s*\d+)")
 _POWER = re.compile(r"(?:(.+?)\s*(?:\\times|\\cdot|x|\*)\s*)?10\s*\^\s*\{?\s*([+-]?\d+)\s*\}?")
 _EXPONENT = re.compile(rf"({_DIGITS})[eE]([+-]?\d+)")
@@ -43,7 +44,7 @@ _TENS = {word: 10 * i for i, word in enumerate("twenty thirty forty fifty sixty 
 _PARTS = {"half": 2, "halves": 2, "third": 3, "quarter": 4, "fourth": 4, "fifth": 5, "sixth": 6, "seventh": 7,
           "eighth": 8, "ninth": 9, "tenth": 10, "hundredth": 100, "thousandth": 1000}  # fmt: skip
 
-_BASED = re.compile(r"([0-9A-Za-z]+)\s*(?:_\s*\{?\s*(\w+)\s*\}?|\(?\s*(?:in\s+)?base[ -](\w+)\s*\)?)")
+_BASED = re.compile(r"\(?([0-9A-Za-z]+)\)?\s*(?:_\s*\{?\s*(\w+)\s*\}?|\(?\s*(?:in\s+)?base[ -](\w+)\s*\)?)")
 _PREFIXED = re.compile(r"(?i)0(?:x[0-9a-f]+|b[01]+|o[0-7]+)")
 
 
@@ -94,6 +95,8 @@ def _plain(text: str) -> Fraction | None:
 
 
 def _fraction(text: str) -> Fraction | None:
+    if match := _CHANCE.fullmatch(text):
+        return Fraction(int(match[1]), int(match[2])) if int(match[2]) else None
     match = _FRACTION.fullmatch(text)
     if not match:
         return None

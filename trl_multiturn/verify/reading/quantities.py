@@ -163,6 +163,8 @@ def _counted(text: str) -> Quantity | None:
         if quantity and (units := read_unit(tail)):
             return replace(quantity, units=units, doubtful=_ONE_LETTER.fullmatch(tail) is not None)
     tokens = text.split(" ")
+    if tokens[0].lower() in ("a", "an") and (units := read_unit(" ".join(tokens[1:]))):
+        return Quantity(Fraction(1), "1", units, decimals=0)
     for count in range(len(tokens) - 1, 0, -1):
         quantity = _bare(" ".join(tokens[:count]))
         if quantity:
@@ -175,7 +177,7 @@ def _counted(text: str) -> Quantity | None:
 
 def _unit_and_label(tail: str) -> tuple[tuple[Unit, ...], frozenset[str] | None]:
     """What follows a number: the unit of measurement it begins with, and what is counted; `None` for other text."""
-    tail = re.sub(r"^(?:an?|the|of)\s+", "", tail.strip("()-, "))
+    tail = re.sub(r"^(?:an?|the|of)\s+", "", tail.strip("()[]-, "))
     if units := read_unit(tail):
         return units, frozenset()
     tokens = tail.split()

@@ -12,7 +12,7 @@ from .numerals import read_number
 
 
 _CLOCK = re.compile(r"(?i)(\d{1,2})(?::(\d{2}))?(?::(\d{2}))?\s*(?:(a|p)\.?\s?m\b\.?|(o'clock)|(noon|midnight))?")
-_RATIO = re.compile(r"[\d.,/]+(?:\s*:\s*[\d.,/]+)+|[\d.,]+\s+to\s+[\d.,]+(?:\s+to\s+[\d.,]+)*")
+_RATIO = re.compile(r"[\d.,/]+(?:\s*:\s*[\d.,/]+)+|[\d.,]+[\s-]+to[\s-]+[\d.,]+(?:\s+to\s+[\d.,]+)*")
 _MONTHS = ("january february march april may june july august september october november december").split()
 _MONTH = "(?P<month>" + "|".join(f"{month[:3]}(?:{month[3:]}|t)?\\.?" for month in _MONTHS) + ")"
 _DAY, _YEAR = r"(?P<day>\d{1,2})(?:st|nd|rd|th)?", r"(?P<year>\d{4})"
@@ -22,7 +22,7 @@ _DATES = tuple(
         rf"{_MONTH}\s+{_DAY}(?:\s*,?\s+{_YEAR})?",
         rf"(?:the\s+)?{_DAY}\s+(?:of\s+)?{_MONTH}(?:\s*,?\s+{_YEAR})?",
         rf"{_MONTH}\s*,?\s+{_YEAR}",
-        rf"{_YEAR}-(?P<month>\d{{1,2}})-(?P<day>\d{{1,2}})",
+        rf"{_YEAR}[-/](?P<month>\d{{1,2}})[-/](?P<day>\d{{1,2}})",
     )
 )
 _SLASHED = re.compile(r"(\d{1,2})[/.-](\d{1,2})[/.-](\d{4})")
@@ -121,7 +121,7 @@ def read_ratio(text: str) -> Ratio | None:
     """`3:2`, `1:2:3`, `3 to 2`; `None` for anything else."""
     if not _RATIO.fullmatch(text):
         return None
-    numbers = [read_number(part) for part in re.split(r":|\bto\b", text)]
+    numbers = [read_number(part) for part in re.split(r":|[\s-]+to[\s-]+", text)]
     parts = [number for number in numbers if number is not None]
     if len(parts) < len(numbers) or not parts[-1]:
         return None

@@ -116,6 +116,8 @@ _TEMPERATURES = {"c": Unit(Fraction(1), frozenset({("kelvin", 1)}), Fraction("27
                  "f": Unit(Fraction(5, 9), frozenset({("kelvin", 1)}), Fraction("459.67"))}  # fmt: skip
 _TEMPERATURE = re.compile(r"(?i)(?:\^\{\\circ\}|degrees?)\s*(celsius|fahrenheit|centigrade|[CF])|(celsius|fahrenheit)")
 
+_METERS_PER_SECOND = re.compile(r"\bms(?=\s*\^\s*\{?-[12])")  # ms^{-1} is no millisecond
+
 _TOKEN = re.compile(r"""
     (?P<frac>\\frac\s*\{(?P<above>[^{}]*(?:\{[^{}]*\}[^{}]*)*)\}\s*\{(?P<below>[^{}]*(?:\{[^{}]*\}[^{}]*)*)\})
   | (?P<per>/|\bper\b|\ban?\b)
@@ -160,7 +162,7 @@ def _named(name: str, table: dict[str, tuple[Unit, ...]]) -> tuple[Unit, ...]:
 
 def read_unit(text: str) -> tuple[Unit, ...]:
     r"""The meanings of a unit as written (`cm`, `square feet`, `km/h`, `\frac{m}{s^2}`); empty for anything else."""
-    text = text.strip()
+    text = _METERS_PER_SECOND.sub("m s", text.strip())
     if match := _TEMPERATURE.fullmatch(text):
         return (_TEMPERATURES[(match[1] or match[2])[0].lower()],)
     if len(text) == 1 and text not in _LONE_LETTERS:
