@@ -1,4 +1,4 @@
-"""Which answers are the same: 1,137 pairs of our own, each told by a mathematician, and properties of the comparison."""
+"""Which answers are the same: 1,137 pairs of our own, each told by hand, and properties of the comparison."""
 
 import random
 from pathlib import Path
