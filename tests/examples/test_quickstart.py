@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import re
 import shutil
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 import nbformat
 import pytest
 from nbclient import NotebookClient
+
+from trl_multiturn.viewer import read_page
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -37,7 +40,10 @@ def test_the_notebook_runs(tmp_path, monkeypatch):
     before, after = re.search(r"problems: ([\d.]+) .*before, ([\d.]+) ", offline).groups()  # in percent
     assert float(after) > float(before)
     trajectories, correct, pairs = map(
-        int, re.search(r"(\d+) trajectories, (\d+) correct, (\d+) pairs", text_of(code[-1])).groups()
+        int, re.search(r"(\d+) trajectories, (\d+) correct, (\d+) pairs", text_of(code[-2])).groups()
     )
     assert 0 < pairs <= correct < trajectories
+    cell = code[-1].outputs[0]["data"]["text/html"]
+    index = read_page(html.unescape(re.search('srcdoc="([^"]*)"', cell)[1]))["index"]
+    assert (index["count"], len(index["pairs"]["chosen"]), index["kind"]) == (trajectories, pairs, "run")
     assert list((tmp_path / "notebooks" / "outputs" / "quickstart" / "rollouts").glob("iteration_000/journal"))

@@ -81,6 +81,12 @@ def test_what_trajectories_share_is_kept_once(payload):
     assert len(index["provenance"]) == 3 and len(index["prompts"]) == 3  # two iterations and the evaluations
 
 
+def test_reasons_are_explained(payload):
+    reasons = payload["index"]["reasons"]
+    assert set(reasons) == {"dropped: duplicate", "unused: no_correct_one", "unused: in_no_pair"}
+    assert all(len(text) > 10 and not text.startswith("duplicate") for text in reasons.values())
+
+
 def test_pairs_name_their_sides_by_number(payload):
     pairs, verdicts = payload["index"]["pairs"], column(payload, "verdict")
     assert {verdicts[i] for i in pairs["chosen"]} == {"correct"} and {verdicts[i] for i in pairs["rejected"]} == {

@@ -52,8 +52,8 @@ def test_the_same_prompt_has_one_key_in_all_iterations_and_evaluations(run):
 def test_each_trajectory_has_its_fate(run):
     records = records_of(run)
     fates = {i: [records[f"0/current/{i}/{sample}"].fate for sample in range(4)] for i in range(3)}
-    assert fates[1][:2] == ["row", "dropped: duplicate"] and sorted(fates[1][2:]) == ["left over", "row"]
-    assert set(fates[2]) == {"unpaired: no correct one", "dropped: duplicate"}
+    assert fates[1][:2] == ["row", "dropped: duplicate"] and sorted(fates[1][2:]) == ["row", "unused: in_no_pair"]
+    assert set(fates[2]) == {"unused: no_correct_one", "dropped: duplicate"}
 
 
 def test_fates_of_an_iteration_under_way_are_open_and_its_counts_are_those_of_now(tmp_path):

@@ -9,8 +9,10 @@ from ..trajectory import Trajectory, Verdict
 
 ROW, CUT = "row", "row, lost to max_length"
 UNDER_WAY = "not selected yet"
-ALL_WRONG, ALL_RIGHT = "unpaired: no correct one", "unpaired: no incorrect one"
-LEFT_OVER = "left over"
+# The names under which the selection counts them
+ALL_WRONG, ALL_RIGHT = "unused: no_correct_one", "unused: no_incorrect_one"
+IN_NO_PAIR, NOT_DRAWN = "unused: in_no_pair", "unused: not_drawn"
+HELD_OUT = "held out"  # of an evaluation, on which nothing trains
 
 
 def fates(
@@ -30,8 +32,8 @@ def fates(
             Whether rows are pairs, which need a correct and an incorrect side.
 
     Returns:
-        `list[str]`: `"row"`, `"row, lost to max_length"`, `"dropped: …"`, `"unpaired: …"`, `"left over"` (others were
-        enough, or it met no partner), `"not selected yet"`.
+        `list[str]`: `"row"`, `"row, lost to max_length"`, `"dropped: …"` or `"unused: …"` with the name of the reason
+        ([`Selection`]), `"not selected yet"`.
     """
     kept = {t.verdict for t in group if "dropped" not in t.info}
 
@@ -43,10 +45,10 @@ def fates(
             return ROW if trained is None or name in trained else CUT
         if "dropped" in trajectory.info:
             return f"dropped: {trajectory.info['dropped']}"
-        if paired and Verdict.CORRECT not in kept:
+        if not paired:
+            return NOT_DRAWN
+        if Verdict.CORRECT not in kept:
             return ALL_WRONG
-        if paired and Verdict.INCORRECT not in kept:
-            return ALL_RIGHT
-        return LEFT_OVER
+        return IN_NO_PAIR if Verdict.INCORRECT in kept else ALL_RIGHT
 
     return [fate(trajectory) for trajectory in group]

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from ..online.report import explain_reasons
 from ..version import __version__
 from .record import LAYERS, PairRecord, Record, Source, turn_spans
 from .token_texts import other_tokenizer, token_texts
@@ -144,6 +145,7 @@ class _Builder:
             "layers": [{"name": n, "label": LAYERS[n], "count": count} for n, count in self.layers.items() if count],
             "logp_unit": LOGP_UNIT,
             "enums": {name: list(known) for name, known in self.enums.items()},
+            "reasons": self._reasons(),
             "columns": self.columns,
             "prompts": self.snippets,
             "provenance": [json.loads(text) for text in self.provenance],
@@ -173,6 +175,12 @@ class _Builder:
                 )
         names = [name for name in PairRecord.__dataclass_fields__ if name != "prompt_tokens"] + ["shared"]
         return {name: [_number(row[name]) for row in rows] for name in names}
+
+    def _reasons(self) -> dict[str, str]:
+        """What the reasons mean for which trajectories are in no row, by fate."""
+        named = {fate: fate.partition(": ")[2] for fate in self.enums["fate"] if ": " in fate}
+        told = {fate: explain_reasons([name]) for fate, name in named.items()}
+        return {fate: lines[0].removeprefix(f"{named[fate]}: ") for fate, lines in told.items() if lines}
 
     def _notes(self) -> list[str]:
         firsts = {note.partition(":")[0].partition(" first")[0]: note for note in reversed(self.source.notes)}

@@ -15,7 +15,7 @@ from ..journal.export import iteration_trajectories
 from ..journal.run_folder import IterationFolder, RunFolder, find_run_folder
 from ..online.report import IterationReport, load_start
 from ..trajectory import Trajectory
-from .fates import fates
+from .fates import HELD_OUT, fates
 from .record import PairRecord, Record, Source
 
 
@@ -98,9 +98,8 @@ def evaluation_records(number: int, trajectories: list[Trajectory]) -> Iterator[
     for i, trajectory in enumerate(trajectories):
         policy = trajectory.info.get("policy", "").removeprefix("evaluation-")
         place = "/".join(str(trajectory.info.get(name, 0)) for name in ("prompt_index", "sample_index"))
-        yield Record.of(
-            trajectory, i, "evaluation", id=f"evaluation/{number}/{policy}/{place}", iteration=number, policy=policy
-        )
+        name = f"evaluation/{number}/{policy}/{place}"
+        yield Record.of(trajectory, i, "evaluation", id=name, iteration=number, policy=policy, fate=HELD_OUT)
 
 
 @dataclass

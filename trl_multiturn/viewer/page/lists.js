@@ -17,7 +17,8 @@ function trajectoryColumns(data, actions) {
     number("turns", "turns", (i) => data.get("turns", i)),
     { name: "calls", title: "calls", cell: (i) => statusMarks(data.statuses(i)), sort: (i) => FIELDS.errors(data, i) * 1000 + data.statuses(i).length },
     text("stop", "stopped", (i) => data.get("stop_reason", i) || "–", (i) => data.get("stop_reason", i)),
-    text("fate", "fate", (i) => plain(data.get("fate", i)) || "–", (i) => data.get("fate", i)),
+    { name: "fate", title: "fate", wide: true, sort: (i) => data.get("fate", i),
+      cell: (i) => h("span", { title: plain(data.reasons[data.get("fate", i)] ?? "") }, plain(data.get("fate", i)) || "–") },
     number("tokens", "tokens", (i) => data.get("sampled", i)),
     number("time", "time", (i) => data.get("seconds", i), seconds),
     text("seed", "seed", (i) => data.get("seed", i)),
@@ -86,7 +87,11 @@ const promptList = {
       ...at.map((stage) => ({ name: "stage", wide: true, key: stage.key, title: stage.title, numeric: true, cell: (prompt) => tallyCell(tally(data, stage.numbers.get(prompt) || [])), sort: (prompt) => share(tally(data, stage.numbers.get(prompt) || [])) })),
     ];
   },
-  numbers: async (data) => data.byPrompt.map((_, prompt) => prompt),
+  // Those that are in most iterations come first: they can be compared
+  numbers: async (data) => {
+    const seen = data.byPrompt.map((numbers) => new Set(numbers.map((i) => stageOf(data, i))).size);
+    return seen.map((_, prompt) => prompt).sort((a, b) => seen[b] - seen[a] || a - b);
+  },
   idOf: (data, prompt) => data.get("id", data.byPrompt[prompt][0]),
   numberOf: (data, id) => (data.numbers.has(id) ? data.columns.prompt[data.numbers.get(id)] : null),
   view: (data, prompt, view, actions) => promptView(data, prompt, actions),

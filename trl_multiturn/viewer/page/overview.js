@@ -92,7 +92,7 @@ function outcomeTables(data, actions) {
     if (values.length < 2 && values[0]?.[0] === "none") return null;
     const most = Math.max(...values.map(([, count]) => count));
     return h("table", { class: "plain counts" }, h("caption", {}, title), h("tbody", {}, values.map(([value, count]) => h("tr", {},
-      h("th", { scope: "row" }, h("a", { href: actions.filterLink(field, value) }, visible(String(value)))), h("td", { class: "number" }, short(count)), h("td", {}, bar(count, most))))));
+      h("th", { scope: "row" }, h("a", { href: actions.filterLink(field, value), title: plain(data.reasons[value] ?? "") }, visible(String(value)))), h("td", { class: "number" }, short(count)), h("td", {}, bar(count, most))))));
   }).filter(Boolean);
 }
 

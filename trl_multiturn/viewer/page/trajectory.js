@@ -35,7 +35,7 @@ function trajectoryFacts(data, i, text) {
   const known = new Set(["rewards", "tool_statuses", "tool_turns", "malformed_calls"]);
   return [
     facts([
-      ["fate", data.get("fate", i)],
+      ["fate", fateText(data, data.get("fate", i))],
       ["stopped", data.get("stop_reason", i)],
       ["answer", data.get("answer", i)],
       ["tokens", tokens ? `${data.get("prompt_tokens", i)} prompt, ${data.get("sampled", i)} sampled, ${tokens - data.get("sampled", i)} read` : null],
@@ -48,6 +48,12 @@ function trajectoryFacts(data, i, text) {
     h("details", { class: "provenance" }, h("summary", {}, "Provenance"),
       h("pre", {}, visible(JSON.stringify(Object.fromEntries(Object.entries(info).filter(([name]) => !known.has(name))), null, 1)))),
   ];
+}
+
+// A fate, and what it means
+function fateText(data, fate) {
+  const reason = data.reasons[fate];
+  return reason ? h("span", {}, visible(fate), h("span", { class: "quiet" }, ` (${plain(reason)})`)) : fate;
 }
 
 // A row per turn: tokens, sums of its numbers, its tools
