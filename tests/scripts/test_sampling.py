@@ -42,9 +42,9 @@ def test_vllm_in_this_process_gets_model_context_and_adapters(monkeypatch):
 
 def test_a_server_is_spoken_to_where_it_listens(monkeypatch):
     monkeypatch.setattr(vllm_server, "VLLMServerEngine", Recorded)
-    flags = EngineArguments(use_vllm=True, vllm_mode="server", vllm_server_base_url="http://there:1")
+    flags = EngineArguments(use_vllm=True, vllm_mode="server", vllm_server_base_url=["http://there:1"])
     engine = engine_factory(flags, ModelConfig(), ROLLOUT)(None, "tokenizer")
-    assert engine.args[:2] == ("http://there:1", "tokenizer")
+    assert engine.args[:2] == (["http://there:1"], "tokenizer")
 
 
 @pytest.mark.parametrize(("rank", "started"), [(1, 8), (8, 8), (9, 16), (500, 512)])

@@ -138,8 +138,9 @@ class EngineArguments:
         default="colocate",
         metadata={"help": "`colocate`: vLLM in this process, on the same device. `server`: a running `vllm serve`."},
     )
-    vllm_server_base_url: str = field(
-        default="http://localhost:8000", metadata={"help": "Where the server listens (`vllm_mode` server)."}
+    vllm_server_base_url: list[str] = field(
+        default_factory=lambda: ["http://localhost:8000"],
+        metadata={"help": "Where the server listens, or several that share the work (`vllm_mode` server)."},
     )
     vllm_server_timeout: float = field(default=600.0, metadata={"help": "Seconds that one turn may take there."})
     vllm_gpu_memory_utilization: float = field(

@@ -75,10 +75,22 @@ def vllm_rank(rank: int) -> int:
 
 def load_policy(folder: str | Path, device: Any = None) -> tuple[Any, Any]:
     """A saved policy, plain or adapter, as any user would load it; `(model, tokenizer)`."""
-    from peft import AutoPeftModelForCausalLM
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    adapter = Path(folder, "adapter_config.json").exists()
-    model_class = AutoPeftModelForCausalLM if adapter else AutoModelForCausalLM
-    model = model_class.from_pretrained(folder)
+    model = load_model(folder)
     return (model if device is None else model.to(device)), AutoTokenizer.from_pretrained(folder)
+
+
+def load_model(folder: str | Path, **kwargs: Any) -> Any:
+    """
+    A saved policy, plain or adapter.
+
+    `AutoPeftModelForCausalLM` would redraw the embeddings where the tokenizer knows more tokens than the model.
+    """
+    from peft import PeftConfig, PeftModel
+    from transformers import AutoModelForCausalLM
+
+    if not Path(folder, "adapter_config.json").exists():
+        return AutoModelForCausalLM.from_pretrained(folder, **kwargs)
+    base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(str(base), **kwargs), str(folder))

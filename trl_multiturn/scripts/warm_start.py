@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, load_from_disk
-from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 from trl import SFTConfig, SFTTrainer, get_peft_config
 
@@ -25,7 +24,7 @@ from ..rows.row_files import write_rows
 from ..rows.selection import UnpairedConfig, select_by_prompt
 from ..tools.base import tool_schema
 from .arguments import OnlineArguments
-from .sampling import engine_factory
+from .sampling import engine_factory, load_model
 
 
 def warm_started(
@@ -104,7 +103,7 @@ def _imitate(
     trainer.train()
     trainer.save_model(str(folder))
     if arguments.model.use_peft and training.process_index == 0:
-        AutoPeftModelForCausalLM.from_pretrained(folder, dtype=model.dtype).merge_and_unload().save_pretrained(folder)
+        load_model(folder, dtype=arguments.model.dtype).merge_and_unload().save_pretrained(folder)
         for adapter in folder.glob("adapter_*"):
             adapter.unlink()
     trainer.accelerator.wait_for_everyone()
