@@ -113,7 +113,7 @@ def test_two_processes(tmp_path, model, rows):
 
 # RAFT
 
-RAFT = ["--num_generations", "2", "--max_turn_tokens", "80", "--max_trajectory_tokens", "512"]
+RAFT = ["--system_prompt", "", "--num_generations", "2", "--max_turn_tokens", "80", "--max_trajectory_tokens", "512"]
 
 
 def test_raft_says_when_there_is_nothing_to_imitate(tmp_path, model):
