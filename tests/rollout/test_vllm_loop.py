@@ -161,34 +161,35 @@ def make_trainer(folder, engine, tool, reward, iterations, peft_config):
     ), generator
 
 
-class Reward:
-    """Odd lengths win. Raises after so many calls, if it is told to."""
+def odd_lengths_win(completions, **columns):
+    return [float(sum(len(message["content"]) for message in completion) % 2) for completion in completions]
 
-    def __init__(self):
-        self.calls_left = None
 
-    def __call__(self, completions, **columns):
-        if self.calls_left is not None:
-            self.calls_left -= 1
-            if self.calls_left < 0:
-                raise InterruptedError
-        return [float(sum(len(message["content"]) for message in completion) % 2) for completion in completions]
+def interrupted_after(turns, generate):
+    """An engine's `generate` that is interrupted after so many turns."""
+    left = iter(range(turns))
+
+    async def limited(*args, **kwargs):
+        if next(left, None) is None:
+            raise InterruptedError
+        return await generate(*args, **kwargs)
+
+    return limited
 
 
 @pytest.mark.parametrize("peft_config", [None, LORA], ids=["all weights", "adapter"])
-def test_the_engine_follows_the_policy_through_the_iterations(engine, tmp_path, peft_config):
-    reward = Reward()
+def test_the_engine_follows_the_policy_through_the_iterations(engine, tmp_path, peft_config, monkeypatch):
+    reward = odd_lengths_win
     with PythonTool() as tool:
         first, _ = make_trainer(tmp_path, engine, tool, reward, 1, peft_config)
         first.train(resume_from_checkpoint=True)
         # Interrupted in the second iteration and taken up again: what was sampled is kept
-        reward.calls_left = 2
         stopped, generator = make_trainer(tmp_path, engine, tool, reward, 2, peft_config)
-        with pytest.raises(InterruptedError):
+        with monkeypatch.context() as patch, pytest.raises(InterruptedError):
+            patch.setattr(engine, "generate", interrupted_after(20, engine.generate))
             stopped.train(resume_from_checkpoint=True)
         journal = Journal(generator.run_folder / "iteration_001" / "journal")
         kept = {(t.info["policy"], t.info["trajectory_id"]): t.completion_ids for t in journal.read()}
-        reward.calls_left = None
         trainer, generator = make_trainer(tmp_path, engine, tool, reward, 2, peft_config)
         trainer.train(resume_from_checkpoint=True)
     assert [report.trajectories for report in generator.reports] == [16, 16]
@@ -197,7 +198,7 @@ def test_the_engine_follows_the_policy_through_the_iterations(engine, tmp_path, 
         kept.items() <= {(t.info["policy"], t.info["trajectory_id"]): t.completion_ids for t in journal.read()}.items()
     )
 
-    fresh, _ = make_trainer(tmp_path / "fresh", engine, None, reward, 1, peft_config)
+    fresh, _ = make_trainer(tmp_path / "fresh", engine, tool, reward, 1, peft_config)
     policies = []
     for number in range(2):
         load_policy_weights(fresh.model, Path(generator.run_folder, f"iteration_{number:03d}", "policy.safetensors"))

@@ -178,6 +178,6 @@ def test_a_column_is_written_as_it_comes(tmp_path, monkeypatch):
     forget_caches(found, tmp_path)
     forget_caches(found, tmp_path)
     assert sorted(path.name for path in (tmp_path / "rows").iterdir()) == [
-        "data-00000-of-00001.arrow", "dataset_info.json", "state.json"
+        "checksums.json", "data-00000-of-00001.arrow", "dataset_info.json", "state.json"
     ]  # fmt: skip
     assert list_lengths(in_memory.select([]), "ids").tolist() == []
