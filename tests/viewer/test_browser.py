@@ -65,7 +65,10 @@ def open_page(tab, pages):
     def open_page(address="", name="run"):
         tab.goto("about:blank")
         tab.goto(f"{(pages / name).as_uri()}.html{address}")
-        tab.wait_for_selector("article" if "open=" in address or "left=" in address else "main > :not(.wait)")
+        listed = address.startswith(("#trajectories", "#pairs", "#prompts"))
+        tab.wait_for_selector("table.rows tbody tr:not(.spacer)" if listed else ".overview")
+        if "open=" in address or "left=" in address:
+            tab.wait_for_selector("article")
         return tab
 
     return open_page
@@ -116,11 +119,11 @@ def test_the_table_sorts_by_a_column_up_down_and_not(open_page):
     header = tab.get_by_role("columnheader", name="tokens")
     for order, check in (("ascending", sorted), ("descending", lambda found: sorted(found, reverse=True))):
         header.get_by_role("button").click()
-        tab.wait_for_selector(f'th.c-tokens[aria-sort="{order}"]')
+        tab.wait_for_selector(f'table:has(th.c-tokens[aria-sort="{order}"]) td.c-tokens')
         found = [int(text) for text in tab.locator("td.c-tokens").all_inner_texts()]
         assert found == check(found) and len(set(found)) > 1
     header.get_by_role("button").click()
-    tab.wait_for_selector("th.c-tokens:not([aria-sort])")
+    tab.wait_for_selector("table:has(th.c-tokens:not([aria-sort])) td.c-tokens")
     assert places(tab)[0][0] == "0·0"
 
 
@@ -201,12 +204,15 @@ def test_a_pair_stands_side_by_side_from_its_first_difference_on(open_page):
     )
     for side in (chosen, rejected):
         assert side.locator("mark").count() > 0
+        assert side.locator("summary").all_inner_texts() == ["shared, 1 message"]
+    chosen.locator("summary").click()
+    chosen.locator("details").get_by_text("This is question").wait_for()  # made when it is opened
     tab.get_by_role("button", name="Tokens").click()
     tab.wait_for_selector(".tokens")
     marked = [side.locator(".tokens .different") for side in (chosen, rejected)]
     assert [m.count() for m in marked] == [1, 1] and marked[0].inner_text() != marked[1].inner_text()
-    before = [side.evaluate(BEFORE_DIFFERENCE) for side in (chosen, rejected)]
-    assert before[0] == before[1] != ""
+    for side in (chosen, rejected):
+        assert side.locator("summary").all_inner_texts() == ["prompt, 124 tokens"]
 
 
 BEFORE_DIFFERENCE = """side => {
@@ -214,6 +220,15 @@ BEFORE_DIFFERENCE = """side => {
     const first = tokens.findIndex((token) => token.classList.contains("different"));
     return tokens.slice(0, first).map((token) => token.dataset.id).join(" ");
 }"""
+
+
+def test_the_first_token_in_which_two_trajectories_differ_is_marked(open_page):
+    left, right = quote("0/current/0/0", safe=""), quote("0/current/0/2", safe="")
+    tab = open_page(f"#pairs?left={left}&right={right}&view=tokens")
+    sides = [tab.get_by_role("region", name=name) for name in ("left", "right")]
+    assert [side.locator(".different").inner_text() for side in sides] == ["T", "F"]  # of True and False
+    before = [side.evaluate(BEFORE_DIFFERENCE) for side in sides]
+    assert before[0] == before[1] != ""
 
 
 def test_what_two_trajectories_share_is_folded(open_page):
@@ -233,6 +248,7 @@ def test_a_prompt_is_followed_through_iterations_and_evaluations(open_page):
     assert cells[2:] == ["11", "0/1", "1/1", "1/1", "2/4", "2/4"]
     tab.get_by_role("row").nth(1).click()
     table = tab.get_by_role("table", name="Its trajectories")
+    table.wait_for()
     assert table.get_by_role("row").count() == 6 and table.locator(".square.correct").count() == 6
     tab.get_by_role("button", name="Compare").click()
     tab.wait_for_selector("article.pair")

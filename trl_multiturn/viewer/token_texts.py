@@ -21,6 +21,7 @@ def token_texts(tokenizer: Any, ids: Iterable[int]) -> dict[int, str | list[int]
     Returns:
         `dict[int, str | list[int]]`: by id; the bytes of a token that is a part of a character only.
     """
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a processor's
     return {token: _text(tokenizer, token) for token in sorted(set(ids))}
 
 

@@ -13,8 +13,8 @@ async function pairView(data, left, right, view, actions) {
     sideNumbers(tokens[k], shared, byTokens, which, view.pair),
     turnStrip(data, i, texts[k], tokens[k]),
     byTokens
-      ? tokenView(tokens[k], vocabulary, { layer: view.layer, from: shared.from, different: shared.at })
-      : h("div", { class: "messages" }, messageViews(texts[k], shared.message, shared)));
+      ? tokenView(tokens[k], vocabulary, { layer: view.layer, from: shared.from, different: shared.at, foldPrompt: true })
+      : h("div", { class: "messages" }, messageViews(texts[k], shared)));
   const sides = view.pair ? ["chosen", "rejected"] : ["left", "right"];
   return h("article", { class: "pair", "aria-label": "Two trajectories side by side" },
     h("header", { class: "heading" },

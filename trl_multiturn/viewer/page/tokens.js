@@ -87,7 +87,10 @@ function largestOf(numbers) {
   return Math.max(sizes[Math.floor(sizes.length * 0.98)] || 0, 0.01);
 }
 
-// options: {layer, from, different}: tokens before `from` are folded, the one at `different` is marked
+// More are shown when they are asked for: each is an element
+const MOST_TOKENS = 20000;
+
+// options: {layer, from, different, foldPrompt}: tokens before `from` are folded, the one at `different` is marked
 function tokenView(entry, vocabulary, options) {
   const numbers = options.layer === "trained" ? null : layerNumbers(entry, options.layer);
   const largest = numbers ? largestOf(numbers) : 1;
@@ -100,21 +103,25 @@ function tokenView(entry, vocabulary, options) {
     return h("span", { class: `t ${k >= 0 && turnOf[k] ? shade : "context"}${cut}${mark}`, "data-k": k, "data-id": id },
       visible(text.replaceAll("\n", "↵\n")), line ? null : "");
   };
-  const spans = (ids, offset) => tokenTexts(ids, vocabulary).map((text, k) => span(text, k + offset, ids[k]));
-  const prompt = spans(entry.prompt, -entry.prompt.length);
-  const completion = spans(entry.ids, 0);
-  const from = options.from || 0;
+  const texts = tokenTexts(entry.ids, vocabulary);
+  const spans = (start, stop) => () => texts.slice(start, stop).map((text, k) => span(text, start + k, entry.ids[start + k]));
+  const prompt = () => tokenTexts(entry.prompt, vocabulary).map((text, k) => span(text, k - entry.prompt.length, entry.prompt[k]));
+  const [from, end] = [options.from || 0, Math.max(MOST_TOKENS, (options.different || 0) + 100)];
   const element = h("div", { class: "tokens", tabindex: "0", role: "group", "aria-label": "Tokens; arrow keys move from one to the next" },
-    fold(`prompt, ${entry.prompt.length} tokens`, prompt, !from && entry.prompt.length <= 300),
-    from ? fold(`shared, ${from} tokens`, completion.slice(0, from), false) : null,
-    completion.slice(from));
+    fold(`prompt, ${entry.prompt.length} tokens`, entry.prompt.length, prompt, !options.foldPrompt && entry.prompt.length <= 300),
+    fold(`shared, ${from} tokens`, from, spans(0, from), false),
+    spans(from, end)(),
+    fold(`the other ${entry.ids.length - end} tokens`, entry.ids.length - end, spans(end), false));
   watchTokens(element, entry, vocabulary, turnOf);
   return h("div", {}, legend(options.layer, numbers, largest, entry), element);
 }
 
-function fold(title, content, open) {
-  if (!content.length) return null;
-  return h("details", { open }, h("summary", {}, title), content);
+// Content that is made when it is opened; nothing where there is none
+function fold(title, count, make, open) {
+  if (count <= 0) return null;
+  const details = h("details", { open }, h("summary", {}, title), open ? make() : null);
+  if (!open) details.addEventListener("toggle", () => details.append(...make()), { once: true });
+  return details;
 }
 
 function turnNumbers(entry) {

@@ -5,7 +5,7 @@ async function trajectoryView(data, i, view, actions) {
   const [text, tokens, vocabulary] = await Promise.all([data.text(i), data.tokens(i), data.vocabulary]);
   const body = view.tokens && tokens.ids.length
     ? tokenView(tokens, vocabulary, { layer: view.layer })
-    : h("div", { class: "messages" }, messageViews(text, 0));
+    : h("div", { class: "messages" }, messageViews(text));
   return h("article", { class: "trajectory", "aria-label": `Trajectory ${place(data, i)}` },
     heading(data, i, actions),
     trajectoryFacts(data, i, text),
@@ -134,8 +134,8 @@ function layerSelect(data, view, actions) {
   return h("label", {}, "coloured by ", h("select", { onchange: (event) => actions.show({ layer: event.target.value }) }, options));
 }
 
-// Messages: the prompt and the completion, from message `from` of the completion on
-function messageViews(text, from, different) {
+// Messages: the prompt and the completion; in a pair what comes before the first difference is folded
+function messageViews(text, different) {
   const statuses = text.info.tool_statuses || [];
   let turn = 0, call = 0;
   const prompt = text.prompt.map((message) => messageView(message, message.role, {}));
@@ -145,9 +145,9 @@ function messageViews(text, from, different) {
     const answered = statuses.slice(call, (call += outputs));
     return messageView(message, message.role, { ...(k === different?.message ? different : {}), statuses: answered });
   });
-  if (!from) return [...prompt, ...completion];
-  const count = prompt.length + from;
-  return [fold(`shared, ${count} message${count === 1 ? "" : "s"}`, [...prompt, ...completion.slice(0, from)], false), ...completion.slice(from)];
+  if (!different) return [...prompt, ...completion];
+  const shared = [...prompt, ...completion.slice(0, different.message)];
+  return [fold(`shared, ${shared.length} message${shared.length === 1 ? "" : "s"}`, shared.length, () => shared, false), ...completion.slice(different.message)];
 }
 
 function messageView(message, who, { statuses = [], part: differing, at, tail }) {
