@@ -32,7 +32,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from embedded.default_job import load_problems
+from embedded.default_job import load_held_out_problems
 
 from trl_multiturn.scripts.arguments import EngineArguments, PromptArguments, RolloutArguments
 
@@ -66,7 +66,7 @@ def main(script_args, model_args, rollout_args, engine_args):
     tools = load_tools(script_args.tools)
     config = seeded(RolloutConfig, rollout_args, script_args.seed)
     config.system_prompt = system_prompt(config, script_args.tools)
-    prompts = load_problems(script_args, script_args)[1]
+    prompts = load_held_out_problems(script_args)
     prompts = with_shots(prompts, shots_of(script_args, config, model_args.model_name_or_path, tools))
     engine = engine_factory(engine_args, model_args, config)(policy, tokenizer)
 

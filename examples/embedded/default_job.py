@@ -26,6 +26,17 @@ def load_problems(script_args: Any, training_args: Any) -> tuple[Dataset, Datase
     return train, make_problems(script_args.num_eval_prompts, seed=0, split="test")
 
 
+def load_held_out_problems(script_args: Any) -> Dataset:
+    """Held-out prompts alone: those of the dataset that is named, or embedded ones."""
+    from trl_multiturn.scripts.prompts import load_held_out
+
+    from .word_problems import make_problems
+
+    if script_args.dataset_name or script_args.eval_dataset_name:
+        return load_held_out(script_args)
+    return make_problems(script_args.num_eval_prompts, seed=0, split="test")
+
+
 def load_policy_and_rows(arguments: Any) -> Dataset | None:
     """
     Names the embedded policy where no model is named; the conversations that `--warm_start teacher` imitates.

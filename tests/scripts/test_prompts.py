@@ -10,7 +10,7 @@ from datasets import Dataset, DatasetDict
 from tests.support import assistant, byte_tokenizer, user
 from trl_multiturn import PythonTool, RolloutConfig, math_reward
 from trl_multiturn.scripts.arguments import PromptArguments
-from trl_multiturn.scripts.prompts import as_prompts, load_prompts, load_shots, with_shots
+from trl_multiturn.scripts.prompts import as_prompts, load_held_out, load_prompts, load_shots, with_shots
 from trl_multiturn.scripts.shots import python_shots
 from trl_multiturn.scripts.tools import load_tools
 
@@ -53,6 +53,13 @@ def test_no_test_split_is_a_message_with_the_ways_out(tmp_path):
         folder = tmp_path / "splits"
         folder.mkdir()
         load_prompts(PromptArguments(write("saved splits", folder), dataset_train_split="validation"))
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet", "folder of files", "saved splits"])
+def test_an_evaluation_needs_no_training_split(tmp_path, form):
+    name = write(form, tmp_path)
+    for arguments in (PromptArguments(name, num_eval_prompts=3), PromptArguments(None, eval_dataset_name=name)):
+        assert load_held_out(arguments)["answer"][:] == ["1", "2", "3", "4"][: arguments.num_eval_prompts]
 
 
 @pytest.mark.parametrize(

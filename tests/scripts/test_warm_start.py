@@ -153,6 +153,17 @@ def test_an_online_script_that_finds_nothing_says_why_and_saves_the_policy_as_it
 
 
 @pytest.mark.slow
+def test_the_evaluation_script_measures_a_saved_policy(model, tmp_path):
+    numbers = tmp_path / "numbers.json"
+    flags = ["--model_name_or_path", model, "--num_eval_prompts", "3", "--eval_generations", "2", "--device", "cpu"]
+    flags += ["--max_turn_tokens", "4", "--max_trajectory_tokens", "400", "--output", str(numbers)]
+    done = launch.run([sys.executable, "examples/evaluate.py", *flags])
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert "pass@1       0.0 ± 0.0 % of 3" in done.stdout
+    assert {"pass@1", "mean@2", "pass@2"} <= json.loads(numbers.read_text()).keys()
+
+
+@pytest.mark.slow
 def test_online_oreo_compares_what_its_values_choose(model, tmp_path):
     done = run_whole("iterative_oreo", model, tmp_path)
     assert "search by value, beam 3, each turn a step" in done.stdout

@@ -52,6 +52,20 @@ def load_prompts(arguments: PromptArguments) -> tuple[Dataset, Dataset | None]:
     return prompts, as_prompts(held_out.select(range(min(arguments.num_eval_prompts, len(held_out)))), arguments)
 
 
+def load_held_out(arguments: PromptArguments) -> Dataset:
+    """
+    The prompts of an evaluation: the test split, or a file's only one.
+
+    Raises:
+        `ValueError`: if the dataset lacks the split or a column, or a question is empty.
+    """
+    name = arguments.eval_dataset_name or arguments.dataset_name or ""
+    dataset = load_rows(name, None if arguments.eval_dataset_name else arguments.dataset_config)
+    only_one = len(dataset) == 1 and arguments.dataset_test_split == "test"  # by default
+    rows = choose_split(dataset, "train" if only_one else arguments.dataset_test_split, name)
+    return as_prompts(rows.select(range(min(arguments.num_eval_prompts, len(rows)))), arguments)
+
+
 def as_prompts(rows: Dataset, arguments: PromptArguments) -> Dataset:
     """Rows of questions and answers with the columns `prompt` (messages) and `answer`."""
     question = str(_column(rows, arguments.question_column, QUESTIONS, "question"))
