@@ -109,7 +109,7 @@ def write_rows_of(folder):
 
 
 def write_found_rows(folder):
-    trajectories = [fresh(0, float(sample)) for sample in range(2)] * 200
+    trajectories = [fresh(0, float(sample % 2)) for sample in range(400)]
     selections = (part for _, part in select_by_prompt([trajectories], UnpairedConfig("all", deduplicate=False)))
     write_rows(selections, folder / "rows", "unpaired")
 

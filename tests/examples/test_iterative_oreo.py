@@ -15,7 +15,7 @@ from trl_multiturn.trajectory import StopReason, Trajectory
 
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
-from iterative_oreo import elect, fit_values, last_state, to_states, value_loss  # noqa: E402
+from embedded.value_search import elect, fit_values, last_state, to_states, value_loss  # noqa: E402
 
 
 def test_each_state_that_chose_a_token_is_labelled_with_the_outcome():

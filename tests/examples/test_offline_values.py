@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -72,10 +73,15 @@ class Values:
     """Stands where a trainer stands; the value of a sequence is its last token."""
 
     kind = "full"
+    model = None
+    accelerator = SimpleNamespace(unwrap_model=lambda model: model)
     seen: list = []
 
     @property
     def value_model(self):
+        return self
+
+    def standing_on(self, policy):
         return self
 
     def score(self, sequences):
