@@ -346,7 +346,7 @@ class ToolRolloutGenerator(TrainerCallback):
             self.trainer.train_dataset = load_rows(self.run.iteration(self.reports[-1].iteration).training_rows)
         if args.process_index == 0:
             print_iterations(self.reports, self.start_evaluation)
-            print(where_to_look(self.run, args.output_dir))
+            print(where_to_look(self.run, str(args.output_dir)))
 
     # What the run has found so far
 

@@ -279,4 +279,5 @@ def _majority(group: Sequence[Trajectory], answer: Callable[[Trajectory], str | 
         if text and canonical_answer(text) in by_answer:
             by_answer[canonical_answer(text)].append(trajectory.verdict)
     shares = [_correct(verdicts) for verdicts in by_answer.values()]
-    return None if None in shares else sum(shares) / len(shares)
+    decided = [share for share in shares if share is not None]
+    return None if len(decided) < len(shares) else sum(decided) / len(decided)

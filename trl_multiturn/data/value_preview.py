@@ -107,6 +107,7 @@ def preview_values(
         value_model = value_model or _value_model_of(trainer)
         processing_class = processing_class or trainer.processing_class
     _refuse_missing(rows, value_model, processing_class)
+    assert value_model is not None  # refused above
     trajectories = []
     for index in range(min(num_rows, len(rows))):
         row = rows[index]

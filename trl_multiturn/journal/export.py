@@ -38,7 +38,7 @@ def iteration_trajectories(folder: IterationFolder) -> Iterator[list[Trajectory]
         while prompt < group[0].info["prompt_index"]:
             prompt, reasons = next(dropped, _NOTHING)
         here = reasons if prompt == group[0].info["prompt_index"] else {}
-        yield [_with_reason(trajectory, here.get(trajectory.info.get("trajectory_id"))) for trajectory in group]
+        yield [_with_reason(trajectory, here.get(str(trajectory.info.get("trajectory_id")))) for trajectory in group]
 
 
 def _with_reason(trajectory: Trajectory, reason: str | None) -> Trajectory:

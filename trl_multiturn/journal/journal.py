@@ -220,7 +220,8 @@ class Journal:
                 os.ftruncate(descriptor, self._size)  # a half-written line must not precede a later one
                 raise
             self._size += len(line)
-            self._sync.written()
+            if self._sync is not None:
+                self._sync.written()
 
     def _open_shard(self) -> int:
         """A new shard: one that was written by another run may end in a torn line."""

@@ -137,7 +137,7 @@ class ValueModel(nn.Module):
         """
         if self.kind != "head" or self.backbone is not None:
             return self
-        standing = ValueModel(decoder(policy), self.head.in_features, self.kind)
+        standing = ValueModel(cast(PreTrainedModel, decoder(policy)), self.head.in_features, self.kind)
         standing.head = self.head
         return standing.train(self.training)
 

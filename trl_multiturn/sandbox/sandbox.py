@@ -80,12 +80,15 @@ class Sandbox:
         return {"config": self.config, "backend": self._custom_backend}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**state)
+        self.__init__(**state)  # type: ignore[misc]  # made anew, as a subclass would be
 
-    def loop_thread(self, start: bool = True) -> LoopThread | None:
-        """The thread of this sandbox's event loop; `None` where none runs and `start` is `False`."""
-        if not start:
-            return self._thread
+    @property
+    def running_thread(self) -> LoopThread | None:
+        """The thread of this sandbox's event loop, if one runs."""
+        return self._thread
+
+    def loop_thread(self) -> LoopThread:
+        """The thread of this sandbox's event loop, which is started where none runs."""
         with self._guard:
             if self._thread is None:
                 self._thread = LoopThread("trl-multiturn-sandbox")

@@ -34,7 +34,10 @@ class SessionHost(Protocol):
     config: SandboxConfig
     admission: Gate  # bounds the cells that run at the same time
 
-    def loop_thread(self, start: bool = True) -> LoopThread | None: ...
+    @property
+    def running_thread(self) -> LoopThread | None: ...
+
+    def loop_thread(self) -> LoopThread: ...
 
     async def spawn(self) -> Interpreter: ...
 
@@ -91,12 +94,12 @@ class Session:
 
     def close(self) -> None:
         """Ends the process and removes its files. Safe to call twice, and while a cell runs."""
-        if not self._closed and self._sandbox.loop_thread(start=False) is not None:
+        if not self._closed and self._sandbox.running_thread is not None:
             self._sandbox.loop_thread().run(self._close())
 
     async def aclose(self) -> None:
         """[`Session.close`] for event loops."""
-        if not self._closed and self._sandbox.loop_thread(start=False) is not None:
+        if not self._closed and self._sandbox.running_thread is not None:
             await self._sandbox.loop_thread().wait(self._close())
 
     def __enter__(self) -> Session:
@@ -107,7 +110,7 @@ class Session:
 
     def __del__(self) -> None:
         # forgotten rather than closed: its process must not wait for the sandbox's end
-        interpreter, thread = getattr(self, "_interpreter", None), self._sandbox.loop_thread(start=False)
+        interpreter, thread = getattr(self, "_interpreter", None), self._sandbox.running_thread
         if interpreter is not None and thread is not None and thread.usable:
             with contextlib.suppress(RuntimeError):
                 thread.submit(interpreter.close())
@@ -154,11 +157,12 @@ class Session:
 
     # ------------------------------------------------------------------------------------------------ on the loop
 
-    async def _start(self) -> None:
+    async def _start(self) -> Interpreter:
         if self._closed:
             raise RuntimeError(_CLOSED)
-        self._interpreter = await self._sandbox.spawn()
-        self._begins = self._interpreter if isinstance(self._interpreter, Begins) else None
+        self._interpreter = interpreter = await self._sandbox.spawn()
+        self._begins = interpreter if isinstance(interpreter, Begins) else None
+        return interpreter
 
     async def _close(self) -> None:
         self._closed = True
@@ -230,9 +234,8 @@ class Session:
             if begun is not None:
                 reply = await begun.finish()
             else:
-                if self._interpreter is None:
-                    await self._replace()
-                reply = await self._interpreter.execute(code, self._config.timeout_seconds)
+                interpreter = self._interpreter or await self._replace()
+                reply = await interpreter.execute(code, self._config.timeout_seconds)
             if reply.ran:
                 break
             # An earlier cell broke the interpreter under this one. Once more in a fresh process; if the replay of
@@ -243,17 +246,17 @@ class Session:
                 self._history.clear()
         return reply
 
-    async def _replace(self) -> None:
+    async def _replace(self) -> Interpreter:
         """A fresh process with the earlier successful cells run again, within the time of one cell."""
-        await self._start()
+        interpreter = await self._start()
         deadline = time.monotonic() + self._config.timeout_seconds
         for cell in self._history:
-            reply = await self._interpreter.execute(cell, max(0.1, deadline - time.monotonic()))
+            reply = await interpreter.execute(cell, max(0.1, deadline - time.monotonic()))
             if reply.status != "ok" or not reply.alive:
                 # Cells that broke their own interpreter, or whose second run behaves differently: starting empty
                 # keeps the session usable, and the policy reads its missing names in the next error.
                 logger.debug("A replayed cell ended with %s; the session starts empty.", reply.status)
                 self._history.clear()
                 await self._discard()
-                await self._start()
-                return
+                return await self._start()
+        return interpreter
