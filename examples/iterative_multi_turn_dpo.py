@@ -26,7 +26,7 @@ accelerate launch examples/iterative_multi_turn_dpo.py --config examples/configs
 accelerate launch examples/iterative_multi_turn_dpo.py --config examples/configs/dpo_lora.yaml
 ```
 
-# Eight GPUs with vLLM on the same devices; vLLM in a server beside
+# Eight GPUs; one GPU with vLLM in a server beside
 ```bash
 accelerate launch --num_processes 8 examples/iterative_multi_turn_dpo.py --config examples/configs/dpo_eight_gpus.yaml
 accelerate launch examples/iterative_multi_turn_dpo.py --config examples/configs/dpo_server.yaml

@@ -9,7 +9,7 @@ from tests.support import byte_tokenizer, tiny_model
 from trl_multiturn import RolloutConfig, TransformersEngine
 from trl_multiturn.engines.vllm import engine as vllm_engine, server as vllm_server
 from trl_multiturn.scripts.arguments import EngineArguments
-from trl_multiturn.scripts.sampling import engine_factory, vllm_rank
+from trl_multiturn.scripts.sampling import engine_factory, own_servers, vllm_rank
 
 
 ROLLOUT = RolloutConfig(max_trajectory_tokens=700)
@@ -55,3 +55,23 @@ def test_vllm_is_started_for_a_rank_that_it_knows(rank, started):
 def test_a_rank_beyond_vllm_is_refused():
     with pytest.raises(ValueError, match="rank 512 at most"):
         vllm_rank(513)
+
+
+@pytest.mark.parametrize(
+    ("processes", "rank", "servers", "own"),
+    [(1, 0, "ab", "ab"), (2, 0, "abc", "ac"), (2, 1, "abc", "b"), (2, 1, "a", "a")],
+)
+def test_every_process_has_servers_of_its_own_but_for_adapters(monkeypatch, processes, rank, servers, own):
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    monkeypatch.setenv("RANK", str(rank))
+    assert own_servers(list(servers), adapters=True) == list(own)
+    if len(servers) < processes:
+        with pytest.raises(ValueError, match="2 processes train whole weights.*names 1 servers"):
+            own_servers(list(servers), adapters=False)
+
+
+def test_several_processes_do_not_start_vllm_on_one_device(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
+    with pytest.raises(ValueError, match="first of the 8 devices"):
+        engine_factory(EngineArguments(use_vllm=True), ModelConfig(), ROLLOUT)

@@ -123,9 +123,10 @@ def reload_and_evaluate(generator: ToolRolloutGenerator, arguments: OnlineArgume
 
     policy, tokenizer = load_policy(arguments.training.output_dir, device)
     engine = TransformersEngine(policy, tokenizer, arguments.engine.rollout_batch_size)
-    settings = generator.settings
+    settings, held_out = generator.settings, generator.held_out
+    assert held_out is not None  # whoever calls has looked
     result = evaluate_policy(
-        generator.held_out.prompts,
+        held_out.prompts,
         engine,
         settings.tools,
         arguments.script.reward_funcs,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,9 @@ def engine_factory(
     if not arguments.use_vllm:
         return lambda policy, tokenizer: _transformers(policy, tokenizer, arguments.rollout_batch_size)
     if arguments.vllm_mode == "server":
-        return lambda policy, tokenizer: _server(tokenizer, arguments)
+        urls = own_servers(arguments.vllm_server_base_url, model.use_peft)
+        return lambda policy, tokenizer: _server(tokenizer, urls, arguments.vllm_server_timeout)
+    _refuse_a_crowded_device()
     return lambda policy, tokenizer: _colocated(tokenizer, arguments, model, rollout)
 
 
@@ -40,10 +43,35 @@ def _transformers(policy: Any, tokenizer: Any, rollout_batch_size: int) -> Engin
     return TransformersEngine(policy, tokenizer, rollout_batch_size)
 
 
-def _server(tokenizer: Any, arguments: EngineArguments) -> Engine:
+def own_servers(urls: list[str], adapters: bool) -> list[str]:
+    """This process's share of the servers: one server holds one set of whole weights, but several adapters."""
+    rank, processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if len(urls) >= processes:
+        return urls[rank::processes]
+    if adapters:
+        return [urls[rank % len(urls)]]
+    raise ValueError(
+        f"{processes} processes train whole weights, but `--vllm_server_base_url` names {len(urls)} servers, and one "
+        "server holds the weights of one process. Name a server for each, or train adapters (`--use_peft`)."
+    )
+
+
+def _refuse_a_crowded_device() -> None:
+    import torch
+
+    processes, devices = int(os.environ.get("WORLD_SIZE", "1")), torch.cuda.device_count()
+    if processes > 1 and devices > 1:
+        raise ValueError(
+            f"Each of {processes} processes would start vLLM on the first of the {devices} devices that it sees. "
+            "Let the model sample by itself (without `--use_vllm`), or give each process a server "
+            "(`--vllm_mode server`)."
+        )
+
+
+def _server(tokenizer: Any, urls: list[str], timeout_seconds: float) -> Engine:
     from ..engines.vllm.server import VLLMServerEngine
 
-    return VLLMServerEngine(arguments.vllm_server_base_url, tokenizer, timeout_seconds=arguments.vllm_server_timeout)
+    return VLLMServerEngine(urls, tokenizer, timeout_seconds=timeout_seconds)
 
 
 def _colocated(tokenizer: Any, arguments: EngineArguments, model: ModelConfig, rollout: RolloutConfig) -> Engine:
