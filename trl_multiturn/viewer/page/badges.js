@@ -4,7 +4,7 @@ function verdictBadge(verdict) {
   return h("span", { class: `verdict ${verdict}` }, verdict);
 }
 
-const STATUS_MARKS = { ok: "●", error: "✕", timeout: "◷", memory: "▣", crashed: "↯" };
+const STATUS_MARKS = { ok: "●", error: "✖", timeout: "◷", memory: "▣", crashed: "↯" };
 
 function statusMarks(statuses) {
   if (!statuses.length) return h("span", { class: "quiet" }, "–");
