@@ -90,6 +90,10 @@ def test_a_run_opens_on_its_totals_and_curves(open_page):
     assert [line.split()[:3] for line in table.splitlines()[2:]][1:] == [["1", "12", "33.3"], ["2", "12", "33.3"]]
     chart = tab.get_by_role("img", name="pass@1, held out: from 25.0 % to 75.0 %")
     assert chart.locator("circle").count() == 3 and chart.locator("line.error").count() == 3
+    policies = tab.get_by_role("table", name="By policy, means").inner_text().splitlines()
+    assert [line.split("\t")[:3] for line in policies if line.startswith("eval")] == [
+        ["eval start greedy", "3", "0.0"], ["eval 1 greedy", "3", "66.7"], ["eval 2 greedy", "3", "66.7"],
+    ]  # fmt: skip
     tab.get_by_role("link", name="dropped: duplicate").click()
     wait_for_count(tab, "8 of 33")
 
@@ -267,6 +271,24 @@ def test_hostile_text_is_shown_and_does_nothing(open_page):
         assert not re.search("[\x1b\u202a-\u202e\u200b]", tab.locator("body").inner_text())
     assert "café" in text  # a character of two tokens
     assert "<img src=x" in tab.get_by_role("heading", level=1).inner_text()
+
+
+def test_data_may_be_named_as_what_every_object_has(tab, tmp_path):
+    row = {
+        "prompt": "constructor",
+        "completion": "__proto__",
+        "label": True,
+        "info": {"tool_statuses": ["constructor"]},
+    }
+    row |= {"prompt_ids": [1], "completion_ids": [2], "action_mask": [1]}
+    tab.goto(view([row], title="toString").save(tmp_path / "odd.html").as_uri())
+    tab.get_by_label("Search and filter").fill("constructor:1 __proto__ status:constructor")
+    wait_for_count(tab, "0 of 1")
+    tab.get_by_label("Search and filter").fill("__proto__ status:constructor")
+    wait_for_count(tab, "1")
+    tab.get_by_role("row").nth(1).click()
+    tab.get_by_role("button", name="Tokens").click()
+    assert tab.locator(".tokens .trained").inner_text() == "⟨2⟩"
 
 
 def test_no_script_runs_but_the_pages_own(chromium, pages):

@@ -229,6 +229,15 @@ def test_numbers_that_are_none_are_null(tmp_path):
     assert column(view(tmp_path / "rows.jsonl").payload, "reward") == [None]
 
 
+def test_arguments_that_json_does_not_know_are_shown_as_text(tmp_path):
+    """A policy may write `{"a": NaN}`, which Python reads."""
+    odd = [{"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "f"}}]}]
+    odd[0]["tool_calls"][0]["function"]["arguments"] = {"a": float("nan"), "b": [float("-inf")]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": [user("?")], "completion": odd, "label": True}))
+    (message,) = entry(view(tmp_path / "rows.jsonl").payload, "text", 0)["completion"]
+    assert message["tool_calls"][0]["function"]["arguments"] == {"a": "nan", "b": ["-inf"]}
+
+
 # The command
 
 

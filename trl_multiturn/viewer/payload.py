@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
+
 from ..online.report import explain_reasons
 from ..version import __version__
 from .record import LAYERS, PairRecord, Record, Source, turn_spans
@@ -49,7 +51,10 @@ class Payload:
 
     def add(self, name: str, value: Any) -> None:
         """Compresses a JSON value into a block."""
-        text = json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+        self.add_text(name, _json(value))
+
+    def add_text(self, name: str, text: str) -> None:
+        """Compresses JSON into a block."""
         compressor = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS, 9)
         # Half of a surrogate pair, which a policy can write into a call's arguments as JSON, is in no encoding
         self.blocks[name] = compressor.compress(text.encode("utf-8", "replace")) + compressor.flush()
@@ -193,20 +198,21 @@ class _Builder:
 
 
 class _Chunks:
-    """One kind of chunks; prompts that follow each other are kept once."""
+    """One kind of chunks, as JSON; prompts that follow each other are kept once."""
 
     def __init__(self, payload: Payload, kind: str):
         self.payload, self.kind = payload, kind
         self.starts: list[int] = []
-        self.count = self.size = 0
+        self.count = 0
         self._clear()
 
     def add(self, prompt: Any, entry: dict[str, Any]) -> None:
-        if not self.prompts or self.prompts[-1] != prompt:
-            self.prompts.append(prompt)
-            self.size += len(json.dumps(prompt))
-        self.entries.append({"prompt": len(self.prompts) - 1, **entry})
-        self.size += len(json.dumps(entry))
+        text = _json(prompt)
+        if not self.prompts or self.prompts[-1] != text:
+            self.prompts.append(text)
+            self.size += len(text)
+        self.entries.append(_json({"prompt": len(self.prompts) - 1, **entry}))
+        self.size += len(self.entries[-1])
         self.count += 1
         if self.size > _CHUNK_CHARACTERS:
             self.flush()
@@ -214,14 +220,15 @@ class _Chunks:
     def flush(self) -> None:
         if self.entries:
             first = self.count - len(self.entries)
-            value = {"first": first, "prompts": self.prompts, "entries": self.entries}
-            self.payload.add(f"{self.kind}-{len(self.starts)}", value)
+            prompts, entries = ",".join(self.prompts), ",".join(self.entries)
+            text = f'{{"first":{first},"prompts":[{prompts}],"entries":[{entries}]}}'
+            self.payload.add_text(f"{self.kind}-{len(self.starts)}", text)
             self.starts.append(first)
         self._clear()
 
     def _clear(self) -> None:
-        self.prompts: list[Any] = []
-        self.entries: list[dict[str, Any]] = []
+        self.prompts: list[str] = []
+        self.entries: list[str] = []
         self.size = 0
 
 
@@ -255,7 +262,7 @@ _COLUMNS: dict[str, Callable[[Record], Any]] = {
 def _text(record: Record) -> dict[str, Any]:
     info = {name: value for name, value in record.info.items() if name not in (*_SHARED, *_ELSEWHERE)}
     timing = info.pop("timing", None)
-    entry = {"completion": record.completion, "info": _finite(info)}
+    entry: dict[str, Any] = {"completion": record.completion, "info": info}
     if timing:
         entry["timing"] = {
             name: [_rounded(x) for x in value] if isinstance(value, list) else _rounded(value)
@@ -266,8 +273,8 @@ def _text(record: Record) -> dict[str, Any]:
 
 def _tokens(record: Record) -> dict[str, Any]:
     """Ids, turns as `start, stop, start, stop, …`, and layers with one whole number per *sampled* token."""
-    sampled = [i for i, bit in enumerate(record.action_mask) if bit]
-    layers = {name: [_units(numbers[i]) for i in sampled] for name, numbers in record.layers.items()}
+    sampled = np.flatnonzero(record.action_mask)
+    layers = {name: _units(np.asarray(numbers, float)[sampled]) for name, numbers in record.layers.items()}
     entry: dict[str, Any] = {
         "ids": record.completion_ids,
         "turns": [edge for span in turn_spans(record.action_mask) for edge in span],
@@ -301,8 +308,12 @@ def _columns_of(log: list[dict[str, Any]]) -> dict[str, list[Any]]:
     return {name: [entry.get(name) for entry in log] for name in names}
 
 
-def _units(number: float | None) -> int | None:
-    return None if number is None or not math.isfinite(number) else round(number / LOGP_UNIT)
+def _units(numbers: np.ndarray) -> list[int | None]:
+    """Numbers as whole multiples of the unit; `None` for what is no number."""
+    units = numbers / LOGP_UNIT
+    if np.isfinite(units).all():
+        return np.rint(units).astype(np.int64).tolist()
+    return [round(unit) if math.isfinite(unit) else None for unit in units.tolist()]
 
 
 def _rounded(seconds: float | None) -> float | None:
@@ -314,9 +325,17 @@ def _number(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _finite(value: Any) -> Any:
+def _json(value: Any) -> str:
+    """JSON of a value that was read from JSON, in which Python lets NaN and infinities stand: they become text."""
+    try:
+        return json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(value, str), separators=(",", ":"), ensure_ascii=False)
+
+
+def _finite(value: Any, instead: Callable[[float], Any] = lambda _: None) -> Any:
     if isinstance(value, Mapping):
-        return {str(name): _finite(each) for name, each in value.items()}
+        return {str(name): _finite(each, instead) for name, each in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(each) for each in value]
-    return _number(value)
+        return [_finite(each, instead) for each in value]
+    return instead(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
+
+import numpy as np
 
 from ..online.report import IterationReport
 from ..trajectory import Trajectory, Verdict
@@ -166,7 +167,7 @@ class Source:
 
 def turn_spans(mask: Sequence[int]) -> list[tuple[int, int]]:
     """Half-open spans of the tokens that the policy sampled, one per turn."""
-    edges = [i for i, (before, bit) in enumerate(pairwise([0, *mask, 0])) if bool(before) != bool(bit)]
+    edges = np.flatnonzero(np.diff(np.asarray(mask, bool), prepend=False, append=False)).tolist()
     return list(zip(edges[::2], edges[1::2], strict=True))
 
 

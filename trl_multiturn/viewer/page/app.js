@@ -175,7 +175,7 @@ class App {
       t: () => this.actions.show({ tokens: !this.view.tokens }), l: () => this.nextLayer(),
       d: switchTheme, "?": () => this.help(), ...Object.fromEntries(pages.map((page, k) => [String(k + 1), () => (location.hash = `#${page}`)])),
     };
-    if (!keys[event.key] || (event.key === "Escape" && byId("keys").open)) return;
+    if (!Object.hasOwn(keys, event.key) || (event.key === "Escape" && byId("keys").open)) return;
     if (keys[event.key]() !== false) event.preventDefault();
   }
 

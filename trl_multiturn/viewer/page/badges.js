@@ -8,7 +8,7 @@ const STATUS_MARKS = { ok: "●", error: "✖", timeout: "◷", memory: "▣", c
 
 function statusMarks(statuses) {
   if (!statuses.length) return h("span", { class: "quiet" }, "–");
-  const counts = statuses.map((status) => h("span", { class: `status ${status}`, "aria-hidden": "true" }, STATUS_MARKS[status] || "?"));
+  const counts = statuses.map((status) => h("span", { class: `status ${status}`, "aria-hidden": "true" }, own(STATUS_MARKS, status) ?? "?"));
   return h("span", { title: statuses.join(", ") }, counts, h("span", { class: "hidden" }, statuses.join(", ")));
 }
 

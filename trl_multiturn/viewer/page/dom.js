@@ -20,6 +20,11 @@ function fill(element, attributes, children) {
   return element;
 }
 
+// A value that the object itself holds: names of data may be those of every object ("constructor")
+function own(object, name) {
+  return Object.hasOwn(object, name) ? object[name] : undefined;
+}
+
 function byId(id) {
   return document.getElementById(id);
 }

@@ -18,7 +18,7 @@ function trajectoryColumns(data, actions) {
     { name: "calls", title: "calls", cell: (i) => statusMarks(data.statuses(i)), sort: (i) => FIELDS.errors(data, i) * 1000 + data.statuses(i).length },
     text("stop", "stopped", (i) => data.get("stop_reason", i) || "–", (i) => data.get("stop_reason", i)),
     { name: "fate", title: "fate", wide: true, sort: (i) => data.get("fate", i),
-      cell: (i) => h("span", { title: plain(data.reasons[data.get("fate", i)] ?? "") }, plain(data.get("fate", i)) || "–") },
+      cell: (i) => h("span", { title: plain(own(data.reasons, data.get("fate", i)) ?? "") }, plain(data.get("fate", i)) || "–") },
     number("tokens", "tokens", (i) => data.get("sampled", i)),
     number("time", "time", (i) => data.get("seconds", i), seconds),
     text("seed", "seed", (i) => data.get("seed", i)),

@@ -6,6 +6,7 @@ function overviewPage(data, actions) {
   return h("div", { class: "overview scroll", tabindex: "0", role: "region", "aria-label": "Overview" },
     data.notes.length ? h("ul", { class: "notes" }, data.notes.map((note) => h("li", {}, visible(note)))) : null,
     iterationTable(data),
+    policyTable(data),
     metricTable(data),
     section("Curves of the iterations", iterationCharts(data)),
     section("What became of the trajectories", outcomeTables(data, actions)),
@@ -46,6 +47,27 @@ function iterationTable(data) {
   const start = data.start ? line(["start", ...new Array(7).fill(""), passText(data.start), "", "", ""]) : null;
   return h("table", { class: "plain" }, h("caption", {}, "Iterations"),
     h("thead", {}, h("tr", {}, names.map((name, k) => h("th", { scope: "col", class: k ? "number" : "" }, name)))), h("tbody", {}, start, rows));
+}
+
+// What each policy did, set by set
+function policyTable(data) {
+  const groups = new Map();
+  for (let i = 0; i < data.count; i++) {
+    const name = `${iterationName(data, i)} ${data.get("policy", i)}`.trim();
+    if (!groups.has(name)) groups.set(name, []);
+    groups.get(name).push(i);
+  }
+  if (groups.size > 60) return null;
+  const mean = (numbers, read) => short(numbers.reduce((sum, i) => sum + (read(i) || 0), 0) / numbers.length);
+  const names = ["iteration and policy", "trajectories", "correct %", "turns", "sampled tokens", "calls", "errors"];
+  const rows = [...groups].map(([name, numbers]) => {
+    const { correct, decided } = tally(data, numbers);
+    return [name, short(numbers.length), decided ? (100 * correct / decided).toFixed(1) : "–", mean(numbers, (i) => data.get("turns", i)),
+      mean(numbers, (i) => data.get("sampled", i)), mean(numbers, (i) => FIELDS.calls(data, i)), mean(numbers, (i) => FIELDS.errors(data, i))];
+  });
+  return h("table", { class: "plain" }, h("caption", {}, "By policy, means"),
+    h("thead", {}, h("tr", {}, names.map((name, k) => h("th", { scope: "col", class: k ? "number" : "" }, name)))),
+    h("tbody", {}, rows.map((cells) => h("tr", {}, cells.map((cell, k) => (k ? h("td", { class: "number" }, cell) : h("th", { scope: "row" }, visible(cell))))))));
 }
 
 function metricTable(data) {
@@ -92,7 +114,7 @@ function outcomeTables(data, actions) {
     if (values.length < 2 && values[0]?.[0] === "none") return null;
     const most = Math.max(...values.map(([, count]) => count));
     return h("table", { class: "plain counts" }, h("caption", {}, title), h("tbody", {}, values.map(([value, count]) => h("tr", {},
-      h("th", { scope: "row" }, h("a", { href: actions.filterLink(field, value), title: plain(data.reasons[value] ?? "") }, visible(String(value)))), h("td", { class: "number" }, short(count)), h("td", {}, bar(count, most))))));
+      h("th", { scope: "row" }, h("a", { href: actions.filterLink(field, value), title: plain(own(data.reasons, value) ?? "") }, visible(String(value)))), h("td", { class: "number" }, short(count)), h("td", {}, bar(count, most))))));
   }).filter(Boolean);
 }
 

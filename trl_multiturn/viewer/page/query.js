@@ -33,7 +33,7 @@ function parseQuery(text) {
   for (const [whole, name, operator, raw, quoted] of text.matchAll(pattern)) {
     const field = name && name.toLowerCase();
     const value = quoted ?? raw;
-    if (field in FIELDS) terms.push({ field, operator: operator === "=" ? ":" : operator, value });
+    if (field && Object.hasOwn(FIELDS, field)) terms.push({ field, operator: operator === "=" ? ":" : operator, value });
     else terms.push({ field: null, value: (name ? whole : value).toLowerCase() });
   }
   return terms;

@@ -57,7 +57,7 @@ function mainRatio(entry) {
 function tokenTexts(ids, vocabulary) {
   let bytes = [];
   return ids.map((id) => {
-    const text = vocabulary[id];
+    const text = own(vocabulary, id);
     if (text === undefined) return `⟨${id}⟩`;
     if (typeof text === "string") {
       bytes = [];
@@ -172,7 +172,7 @@ function watchTokens(element, entry, vocabulary, turnOf) {
 }
 
 function tokenHint(entry, vocabulary, turnOf, k, id) {
-  const text = vocabulary[id];
+  const text = own(vocabulary, id);
   const shown = text === undefined ? "" : typeof text === "string" ? JSON.stringify(plain(text)) : `bytes ${text.map((b) => b.toString(16)).join(" ")}`;
   const kind = k < 0 ? "prompt" : turnOf[k] ? `turn ${turnOf[k]}` : "context";
   const where = k < 0 ? `prompt position ${k + entry.prompt.length}` : `position ${k}`;

@@ -52,7 +52,7 @@ function trajectoryFacts(data, i, text) {
 
 // A fate, and what it means
 function fateText(data, fate) {
-  const reason = data.reasons[fate];
+  const reason = own(data.reasons, fate);
   return reason ? h("span", {}, visible(fate), h("span", { class: "quiet" }, ` (${plain(reason)})`)) : fate;
 }
 
