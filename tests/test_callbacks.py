@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import re
 import threading
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset, load_from_disk
 from peft import LoraConfig
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from transformers.trainer_utils import SaveStrategy
 
@@ -174,6 +177,70 @@ def test_mixture_samples_with_the_previous_weights(tmp_path, tool):
         "1/current": {second.policy_revision},
         "1/previous": {first.policy_revision},
     }
+
+
+class TwoPolicies(ScriptedEngine):
+    """Has adapters of its own; knows with which one each turn was sampled, and whether both were under way."""
+
+    weights = "own"
+    samples_beside = True
+
+    def __init__(self):
+        super().__init__(self.answer, TOKENIZER)
+        self.loaded, self.sampled, self.under_way, self.together = [], set(), set(), False
+
+    def answer(self, prompt_text, sampling, session):
+        return solve(prompt_text, sampling, session)
+
+    def refresh(self, model_path=None):
+        self.loaded.append(load_file(Path(model_path, "adapter_model.safetensors")))
+
+    def beside(self, model_path):
+        return Earlier(self, load_file(Path(model_path, "adapter_model.safetensors")))
+
+    async def generate(self, prompt_ids, sampling, *, session=None, weights=None):
+        label = session.rpartition("/")[0].rpartition("/")[0]
+        self.sampled.add((label, fingerprint_of(weights or self.loaded[-1])))
+        self.under_way.add(label)
+        await asyncio.sleep(0)
+        self.together |= len(self.under_way) > 1
+        generation = await super().generate(prompt_ids, sampling, session=session)
+        self.under_way.discard(label)
+        return generation
+
+
+class Earlier:
+    weights = "own"
+
+    def __init__(self, engine, loaded):
+        self.engine, self.loaded, self.processing_class = engine, loaded, engine.processing_class
+
+    def generate(self, prompt_ids, sampling, *, session=None):
+        return self.engine.generate(prompt_ids, sampling, session=session, weights=self.loaded)
+
+    def __getattr__(self, name):
+        return getattr(self.engine, name)
+
+
+def fingerprint_of(weights):
+    return sum(float(tensor.double().abs().sum()) for tensor in weights.values())
+
+
+def test_an_engine_with_room_for_two_adapters_samples_from_both_policies_at_once(tmp_path, tool):
+    engine = TwoPolicies()
+    trainer, generator, _ = make_run(tmp_path, tool, engine=engine, peft_config=LORA)
+    trainer.train()
+    before, after = (fingerprint_of(weights) for weights in engine.loaded[:2])
+    assert before != after
+    assert engine.sampled == {("0/current", before), ("1/current", after), ("1/previous", before)}
+    assert engine.together
+    trajectories = list(Journal(generator.run_folder / "iteration_001" / "journal").read())
+    revisions = {t.info["policy"]: t.info["policy_revision"] for t in trajectories}
+    assert revisions == {
+        "previous": generator.reports[0].policy_revision,
+        "current": generator.reports[1].policy_revision,
+    }
+    assert not list(generator.run_folder.glob("earlier_adapter_*"))
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from datasets import Dataset, concatenate_datasets
 
+from .concurrency import run_coroutine
 from .distributed.main_process import on_main_at_own_pace
 from .distributed.sharding import weights_of
 from .engines.engine import Engine
@@ -25,10 +26,10 @@ from .online.arrivals import await_trajectories
 from .online.plan import found_otherwise
 from .online.reference import with_reference
 from .online.report import IterationReport, Samples
-from .online.sampling import ready_to_sample
+from .online.sampling import EarlierPolicy, ready_to_sample, together
 from .online.settings import IterationSettings
 from .rollout.judging import judge_again
-from .rollout.loop import generate_trajectories
+from .rollout.loop import agenerate_trajectories
 from .rows.row_files import forget_caches, load_rows, save_rows, write_rows
 from .rows.selection import PairingConfig, Selection, UnpairedConfig, select_by_prompt
 from .trainer.loop.policy_weights import policy_revision, policy_weights, save_policy_weights
@@ -131,30 +132,42 @@ def roll_out(
     policy = weights_of(trainer)
     share = range(trainer.args.process_index, len(prompts), trainer.args.world_size)
 
-    def sample(label: str) -> None:
-        revision = policy_revision(policy)  # like the next line on every process, also on one without a prompt
-        with ready_to_sample(engine, trainer, run):
-            for span in samples[label] if share else ():
-                generate_trajectories(
-                    prompts.select(share),
-                    engine,
-                    **settings.arguments(),
-                    num_generations=len(span),
-                    sample_offset=span.start,
-                    prompt_indices=list(share),
-                    policy=label,
-                    policy_revision=revision,
-                    iteration=iteration,
-                    journal=journal,
-                    collect=False,  # the main process reads those of all from the journal
-                    progress=trainer.args.process_index == 0 and not trainer.args.disable_tqdm,
-                )
+    def arguments(label: str, span: range, revision: str) -> dict[str, Any]:
+        return {
+            **settings.arguments(),
+            "num_generations": len(span),
+            "sample_offset": span.start,
+            "prompt_indices": list(share),
+            "policy": label,
+            "policy_revision": revision,
+            "iteration": iteration,
+            "journal": journal,
+            "collect": False,  # the main process reads those of all from the journal
+            "progress": label == "current" and trainer.args.process_index == 0 and not trainer.args.disable_tqdm,
+        }
+
+    async def sample(label: str, sampler: Engine, revision: str) -> None:
+        for span in samples[label] if share else ():
+            await agenerate_trajectories(prompts.select(share), sampler, **arguments(label, span, revision))
 
     with Journal(run.iteration(iteration).journal) as journal:
-        if samples["previous"]:  # first, so that the engine goes on with the present policy
+        earlier = None
+        if samples["previous"]:
             with policy_weights(policy, run.iteration(iteration - 1).policy):
-                sample("previous")
-        sample("current")
+                earlier = EarlierPolicy.save(engine, trainer, run)
+                if earlier is None:  # first, so that the engine goes on with the present policy
+                    revision = policy_revision(policy)  # on every process, also on one without a prompt
+                    with ready_to_sample(engine, trainer, run):
+                        run_coroutine(sample("previous", engine, revision))
+        revision = policy_revision(policy)
+        with ready_to_sample(engine, trainer, run):
+            if earlier is None:
+                run_coroutine(sample("current", engine, revision))
+            else:
+                with earlier.engine(engine) as beside:
+                    run_coroutine(
+                        together(sample("previous", beside, earlier.revision), sample("current", engine, revision))
+                    )
     trainer.accelerator.wait_for_everyone()
 
 

@@ -223,6 +223,28 @@ def test_a_refresh_in_the_middle_of_a_turn_is_refused(server, folder):
     assert server.loads == ["second"]
 
 
+def test_two_policies_are_sampled_from_at_once(server, adapter, tmp_path):
+    (tmp_path / "earlier").mkdir()
+    (tmp_path / "earlier" / "adapter_config.json").write_text("{}")
+    engine = VLLMServerEngine(server.url, TOKENIZER, patience_seconds=20.0)
+    engine.refresh(adapter)
+    beside = engine.beside(str(tmp_path / "earlier"))
+    server.restart()  # and both are there again
+
+    async def main():
+        return await asyncio.gather(engine.generate([5], SAMPLING), beside.generate([6], SAMPLING))
+
+    asyncio.run(main())
+    now, earlier = server.loads[:2]
+    assert {tuple(request["prompt"]): request["weights"] for request in server.requests[1:]} == {
+        (5,): now,
+        (6,): earlier,
+    }
+    assert sorted(server.loads[2:]) == sorted([now, earlier])
+    engine.refresh(adapter)
+    assert server.adapters == {server.loads[-1]}
+
+
 def test_no_server_at_all_is_named():
     with pytest.raises(ConnectionError, match="No vLLM server answers at http://127.0.0.1:9 "):
         VLLMServerEngine("http://127.0.0.1:9/v1", TOKENIZER)

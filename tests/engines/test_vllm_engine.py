@@ -176,6 +176,32 @@ class TestVLLMEngine:
         start_weights.refresh(save_tiny(tmp_path / "base", TOKENIZER, seed=0, **SIZES))
         assert run(start_weights, request)[0].token_ids == unadapted.token_ids
 
+    def test_two_adapters_are_sampled_from_in_one_batch(self, start_weights, tmp_path):
+        models = []
+        for seed in (1, 2):
+            torch.manual_seed(seed)
+            config = LoraConfig(r=4, lora_alpha=16, init_lora_weights=False, target_modules=["q_proj", "v_proj"])
+            models.append(get_peft_model(tiny_model(TOKENIZER, seed=0, **SIZES), config))
+            models[-1].save_pretrained(tmp_path / str(seed))
+        assert start_weights.samples_beside
+        start_weights.refresh(str(tmp_path / "1"))
+        beside = start_weights.beside(str(tmp_path / "2"))
+        request = (prompt(40), SamplingParams(8, temperature=0))
+
+        async def main():
+            engines = [start_weights, beside] * 3
+            return await asyncio.gather(*(engine.generate(*request) for engine in engines))
+
+        generations = asyncio.run(main())
+        for model, generation in zip(models * 3, generations, strict=True):
+            (expected,) = run(TransformersEngine(model, TOKENIZER), request)
+            assert generation.token_ids == expected.token_ids
+            torch.testing.assert_close(
+                torch.tensor(generation.logps), torch.tensor(expected.logps), atol=1e-3, rtol=1e-3
+            )
+        first, second = (torch.tensor(generation.logps) for generation in generations[:2])
+        assert (first - second).abs().max() > 1e-2  # they are two policies
+
     def test_a_vllm_that_would_lose_its_weights_is_not_asked_to_reload(self, start_weights, tmp_path, monkeypatch):
         request = (prompt(9), SamplingParams(4, temperature=0))
         expected = run(start_weights, request)

@@ -81,7 +81,7 @@ class Engine(Protocol):
     """What the rollout loop needs of an inference engine.
 
     `generate` is awaited once per turn, by many trajectories at the same time; batching them is the engine's business.
-    What an engine can do beyond this is said by optional protocols: [`Forks`] and [`Sleeps`].
+    What an engine can do beyond this is said by optional protocols: [`Forks`], [`Sleeps`] and [`SamplesBeside`].
 
     Attributes:
         weights (`str`): whose weights the engine samples with. `"shared"`: those of the model that is being trained.
@@ -160,6 +160,21 @@ class Shares(Protocol):
 
     def shares_weights_with(self, model: Any) -> bool:
         """Whether it samples with the weights of `model`, which may be wrapped."""
+        ...
+
+
+@runtime_checkable
+class SamplesBeside(Protocol):
+    """An engine with `weights = "own"` that can sample from a second policy at the same time: one more adapter.
+
+    Attributes:
+        samples_beside (`bool`): whether it can, as it was started.
+    """
+
+    samples_beside: bool
+
+    def beside(self, model_path: str) -> Engine:
+        """An engine of the adapter in the folder `model_path`, to be used until the next `refresh`."""
         ...
 
 

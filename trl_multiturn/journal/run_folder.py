@@ -88,7 +88,8 @@ class RunFolder:
     │   ├── earlier/             the same of earlier iterations, where they were judged otherwise (history="all")
     │   ├── training_rows/       what the epoch trains on
     │   └── evaluation.parquet   the trajectories of the evaluation after it
-    └── engine_0_000003/         weights for an engine that loads checkpoints, by process
+    ├── engine_0_000003/         weights for an engine that loads checkpoints, by process
+    └── earlier_adapter_0/       the previous policy, while an engine samples from it beside the present one
     ```
 
     Attributes:
@@ -129,6 +130,10 @@ class RunFolder:
         earlier = self.engine_checkpoints(process)
         number = 1 + int(earlier[-1].name.rpartition("_")[2]) if earlier else 0
         return self.path / f"engine_{process}_{number:06d}"
+
+    def earlier_adapter(self, process: int) -> Path:
+        """The previous policy's adapter, for the engine of a process."""
+        return self.path / f"earlier_adapter_{process}"
 
     def set_aside(self, first: int) -> None:
         """Renames the folders of an iteration and of those after it. Nothing is lost."""

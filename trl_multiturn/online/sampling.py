@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from accelerate.utils import is_peft_model
+
 from ..distributed.pace import at_own_pace
-from ..distributed.sharding import gathered_for_sampling, whole_state_dict
-from ..engines.engine import Engine, Sleeps
+from ..distributed.sharding import gathered_for_sampling, weights_of, whole_state_dict
+from ..engines.engine import Engine, SamplesBeside, Sleeps
 from ..journal.run_folder import RunFolder
+from ..trainer.loop.policy_weights import policy_revision
 
 
 def unwrapped_policy(trainer: Any) -> Any:
@@ -55,3 +61,47 @@ def refresh(engine: Engine, trainer: Any, run: RunFolder) -> None:
     engine.refresh(str(checkpoint))
     for folder in earlier:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class EarlierPolicy:
+    """The previous policy as an adapter on the disk, for an engine that samples from it beside the present one.
+
+    Attributes:
+        folder (`Path`): what the engine loads.
+        revision (`str`): what identifies its weights.
+    """
+
+    folder: Path
+    revision: str
+
+    @classmethod
+    def save(cls, engine: Engine, trainer: Any, run: RunFolder) -> EarlierPolicy | None:
+        """
+        Saves the adapter that the policy holds now. `None` where the engine cannot hold two policies, or the policy is
+        no adapter: then both sample one after the other.
+        """
+        policy = unwrapped_policy(trainer)
+        if not isinstance(engine, SamplesBeside) or not engine.samples_beside or not is_peft_model(policy):
+            return None
+        folder = run.earlier_adapter(trainer.args.process_index)
+        policy.save_pretrained(folder, state_dict=whole_state_dict(trainer))
+        return cls(folder, policy_revision(weights_of(trainer)))
+
+    @contextmanager
+    def engine(self, engine: Engine) -> Iterator[Engine]:
+        """The engine of this policy, once `engine` was refreshed."""
+        assert isinstance(engine, SamplesBeside)
+        yield engine.beside(str(self.folder))
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+async def together(*coroutines: Coroutine[Any, Any, None]) -> None:
+    """Awaits all; where one fails, the others are cancelled and its error is raised."""
+    tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from packaging.version import InvalidVersion, Version
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from ..engine import FinishReason, Generation, SamplingParams
+from ..engine import Engine, FinishReason, Generation, SamplingParams
 
 
 # Earlier ones look for the names that layers bear without LoRA, and leave the engine with half of its weights.
@@ -72,12 +72,15 @@ class VLLMEngine:
             # Sampling is what the caller says, never what the checkpoint recommends.
             "generation_config": "vllm",
         } | engine_args
+        if self._settings.get("enable_lora"):
+            self._settings.setdefault("max_loras", 2)  # the policy and the one before it, in one batch
         self._ids = itertools.count(1)
         self._lock = threading.Lock()
         self._asleep = False
         self._in_flight = 0  # callers that wait; guarded by the lock
         self._running: set[asyncio.Task] = set()  # requests, cancelled ones included; of vLLM's event loop
         self._adapter: Any = None
+        self._others: list[Any] = []  # adapters of policies beside it
         self._prompt_tokens, self._cached_tokens = 0, 0  # of finished requests
         self._loop = asyncio.new_event_loop()
         thread = threading.Thread(target=self._loop.run_forever, name="VLLMEngine", daemon=True)
@@ -102,6 +105,10 @@ class VLLMEngine:
         Raises:
             ValueError: if `prompt_ids` leaves no room in `max_model_len`, or the temperature is above 2, vLLM's limit.
         """
+        self._check_request(prompt_ids, sampling)
+        return await self._submit(prompt_ids, sampling, self._adapter)
+
+    def _check_request(self, prompt_ids: list[int], sampling: SamplingParams) -> None:
         self._check_open()
         if not 0 < len(prompt_ids) < self._llm.model_config.max_model_len:
             raise ValueError(
@@ -113,7 +120,10 @@ class VLLMEngine:
                 f"vLLM samples at temperatures up to 2, got {sampling.temperature}. Lower it, or use "
                 "`TransformersEngine`."
             )
-        request = self._generate(list(prompt_ids), sampling)
+
+    async def _submit(self, prompt_ids: list[int], sampling: SamplingParams, adapter: Any) -> Generation:
+        """Samples one turn with an adapter, or with the plain weights."""
+        request = self._generate(list(prompt_ids), sampling, adapter)
         with self._lock:
             self._in_flight += 1
         try:
@@ -153,6 +163,17 @@ class VLLMEngine:
             self._wait(self._swap_adapter(str(model_path)))
         else:
             self._wait(self._reload_weights(str(model_path)))
+
+    @property
+    def samples_beside(self) -> bool:
+        """Whether a second adapter fits: with `enable_lora=True`, unless `max_loras=1`."""
+        return bool(self._settings.get("enable_lora")) and int(str(self._settings["max_loras"])) >= 2
+
+    def beside(self, model_path: str) -> Engine:
+        """An engine that samples with the LoRA adapter in `model_path` while this one samples with its own weights;
+        see [`SamplesBeside`]."""
+        self._check_open()
+        return _Beside(self, self._wait(self._add_other(str(model_path))))
 
     def sleep(self, level: int = 1) -> None:
         """Frees the device's memory while the trainer works (`enable_sleep_mode=True`): level 1 keeps the weights in
@@ -214,7 +235,7 @@ class VLLMEngine:
 
     # The rest runs on vLLM's event loop.
 
-    async def _generate(self, prompt_ids: list[int], sampling: SamplingParams) -> Generation:
+    async def _generate(self, prompt_ids: list[int], sampling: SamplingParams, adapter: Any) -> Generation:
         task = asyncio.current_task()
         assert task is not None  # it runs as one
         self._running.add(task)
@@ -223,7 +244,7 @@ class VLLMEngine:
                 {"prompt_token_ids": prompt_ids},
                 self._sampling_params(sampling),
                 request_id=str(next(self._ids)),
-                lora_request=self._adapter,
+                lora_request=adapter,
             )
             async for result in stream:
                 output = result.outputs[0]
@@ -278,21 +299,55 @@ class VLLMEngine:
                 f"{path} holds a LoRA adapter, but the engine was started without LoRA, so it cannot be loaded. Start "
                 "it with `enable_lora=True, max_lora_rank=<rank>`, or save the merged model."
             )
+        await self._aborted()
+        await self._drop_adapter()
+        self._adapter = await self._add_adapter(path)
+        await self._llm.reset_prefix_cache()
+
+    async def _add_adapter(self, path: str) -> Any:
         from vllm.lora.request import LoRARequest
 
         # A new id and name each time: neither adapters nor prefixes of an earlier policy are taken for this one's.
         number = next(self._ids)
         adapter = LoRARequest(f"policy-{number}", number, path)
-        await self._aborted()
-        await self._drop_adapter()
         await self._llm.add_lora(adapter)
-        self._adapter = adapter
-        await self._llm.reset_prefix_cache()
+        return adapter
+
+    async def _add_other(self, path: str) -> Any:
+        adapter = await self._add_adapter(path)
+        self._others.append(adapter)
+        return adapter
 
     async def _drop_adapter(self) -> None:
-        adapter, self._adapter = self._adapter, None
-        if adapter is not None:
+        adapters = [*filter(None, [self._adapter]), *self._others]
+        self._adapter, self._others = None, []
+        for adapter in adapters:
             await self._llm.remove_lora(adapter.lora_int_id)
+
+
+class _Beside:
+    """Another adapter of a [`VLLMEngine`], as an engine."""
+
+    weights: Literal["shared", "own"] = "own"
+
+    def __init__(self, engine: VLLMEngine, adapter: Any) -> None:
+        self.processing_class = engine.processing_class
+        self._engine, self._adapter = engine, adapter
+
+    async def generate(
+        self, prompt_ids: list[int], sampling: SamplingParams, *, session: str | None = None
+    ) -> Generation:
+        self._engine._check_request(prompt_ids, sampling)
+        return await self._engine._submit(prompt_ids, sampling, self._adapter)
+
+    def release(self, session: str) -> None:
+        self._engine.release(session)
+
+    def refresh(self, model_path: str | None = None) -> None:
+        raise RuntimeError("This is an earlier policy, which does not change. Refresh the engine that it came from.")
+
+    def describe(self) -> dict[str, Any]:
+        return self._engine.describe()
 
 
 def _release(version: str) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from ..engine import FinishReason, Generation, SamplingParams
+from ..engine import Engine, FinishReason, Generation, SamplingParams
 from .connection import SERVER_OPTIONS, ServerConnection, ServerFailed, WrongAnswer
 
 
@@ -91,10 +91,16 @@ class VLLMServerEngine:
             ValueError: if the server refuses the request, e.g. as longer than its `max_model_len`.
             ConnectionError: if every server is away, or fails, for longer than `patience_seconds`.
         """
+        return await self._submit(prompt_ids, sampling, session, None)
+
+    async def _submit(
+        self, prompt_ids: list[int], sampling: SamplingParams, session: str | None, adapter: str | None
+    ) -> Generation:
+        """Samples one turn with the adapter of a name, or with the policy's weights."""
         server, away = self._server_of(session), set[_Server]()
         while True:
             try:
-                return await server.complete(_request(prompt_ids, sampling), self._vocabulary)
+                return await server.complete(_request(prompt_ids, sampling), self._vocabulary, adapter)
             except ServerFailed:
                 away.add(server)
                 others = [other for other in self._servers if other not in away]
@@ -136,10 +142,21 @@ class VLLMServerEngine:
                 f"The server would go on with the old weights: `model_path={model_path!r}` is no folder. Pass the "
                 "folder of the policy's newest checkpoint."
             )
-        folder = str(Path(model_path).resolve())
-        # A new name each time: no prefix of an earlier policy is taken for this one's.
-        adapter = f"policy-{id(self):x}-{next(self._adapters)}"
+        folder, adapter = str(Path(model_path).resolve()), self._new_adapter()
         self._at_all(lambda server: server.load(folder, adapter))
+
+    samples_beside = True
+
+    def beside(self, model_path: str) -> Engine:
+        """An engine that samples with the LoRA adapter in `model_path` while this one samples with its own weights;
+        see [`SamplesBeside`]. Start the server with `--max-loras 2`, so that both share batches."""
+        folder, adapter = str(Path(model_path).resolve()), self._new_adapter()
+        self._at_all(lambda server: server.add(folder, adapter))
+        return _Beside(self, adapter)
+
+    def _new_adapter(self) -> str:
+        # A new name each time: no prefix of an earlier policy is taken for this one's.
+        return f"policy-{id(self):x}-{next(self._adapters)}"
 
     def sleep(self, level: int = 1) -> None:
         """Frees the servers' devices while the trainer works; see [`VLLMEngine.sleep`]."""
@@ -184,8 +201,9 @@ class _Server:
         self.connection = ServerConnection(
             url, self._load_again, max_concurrency, timeout_seconds, patience_seconds, api_key
         )
-        self._folder: str | None = None
+        self._folder: str | None = None  # of whole weights
         self._adapter: str | None = None
+        self._adapters: dict[str, str] = {}  # name -> folder, the policy's and those beside it
 
     def read_card(self) -> None:
         """Asks the server what it is."""
@@ -195,31 +213,64 @@ class _Server:
         self.model, self.max_model_len = card["id"], card["max_model_len"]
         self.connection.remember()
 
-    async def complete(self, request: dict[str, Any], vocabulary: int) -> Generation:
+    async def complete(self, request: dict[str, Any], vocabulary: int, adapter: str | None) -> Generation:
         """Samples one turn."""
-        request = request | {"model": self._adapter or self.model}
+        request = request | {"model": adapter or self._adapter or self.model}
         return await self.connection.post("/v1/completions", request, lambda answer: _generation(answer, vocabulary))
 
     def load(self, folder: str, adapter: str) -> None:
-        """Loads a checkpoint, or an adapter under the given name."""
-        is_adapter = (Path(folder) / "adapter_config.json").exists()
-        if is_adapter:
-            self.connection.command("/v1/load_lora_adapter", {"lora_name": adapter, "lora_path": folder})
+        """Loads a checkpoint, or an adapter under the given name, in the place of what there was."""
+        earlier = [*self._adapters]
+        if (Path(folder) / "adapter_config.json").exists():
+            self.add(folder, adapter)
+            self._adapter = adapter
         else:
-            self.connection.command(
-                "/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": folder}}
-            )
-            self.connection.command("/reset_prefix_cache", {})
-        previous, self._adapter = self._adapter, adapter if is_adapter else None
-        self._folder = folder
+            self._reload(folder)
+            self._folder, self._adapter = folder, None
         self.connection.remember()
-        if previous not in (None, adapter):
-            self.connection.command("/v1/unload_lora_adapter", {"lora_name": previous})
+        for name in earlier:
+            self.connection.command("/v1/unload_lora_adapter", {"lora_name": name})
+            del self._adapters[name]
+
+    def add(self, folder: str, adapter: str) -> None:
+        """Loads an adapter beside what there is."""
+        self.connection.command("/v1/load_lora_adapter", {"lora_name": adapter, "lora_path": folder})
+        self._adapters[adapter] = folder
+
+    def _reload(self, folder: str) -> None:
+        self.connection.command("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": folder}})
+        self.connection.command("/reset_prefix_cache", {})
 
     def _load_again(self) -> None:
         """After a restart: the server has forgotten the weights that it was given."""
         if self._folder is not None:
-            self.load(self._folder, self._adapter or "")
+            self._reload(self._folder)
+        for adapter, folder in self._adapters.items():
+            self.connection.command("/v1/load_lora_adapter", {"lora_name": adapter, "lora_path": folder})
+
+
+class _Beside:
+    """Another adapter of a [`VLLMServerEngine`], as an engine."""
+
+    weights: Literal["shared", "own"] = "own"
+
+    def __init__(self, engine: VLLMServerEngine, adapter: str) -> None:
+        self.processing_class = engine.processing_class
+        self._engine, self._adapter = engine, adapter
+
+    async def generate(
+        self, prompt_ids: list[int], sampling: SamplingParams, *, session: str | None = None
+    ) -> Generation:
+        return await self._engine._submit(prompt_ids, sampling, session, self._adapter)
+
+    def release(self, session: str) -> None:
+        self._engine.release(session)
+
+    def refresh(self, model_path: str | None = None) -> None:
+        raise RuntimeError("This is an earlier policy, which does not change. Refresh the engine that it came from.")
+
+    def describe(self) -> dict[str, Any]:
+        return self._engine.describe()
 
 
 def _request(prompt_ids: list[int], sampling: SamplingParams) -> dict[str, Any]:
