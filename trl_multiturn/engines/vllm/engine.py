@@ -13,6 +13,7 @@ from typing import Any, Literal
 from packaging.version import InvalidVersion, Version
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from ..beside import PolicyBeside
 from ..engine import Engine, FinishReason, Generation, SamplingParams
 
 
@@ -173,7 +174,13 @@ class VLLMEngine:
         """An engine that samples with the LoRA adapter in `model_path` while this one samples with its own weights;
         see [`SamplesBeside`]."""
         self._check_open()
-        return _Beside(self, self._wait(self._add_other(str(model_path))))
+        adapter = self._wait(self._add_other(str(model_path)))
+
+        async def generate(prompt_ids: list[int], sampling: SamplingParams, session: str | None) -> Generation:
+            self._check_request(prompt_ids, sampling)
+            return await self._submit(prompt_ids, sampling, adapter)
+
+        return PolicyBeside(self, generate)
 
     def sleep(self, level: int = 1) -> None:
         """Frees the device's memory while the trainer works (`enable_sleep_mode=True`): level 1 keeps the weights in
@@ -323,31 +330,6 @@ class VLLMEngine:
         self._adapter, self._others = None, []
         for adapter in adapters:
             await self._llm.remove_lora(adapter.lora_int_id)
-
-
-class _Beside:
-    """Another adapter of a [`VLLMEngine`], as an engine."""
-
-    weights: Literal["shared", "own"] = "own"
-
-    def __init__(self, engine: VLLMEngine, adapter: Any) -> None:
-        self.processing_class = engine.processing_class
-        self._engine, self._adapter = engine, adapter
-
-    async def generate(
-        self, prompt_ids: list[int], sampling: SamplingParams, *, session: str | None = None
-    ) -> Generation:
-        self._engine._check_request(prompt_ids, sampling)
-        return await self._engine._submit(prompt_ids, sampling, self._adapter)
-
-    def release(self, session: str) -> None:
-        self._engine.release(session)
-
-    def refresh(self, model_path: str | None = None) -> None:
-        raise RuntimeError("This is an earlier policy, which does not change. Refresh the engine that it came from.")
-
-    def describe(self) -> dict[str, Any]:
-        return self._engine.describe()
 
 
 def _release(version: str) -> tuple[int, ...]:

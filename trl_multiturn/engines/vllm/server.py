@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
+from ..beside import PolicyBeside
 from ..engine import Engine, FinishReason, Generation, SamplingParams
 from .connection import SERVER_OPTIONS, ServerConnection, ServerFailed, WrongAnswer
 
@@ -152,7 +153,11 @@ class VLLMServerEngine:
         see [`SamplesBeside`]. Start the server with `--max-loras 2`, so that both share batches."""
         folder, adapter = str(Path(model_path).resolve()), self._new_adapter()
         self._at_all(lambda server: server.add(folder, adapter))
-        return _Beside(self, adapter)
+
+        async def generate(prompt_ids: list[int], sampling: SamplingParams, session: str | None) -> Generation:
+            return await self._submit(prompt_ids, sampling, session, adapter)
+
+        return PolicyBeside(self, generate)
 
     def _new_adapter(self) -> str:
         # A new name each time: no prefix of an earlier policy is taken for this one's.
@@ -247,30 +252,6 @@ class _Server:
             self._reload(self._folder)
         for adapter, folder in self._adapters.items():
             self.connection.command("/v1/load_lora_adapter", {"lora_name": adapter, "lora_path": folder})
-
-
-class _Beside:
-    """Another adapter of a [`VLLMServerEngine`], as an engine."""
-
-    weights: Literal["shared", "own"] = "own"
-
-    def __init__(self, engine: VLLMServerEngine, adapter: str) -> None:
-        self.processing_class = engine.processing_class
-        self._engine, self._adapter = engine, adapter
-
-    async def generate(
-        self, prompt_ids: list[int], sampling: SamplingParams, *, session: str | None = None
-    ) -> Generation:
-        return await self._engine._submit(prompt_ids, sampling, session, self._adapter)
-
-    def release(self, session: str) -> None:
-        self._engine.release(session)
-
-    def refresh(self, model_path: str | None = None) -> None:
-        raise RuntimeError("This is an earlier policy, which does not change. Refresh the engine that it came from.")
-
-    def describe(self) -> dict[str, Any]:
-        return self._engine.describe()
 
 
 def _request(prompt_ids: list[int], sampling: SamplingParams) -> dict[str, Any]:
