@@ -266,3 +266,44 @@ def test_mask_observations_false_is_stock_dpo_on_trajectories(folder, tmp_path):
 
 def with_full_masks(prepared: Dataset) -> Dataset:
     return prepared.map(lambda row: {f"{s}_action_mask": [1] * len(row[f"{s}_ids"]) for s in ("chosen", "rejected")})
+
+
+class LogisticLoss(MultiTurnDPOTrainer):
+    """DPO once more, as a user would write it."""
+
+    def loss(self, batch):
+        return -F.logsigmoid(batch.beta * (batch.chosen_log_ratios - batch.rejected_log_ratios)).mean()
+
+
+class LengthNormalizedLoss(MultiTurnDPOTrainer):
+    """SimPO's kind: mean log-probabilities of the sampled tokens, no reference."""
+
+    def loss(self, batch):
+        chosen = batch.chosen_logps.sum(dim=1) / batch.chosen_mask.sum(dim=1)
+        rejected = batch.rejected_logps.sum(dim=1) / batch.rejected_mask.sum(dim=1)
+        return -F.logsigmoid(batch.beta * (chosen - rejected) - 0.5).mean()
+
+
+@pytest.mark.parametrize("settings", [{}, {"packed": True}, {"precompute_ref_log_probs": True}, {"packed": False}])
+def test_a_loss_of_the_users_own_is_a_method(folder, tmp_path, settings):
+    trainers = [
+        make(folder, tmp_path / cls.__name__, cls=cls, **settings) for cls in (MultiTurnDPOTrainer, LogisticLoss)
+    ]
+    for trainer in trainers:
+        trainer.train()
+    for key in ("loss", "grad_norm", "rewards/margins", "rewards/accuracies", "logps/chosen"):
+        stock, own = (logged(trainer, key) for trainer in trainers)
+        assert own == pytest.approx(stock, rel=1e-4, abs=1e-5), key
+
+
+def test_a_loss_of_the_users_own_reads_tokens_and_masks(folder, tmp_path):
+    trainer = make(folder, tmp_path, cls=LengthNormalizedLoss)
+    move(trainer.model)
+    expected = []
+    for row in trainer.train_dataset:
+        sides = []
+        for side in ("chosen", "rejected"):
+            ids, mask = row[f"{side}_ids"], row[f"{side}_action_mask"]
+            sides.append(token_logps(trainer.model, row["prompt_ids"], ids, mask).sum() / sum(mask))
+        expected.append(-F.logsigmoid(BETA * (sides[0] - sides[1]) - 0.5))
+    assert batch_loss(trainer).item() == pytest.approx(torch.stack(expected).mean().item(), rel=1e-4)

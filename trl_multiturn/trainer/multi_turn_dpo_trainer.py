@@ -16,6 +16,7 @@ from ..data.tokenization import row_tokenization_kwargs, tokenize_numbered_row, 
 from ..data.truncation import PREFERENCE_SIDES
 from .loop.iterative import IterativeTrainerMixin
 from .packed import PackedTrainerMixin
+from .pair_batch import OwnPairLossMixin
 from .policy import PolicyMixin
 from .rows.token_rows import TokenRowsMixin
 
@@ -24,7 +25,9 @@ from .rows.token_rows import TokenRowsMixin
 _MARGIN_LOSS_TYPES = {"sigmoid", "hinge", "robust", "exo_pair", "discopop", "sft"}
 
 
-class MultiTurnDPOTrainer(PackedTrainerMixin, IterativeTrainerMixin, PolicyMixin, TokenRowsMixin, DPOTrainer):
+class MultiTurnDPOTrainer(
+    OwnPairLossMixin, PackedTrainerMixin, IterativeTrainerMixin, PolicyMixin, TokenRowsMixin, DPOTrainer
+):
     """
     Trainer for multi-turn Direct Preference Optimization (M-DPO).
 
@@ -44,6 +47,9 @@ class MultiTurnDPOTrainer(PackedTrainerMixin, IterativeTrainerMixin, PolicyMixin
 
     Rows are cut to `max_length` at the end of a turn where one fits, and dropped where no trained token is left or the
     two sides became identical; the counts are logged once as `data/…`.
+
+    A loss of your own is a method of a subclass: `loss(batch)` gets a [`PairBatch`] and returns the mean over its
+    pairs. Packing, references, metrics and iterations stay as they are.
 
     Example:
 
@@ -115,6 +121,9 @@ class MultiTurnDPOTrainer(PackedTrainerMixin, IterativeTrainerMixin, PolicyMixin
             return self._fit(dataset, args, dataset_name)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if self.has_own_loss:
+            self.install_packed_forwards()
+            return self.own_loss(model, inputs, return_outputs)
         if "margin" not in inputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         self._check_margin_is_defined()
