@@ -179,9 +179,10 @@ class TestVLLMEngine:
     def test_two_adapters_are_sampled_from_in_one_batch(self, start_weights, tmp_path):
         models = []
         for seed in (1, 2):
-            torch.manual_seed(seed)
             config = LoraConfig(r=4, lora_alpha=16, init_lora_weights=False, target_modules=["q_proj", "v_proj"])
-            models.append(get_peft_model(tiny_model(TOKENIZER, seed=0, **SIZES), config))
+            base = tiny_model(TOKENIZER, seed=0, **SIZES)
+            torch.manual_seed(seed)
+            models.append(get_peft_model(base, config))
             models[-1].save_pretrained(tmp_path / str(seed))
         assert start_weights.samples_beside
         start_weights.refresh(str(tmp_path / "1"))
