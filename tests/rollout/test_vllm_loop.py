@@ -186,7 +186,7 @@ def test_the_engine_follows_the_policy_through_the_iterations(engine, tmp_path, 
         # Interrupted in the second iteration and taken up again: what was sampled is kept
         stopped, generator = make_trainer(tmp_path, engine, tool, reward, 2, peft_config)
         with monkeypatch.context() as patch, pytest.raises(InterruptedError):
-            patch.setattr(engine, "generate", interrupted_after(20, engine.generate))
+            patch.setattr(engine, "generate", interrupted_after(10, engine.generate))
             stopped.train(resume_from_checkpoint=True)
         journal = Journal(generator.run_folder / "iteration_001" / "journal")
         kept = {(t.info["policy"], t.info["trajectory_id"]): t.completion_ids for t in journal.read()}
