@@ -16,7 +16,7 @@ from .notebook_cells import DIFFERENCES, NOTEBOOKS, table
 
 DOCS = Path(__file__).parents[2] / "docs" / "sandbox.md"
 _IMPORTS = re.compile(r"^(?:import|from) (numpy|sympy|pandas|matplotlib)\b")
-_TIME = re.compile(r"\d[\d.]* (?:ns|μs|µs|us|ms|s)\b")
+_TIME = re.compile(r"\d[\d.]*(?:e\+\d+)? (?:ns|μs|µs|us|ms|s)\b")  # 999.9 µs are printed as `1e+03 µs`
 
 
 @pytest.fixture(scope="module")
