@@ -44,7 +44,7 @@ from .rows.row_files import load_rows
 from .rows.selection import PairingConfig, UnpairedConfig, check_pairing
 from .tools.toolbox import Toolset
 from .trainer.loop.policy_weights import load_policy_weights, policy_revision, refuse_diverged, save_policy_weights
-from .trainer.values.value_based import ValueBasedTrainer
+from .trainer.outcomes.outcome_based import OutcomeBasedTrainer
 
 
 logger = logging.getLogger(__name__)
@@ -173,7 +173,8 @@ class ToolRolloutGenerator(TrainerCallback):
         warn_of_cut_rows(self.settings.rollout, trainer.args.max_length)
         self.trainer = trainer
         if self.settings.pairing is None:
-            self.settings.pairing = UnpairedConfig() if isinstance(trainer, ValueBasedTrainer) else PairingConfig()
+            unpaired = isinstance(trainer, OutcomeBasedTrainer)
+            self.settings.pairing = UnpairedConfig(**trainer.default_sampling) if unpaired else PairingConfig()
         self.settings.choose_filters()
         self.run_folder = self.run_folder or Path(trainer.args.output_dir, "rollouts")
         self.run = RunFolder(self.run_folder)

@@ -36,7 +36,7 @@ def one_step(trainer):
     loss = trainer.compute_loss(trainer.model, whole_batch(trainer))
     loss.backward()
     gradients = {name: p.grad for name, p in trainer.model.named_parameters() if p.grad is not None}
-    return loss.detach(), gradients, trainer._value_metrics.pop("train")
+    return loss.detach(), gradients, trainer._outcome_metrics.pop("train")
 
 
 SETTINGS = {OREOTrainer: dict(kl_coef=0.3), DQOTrainer: dict(lam=0.9)}

@@ -74,7 +74,7 @@ def whole_batch(trainer) -> dict[str, torch.Tensor]:
 
 def metrics_of(trainer) -> dict[str, float]:
     """The metrics since the last time."""
-    return trainer._value_metrics.pop("train" if trainer.model.training else "eval")
+    return trainer._outcome_metrics.pop("train" if trainer.model.training else "eval")
 
 
 def parameters(module: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -6,37 +6,18 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ..outcomes.outcome_batch import OutcomeBatch
 
-@dataclass
-class TrajectoryBatch:
+
+@dataclass(kw_only=True)
+class TrajectoryBatch(OutcomeBatch):
     """
-    One batch as the losses take it. `(B, T)` unless said; column `t` scores token `t + 1`.
+    An [`OutcomeBatch`] with what a value model says of it. `(B, T)` unless said.
 
     Args:
         values (`Tensor`): `V` of the state in which each token was chosen; with gradient.
-        logps (`Tensor`): log-probabilities under the policy, with gradient; 0 outside the mask.
-        ref_logps (`Tensor`): the same under the reference.
-        action_mask (`Tensor`): bool.
-        rewards (`Tensor`): `(B,)`, terminal.
-        token_rewards (`Tensor`): per action, process rewards and terminal ones.
-        labels (`Tensor`): `(B,)`, bool; for metrics only.
-        behavior_logps (`Tensor`, *optional*): log-probabilities under the policy that sampled the rows.
-        step_ids (`Tensor`, *optional*): int64.
         kl (`Tensor`, *optional*): exact KL to the reference, with gradient.
     """
 
     values: Tensor
-    logps: Tensor
-    ref_logps: Tensor
-    action_mask: Tensor
-    rewards: Tensor
-    token_rewards: Tensor
-    labels: Tensor
-    behavior_logps: Tensor | None = None
-    step_ids: Tensor | None = None
     kl: Tensor | None = None
-
-    @property
-    def log_ratios(self) -> Tensor:
-        """`log π − log π_ref` in nats, per token: the difference of two long sums would lose its digits."""
-        return self.logps - self.ref_logps

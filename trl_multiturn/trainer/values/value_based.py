@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate.logging import get_logger
@@ -26,13 +26,9 @@ from transformers import (
     TrainerCallback,
 )
 
-from ...data.row_checks import find_format, first_row
-from ...data.value_rows import ALIGNED_COLUMNS, DataCollatorForTrajectories, finish_rows, outcome
 from ...distributed.sharding import plain_name, weights_of, whole_parameters, write_parameters
-from ...formats import columns_read
 from ...models.value_model import ValueModel
-from ..multi_turn_kto_trainer import MultiTurnKTOTrainer
-from ..rows.token_reference import TokenReferenceMixin
+from ..outcomes.outcome_based import OutcomeBasedTrainer
 from .joint_forward import attach_value_model
 from .trajectory_batch import TrajectoryBatch
 from .value_config import ValueBasedConfig
@@ -44,7 +40,7 @@ logger = get_logger(__name__)
 VALUE_MODEL_FOLDER = "value_model"
 
 
-class ValueBasedTrainer(TokenReferenceMixin, MultiTurnKTOTrainer):
+class ValueBasedTrainer(OutcomeBasedTrainer):
     """
     Base of [`OREOTrainer`] and [`DQOTrainer`]; a subclass gives `losses`.
 
@@ -54,15 +50,7 @@ class ValueBasedTrainer(TokenReferenceMixin, MultiTurnKTOTrainer):
 
     args: ValueBasedConfig
     _config_class: type[ValueBasedConfig]
-
-    _reference_columns = ("ref_logps",)
-    _text_formats = [
-        ("prompt", "completion", "reward"),
-        ("prompt", "completion", "label"),
-        ("chosen", "rejected"),
-    ]
-    _extra_signature_columns = ("reward", "length", *ALIGNED_COLUMNS)
-    _collator_class = DataCollatorForTrajectories
+    _batch_class = TrajectoryBatch
 
     def __init__(
         self,
@@ -79,19 +67,6 @@ class ValueBasedTrainer(TokenReferenceMixin, MultiTurnKTOTrainer):
         quantization_config: BitsAndBytesConfig | None = None,
         peft_config: PeftConfig | None = None,
     ):
-        if args is None:
-            name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
-            args = self._config_class(f"{name.split('/')[-1]}-{self._name}")
-        elif not isinstance(args, self._config_class):
-            raise TypeError(
-                f"`args` is a `{type(args).__name__}`, which does not describe a value model. Pass a "
-                f"`{self._config_class.__name__}`; it takes every field of `KTOConfig`."
-            )
-        if compute_metrics is not None:
-            raise ValueError(
-                "`compute_metrics` needs logits, which this trainer never builds. Leave it out: evaluation reports "
-                "the losses and the value model's metrics, and `evaluate_policy` measures answers."
-            )
         if tuple(optimizers) != (None, None):
             raise ValueError(
                 "`optimizers` was given, but the value model, which it would have to train with its own learning "
@@ -106,13 +81,12 @@ class ValueBasedTrainer(TokenReferenceMixin, MultiTurnKTOTrainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            compute_metrics=None,
+            compute_metrics=compute_metrics,
             callbacks=callbacks,
             optimizers=optimizers,
             quantization_config=quantization_config,
             peft_config=peft_config,
         )
-        self._value_metrics = ValueMetrics(self.accelerator, self.beta)
         if self._needs_reference_distributions:
             self._hold_reference_model()
         self._build_value_model()
@@ -159,44 +133,8 @@ class ValueBasedTrainer(TokenReferenceMixin, MultiTurnKTOTrainer):
         """The value model, which is part of the policy's module."""
         return self.accelerator.unwrap_model(self.model).value_model
 
-    # Rows
-
-    def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
-        first = first_row(dataset, dataset_name)
-        _refuse_half_token_rows(first, dataset_name)
-        find_format(first, self._text_formats, self._sides, dataset_name)
-        if "label" not in first and not columns_read(first) >= {"chosen", "rejected"}:
-            map_kwargs = {"num_proc": args.dataset_num_proc} if isinstance(dataset, Dataset) else {}
-            dataset = dataset.map(_add_label, with_indices=True, **map_kwargs)
-        return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
-
-    def _fit(self, dataset: Dataset | IterableDataset, args: Any, dataset_name: str) -> Dataset | IterableDataset:
-        dataset, statistics = finish_rows(
-            dataset,
-            self._tokenizer,
-            max_length=args.max_length,
-            step_delimiter=self._step_delimiter(args),
-            train_on_turns=args.train_on_turns,
-            num_proc=args.dataset_num_proc,
-            desc=f"Reading rewards of {dataset_name} dataset",
-        )
-        if dataset_name == "train" and statistics:
-            self.row_statistics = statistics
-        dropped = statistics.get("data/rows_dropped_too_long", 0), statistics.get("data/rows_dropped_untrained", 0)
-        if any(dropped):
-            logger.warning(
-                f"Dropped {sum(dropped)} of {statistics['data/rows'] + sum(dropped)} rows of the {dataset_name} "
-                f"dataset: {dropped[0]} longer than `max_length={args.max_length}` (a trajectory that is cut has no "
-                f"outcome), {dropped[1]} without a token sampled by the policy."
-            )
-        return dataset
-
-    @staticmethod
-    def _step_delimiter(args: Any) -> Literal["turn", "line", "sentence"] | None:
-        return None
-
-    def _warn_about_balance(self, dataset: Dataset) -> None:
-        pass  # that is KTO's: these losses do not weigh labels
+    def _make_metrics(self) -> ValueMetrics:
+        return ValueMetrics(self.accelerator, self.beta)
 
     # Loss
 
@@ -204,54 +142,22 @@ class ValueBasedTrainer(TokenReferenceMixin, MultiTurnKTOTrainer):
         """`(value loss, policy loss, further metrics)` of a batch; metrics are means over this process's rows."""
         raise TypeError(f"`{type(self).__name__}` must define `losses`.")
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        self.install_packed_forwards()
-        ref_logps, ref_hidden, ref_head = self._reference(inputs)
-        model_kwargs: dict[str, Any] = {"output_router_logits": True} if self.aux_loss_enabled else {}
+    def loss(self, batch: TrajectoryBatch) -> tuple[Tensor, dict[str, float | Tensor]]:
+        value_loss, policy_loss, metrics = self.losses(batch)
+        return policy_loss + value_loss, metrics | {"loss/value": value_loss, "loss/policy": policy_loss}
+
+    def _score(self, model, inputs, ref_hidden, ref_head):
+        distributions: dict[str, Any] = {}
         if ref_hidden is not None:
-            model_kwargs |= {
+            distributions = {
                 "ref_hidden": ref_hidden,
                 "ref_head": ref_head,
                 "kl_chunk_size": getattr(self.args, "kl_chunk_size", 1024),
             }
-        outputs = model(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            labels=inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100),
-            use_cache=False,
-            values=True,
-            **model_kwargs,
-        )
-        aligned = {name: inputs[name][:, 1:] for name in ALIGNED_COLUMNS if name in inputs and name != "ref_logps"}
-        batch = TrajectoryBatch(
-            values=outputs.state_values,
-            logps=outputs.log_probs,
-            ref_logps=ref_logps,
-            action_mask=inputs["completion_mask"][:, 1:].bool(),
-            rewards=inputs["reward"],
-            labels=inputs["label"].bool(),
-            kl=outputs.kl,
-            **aligned,
-        )
-        value_loss, policy_loss, metrics = self.losses(batch)
-        loss = (policy_loss + value_loss) * self._part_weight
-        if self.aux_loss_enabled:
-            loss = loss + self.router_aux_loss_coef * outputs.aux_loss * self._part_weight
-            metrics["aux_loss"] = outputs.aux_loss
-        metrics |= {"loss/value": value_loss, "loss/policy": policy_loss}
-        mode = "train" if self.model.training else "eval"
-        self._value_metrics.add(mode, batch, outputs.entropy, metrics)
-        if mode == "train":
-            tokens = self.accelerator.reduce(inputs["attention_mask"].sum(), "sum").item()
-            self._total_train_tokens += tokens // self._tp_size
-        self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
-        return (loss, outputs) if return_outputs else loss
+        return model(**self._model_inputs(inputs), values=True, **distributions)
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        mode = "train" if self.model.training else "eval"
-        for name, value in self._value_metrics.pop(mode).items():
-            self._metrics[mode][name] = [value]
-        super().log(logs, start_time)
+    def _batch_tensors(self, inputs, outputs):
+        return super()._batch_tensors(inputs, outputs) | {"values": outputs.state_values, "kl": outputs.kl}
 
     # Optimizer
 
@@ -351,16 +257,3 @@ class _ValueWarmup(TrainerCallback):
         for parameter in self.trainer.model.parameters():
             if id(parameter) not in ids:
                 parameter.grad = None
-
-
-def _refuse_half_token_rows(first: dict[str, Any], dataset_name: str) -> None:
-    missing = [name for name in ("prompt_ids", "completion_ids", "action_mask") if name not in first]
-    if "completion_ids" in first and missing and not {"completion", "chosen"} & first.keys():
-        raise ValueError(
-            f"The rows of the {dataset_name} dataset have `completion_ids` but no {missing}, so it is unknown which "
-            "tokens the policy sampled. Add the columns, or pass text rows (`prompt`, `completion`)."
-        )
-
-
-def _add_label(example: dict[str, Any], index: int) -> dict[str, bool]:
-    return {"label": outcome(example, index) > 0}

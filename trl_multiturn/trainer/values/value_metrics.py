@@ -1,49 +1,17 @@
-"""What a value-based trainer logs: collected per batch over all processes, averaged over the logging interval."""
+"""What a value-based trainer logs besides [`OutcomeMetrics`]."""
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 
-import torch
-from accelerate import Accelerator
 from torch import Tensor
 
+from ..outcomes.outcome_metrics import OutcomeMetrics
 from .trajectory_batch import TrajectoryBatch
 
 
-class ValueMetrics:
-    """
-    Sums over a logging interval, so that a mean weighs every row or token alike whatever the batches were.
-
-    Args:
-        accelerator ([`~accelerate.Accelerator`]): adds up the processes.
-        beta (`float`): reward per nat.
-    """
-
-    def __init__(self, accelerator: Accelerator, beta: float):
-        self.accelerator = accelerator
-        self.beta = beta
-        self._sums: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
-
-    @torch.no_grad()
-    def add(self, mode: str, batch: TrajectoryBatch, entropy: Tensor, row_means: dict[str, float | Tensor]) -> None:
-        """
-        Count a batch.
-
-        Args:
-            mode (`str`): `"train"` or `"eval"`.
-            batch ([`TrajectoryBatch`]): what the losses were given.
-            entropy (`Tensor`): `(B, T)`.
-            row_means (`dict[str, float | Tensor]`): further numbers that are means over this process's rows.
-        """
-        sums: dict[str, float | Tensor] = {n: float(mean) * len(batch.rewards) for n, mean in row_means.items()}
-        sums |= self._token_sums(batch, entropy) | self._row_sums(batch)
-        names = sorted(sums)
-        local = torch.tensor([float(sums[name]) for name in names], dtype=torch.float32, device=batch.values.device)
-        totals = self.accelerator.reduce(local, "sum").tolist()
-        for name, value in zip(names, totals, strict=True):
-            self._sums[mode][name] += value
+class ValueMetrics(OutcomeMetrics):
+    """[`OutcomeMetrics`], and how well the value model knows the outcomes."""
 
     def _token_sums(self, batch: TrajectoryBatch, entropy: Tensor) -> dict[str, Tensor]:
         mask = batch.action_mask
@@ -53,8 +21,7 @@ class ValueMetrics:
         values = batch.values[mask].float()
         residuals = values - outcomes + self.beta * togo[mask]
         return {
-            "_tokens": mask.sum(),
-            "_entropy": entropy[mask].sum(),
+            **super()._token_sums(batch, entropy),
             "_value": values.sum(),
             "_residual2": residuals.square().sum(),
             "_outcome": outcomes.sum(),
@@ -67,26 +34,12 @@ class ValueMetrics:
         mask = batch.action_mask
         last = mask.size(1) - 1 - mask.flip(dims=(1,)).float().argmax(dim=1, keepdim=True)
         final_values = batch.values.gather(1, last).squeeze(1)
-        rewards = self.beta * batch.log_ratios.masked_fill(~mask, 0.0).sum(dim=1)
-        logps = batch.logps.masked_fill(~mask, 0.0).sum(dim=1)
-        sums: dict[str, Tensor] = {"_rows": torch.tensor(len(mask))}
-        for side, chosen in (("chosen", batch.labels), ("rejected", ~batch.labels)):
-            sums |= {
-                f"_{side}": chosen.sum(),
-                f"rewards/{side}": rewards[chosen].sum(),
-                f"logps/{side}": logps[chosen].sum(),
-                f"value/final_{side}": final_values[chosen].sum(),
-            }
-        return sums
+        return super()._row_sums(batch) | self._by_side(batch, "value/final_", final_values)
 
-    def pop(self, mode: str) -> dict[str, float]:
-        """The interval's metrics; the next one starts empty."""
-        sums = self._sums.pop(mode, None)
-        if not sums or not sums["_tokens"]:
-            return {}
-        tokens, rows = sums["_tokens"], sums["_rows"]
+    def _token_means(self, sums: dict[str, float]) -> dict[str, float]:
+        tokens = sums["_tokens"]
         metrics = {
-            "entropy": sums["_entropy"] / tokens,
+            **super()._token_means(sums),
             "value/mean": sums["_value"] / tokens,
             "value/residual": math.sqrt(sums["_residual2"] / tokens),
         }
@@ -94,13 +47,4 @@ class ValueMetrics:
         error_variance = sums["_error2"] / tokens - (sums["_error"] / tokens) ** 2
         if variance > 1e-8:  # where all outcomes are equal there is nothing to explain
             metrics["value/explained_variance"] = 1 - error_variance / variance
-        for name, total in sums.items():
-            if name.startswith("_"):
-                continue
-            side = name.rsplit("_" if name.startswith("value/final") else "/", 1)[-1]
-            count = sums[f"_{side}"] if side in ("chosen", "rejected") else rows
-            if count:
-                metrics[name] = total / count
-        if "rewards/chosen" in metrics and "rewards/rejected" in metrics:
-            metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
         return metrics

@@ -1,0 +1,1 @@
+"""What trainers on trajectories with an outcome share, with or without a value model: rows, loss seam and metrics."""
