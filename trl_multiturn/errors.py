@@ -46,7 +46,7 @@ class NoRowsLeftError(TRLMultiturnError, ValueError):
 
 
 class VanishedPartError(TRLMultiturnError, ValueError):
-    """A chat template leaves out a part of a message, which would otherwise vanish without a word."""
+    """A chat template leaves out a part of a message, which training would then never see."""
 
 
 class UnsupportedOutput(TRLMultiturnError, TypeError):

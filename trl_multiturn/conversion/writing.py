@@ -1,4 +1,4 @@
-"""Converted rows on disk, written as they come, such that no null comes back that nobody wrote."""
+"""Converted rows on disk, written as they come, without the nulls that Arrow would fill in."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""See a mask: the tokens of a trajectory coloured by what the loss does with them, in a terminal or a notebook."""
+"""See a mask: the tokens of a trajectory colored by what the loss does with them, in a terminal or a notebook."""
 
 from __future__ import annotations
 

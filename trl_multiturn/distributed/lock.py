@@ -1,4 +1,4 @@
-"""One run, one folder: a lock that says who holds it, and that outlives nobody."""
+"""One run, one folder: a lock that says who holds it and that is released when its holder dies."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ def on_main_at_own_pace(do: Callable[[], T], silence_limit_seconds: float) -> T:
 def outlive_trainer() -> None:
     """Lets the process group be destroyed before the trainer goes; call it right before.
 
-    With gloo a process may hang there for ever. DDP's reducer goes with the trainer and, where the group is destroyed
+    With gloo a process may hang there. DDP's reducer goes with the trainer and, where the group is destroyed
     already, takes the last reference to it along: PyTorch (2.13) then joins gloo's threads while it holds the
     interpreter's lock, for which one of them may be waiting to let go of the last collective operation's tensors. So
     one more reference stays, and the threads are given the lock once.

@@ -31,7 +31,7 @@ def at_own_pace(silence_limit_seconds: float) -> Iterator[None]:
             How long a process that has not arrived may be silent; `ddp_timeout` is the limit that users know.
 
     Raises:
-        `RuntimeError`: if a process has been silent for longer: it is dead, and nobody would ever arrive.
+        `RuntimeError`: if a process has been silent for longer: it is dead, and the others would wait without end.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         yield

@@ -1,4 +1,4 @@
-"""DQO: direct Q-function optimisation (https://huggingface.co/papers/2410.09302), eqs. 3.10–3.14."""
+"""DQO: direct Q-function optimization (https://huggingface.co/papers/2410.09302), eqs. 3.10–3.14."""
 
 from __future__ import annotations
 

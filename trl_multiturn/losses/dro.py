@@ -1,4 +1,4 @@
-"""DRO: direct reward optimisation (https://huggingface.co/papers/2405.19107); the whole response is one action.
+"""DRO: direct reward optimization (https://huggingface.co/papers/2405.19107); the whole response is one action.
 
 Right for observations that are certain given the actions. Otherwise the residual holds the luck of all of them, and
 the policy that it converges to is not the optimum (`tests/test_tabular_optimum.py`): take tokens or turns as actions.

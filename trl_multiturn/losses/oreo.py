@@ -1,4 +1,4 @@
-"""OREO: offline reasoning optimisation (https://huggingface.co/papers/2412.16145), eqs. 8–10."""
+"""OREO: offline reasoning optimization (https://huggingface.co/papers/2412.16145), eqs. 8–10."""
 
 from __future__ import annotations
 

@@ -173,7 +173,7 @@ class ValueModel(nn.Module):
         if kind == "full":
             if getattr(policy, "is_loaded_in_4bit", False) or getattr(policy, "is_loaded_in_8bit", False):
                 raise ValueError(
-                    "The policy's weights are quantised and cannot be trained as a second full model. Use "
+                    "The policy's weights are quantized and cannot be trained as a second full model. Use "
                     "`value_model='adapter'`, or load the policy without `quantization_config`."
                 )
             backbone: PreTrainedModel | PeftModel = _bare_backbone(copy.deepcopy(policy), merge=True)

@@ -1,5 +1,5 @@
 """
-The seat of the packed path: three module hooks around the fused forward that TRL gives a model.
+The packed path of a model: hooks around the fused forward that TRL gives it.
 
 TRL's trainers call `model(input_ids, attention_mask, labels, fused_lm_head=True)` and read padded `(B, L - 1)` fields.
 What is in between is theirs: wrapping (PEFT, DDP, autocast), the router's auxiliary loss, the meaning of each field.
@@ -44,9 +44,9 @@ _INSTALLED: WeakKeyDictionary[nn.Module, ref[PackedForward]] = WeakKeyDictionary
 
 
 def packed_forward_of(model: nn.Module) -> PackedForward | None:
-    """The [`PackedForward`] that sits on a model, if any."""
-    seat = _INSTALLED.get(model)
-    return None if seat is None else seat()
+    """The [`PackedForward`] that is installed on a model, if any."""
+    reference = _INSTALLED.get(model)
+    return None if reference is None else reference()
 
 
 class PackedForward:

@@ -165,7 +165,7 @@ class RolloutConfig:
                 "out for a third."
             )
         if self.tool_timeout_seconds == 0:
-            raise ValueError("`tool_timeout_seconds=0` leaves a call no time. Raise it; `None` waits for ever.")
+            raise ValueError("`tool_timeout_seconds=0` leaves a call no time. Raise it; `None` sets no limit.")
         if self.max_tool_failure_share > 1:
             raise ValueError(f"`max_tool_failure_share` is a share in [0, 1], got {self.max_tool_failure_share}.")
         if isinstance(self.stop_strings, str):

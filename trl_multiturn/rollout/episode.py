@@ -153,7 +153,7 @@ class Episode:
             transcript.unrenderable = str(error)
             return StopReason.ENDED
         if len(transcript) + len(ids) >= self.config.max_trajectory_tokens:
-            return StopReason.MAX_TOKENS  # no room for another turn: the observation would be read by nobody
+            return StopReason.MAX_TOKENS  # no room for another turn: the policy could not read the observation
         transcript.add_answer(observations, ids)
         return None
 

@@ -63,7 +63,7 @@ def fingerprint(value: Any) -> str:
 
 def version_of(function: Any) -> Any:
     """What identifies a reward function's or a factory's behavior, as JSON values: its `version`, or a hash of its
-    source; of a `partial`, with a hash of its arguments, which may be large or secret and are told nobody."""
+    source; of a `partial`, with a hash of its arguments, which may be large or secret and are therefore not stored."""
     if isinstance(function, functools.partial):
         arguments = [[_identity(value) for value in function.args]]
         arguments += [[name, _identity(value)] for name, value in sorted(function.keywords.items())]

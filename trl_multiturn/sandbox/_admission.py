@@ -72,7 +72,7 @@ class Gate:
             return True
 
     def try_enter(self, visit: Visit) -> bool:
-        """Lets a visit in if that keeps nobody waiting. Returns whether it is inside."""
+        """Lets a visit in if no other waits. Returns whether it is inside."""
         with self._guard:
             if visit not in self._inside:
                 if self._queue or len(self._inside) >= self._places:

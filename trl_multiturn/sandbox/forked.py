@@ -144,10 +144,10 @@ class ForkedInterpreter:
         return self._judge(request)
 
     def begin(self, code: str, timeout: float) -> Reply | Request:
-        """Runs one cell on the caller's thread, until it has lasted as long as nobody need watch it.
+        """Runs the cell on the caller's thread for up to 20 ms.
 
-        Nothing is decided here but that an answer is an ordinary one: whatever else happens is left, with what was
-        read, to [`Request.finish`].
+        If it has answered in that time and nothing is unusual about the answer, returns the reply. Otherwise returns
+        the request with what was read so far, and [`Request.finish`] decides on the event loop.
         """
         request = Request(self, code, timeout)
         if self._stopped:

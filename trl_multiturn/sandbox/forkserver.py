@@ -111,7 +111,7 @@ class ForkServer:
                 hello.setdefault("reason", file.read()[-2000:].strip())
             self.kill()
             raise ToolFailure(
-                f"The sandbox's interpreter does not start ({hello.get('reason') or 'it ended without a word'}), so "
+                f"The sandbox's interpreter does not start ({hello.get('reason') or 'it gave no reason'}), so "
                 f"no session can. Check that `{self._command(0)[0]} -c 'import IPython'` works."
             )
         self.pid, self.layers, self.warm_up_seconds = hello["pid"], hello["layers"], hello["seconds"]
@@ -245,7 +245,7 @@ class ForkServer:
                 await asyncio.sleep(0.001)
 
     def tell(self, **message: Any) -> None:
-        """Sends a small message that nobody waits for. If the warm interpreter is gone, so is whom it is about."""
+        """Sends a small message and waits for no answer. A warm interpreter that is gone has no sessions to tell."""
         if self._control is not None:
             with contextlib.suppress(OSError):
                 self._control.send(json.dumps(message).encode())

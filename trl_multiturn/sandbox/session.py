@@ -72,7 +72,7 @@ class Session:
                 return result
             if visit.would_wait_for(threading.get_ident()):
                 raise RuntimeError(
-                    "This thread is in the middle of another cell, so this one would wait for ever: it comes from a "
+                    "This thread is in the middle of another cell, so this one would never run: it comes from a "
                     "signal handler or a finalizer. Run it on another thread."
                 )
             return thread.run(self._run(visit, code, result))

@@ -164,7 +164,7 @@ def vanished(messages: Sequence[Message], index: int, part: Part) -> VanishedPar
     """The error for a part of message `index` that a template leaves out."""
     return VanishedPartError(
         f"Message {index} ({messages[index]['role']}): the chat template leaves out {part.describe()}, so it would "
-        "vanish without a word."
+        "be lost to training."
     )
 
 

@@ -18,7 +18,7 @@ class FencedDialect:
 
     A fence named after a tool is a call of it; its text is the tool's one required argument. What chat models write
     instead of ```` ```python ```` is read as well: `py`, `Python`, `python3`, tildes, a block on one line or indented.
-    A block that is not closed, or that is nobody's, is answered by a hint.
+    A block that is not closed, or whose language no tool runs, is answered by a hint.
 
     A final answer is a box with something in it after the last block. The box of a turn that goes on to write code is
     no answer (nor is "I will put the answer in \boxed{}"), and code before an answer is not run, as in the authors'

@@ -207,7 +207,7 @@ class Cells:
         shell = self.shell
         shell.output = output
         with event_loop.counts_as_running(self.loop):
-            self.loop.get_on()  # what tasks of earlier cells print now is for nobody
+            self.loop.get_on()  # what tasks of earlier cells print now belongs to no cell
             shell.failure = None
             silenced = threads_at_work()
             self.stdout.switch(output, silenced)

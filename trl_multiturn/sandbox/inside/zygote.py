@@ -39,7 +39,7 @@ class Child:
 
 
 class Zygote:
-    """Forks, watches and buries sessions.
+    """Forks sessions, watches them, and removes what they leave.
 
     Args:
         control (`socket.socket`):
@@ -56,7 +56,7 @@ class Zygote:
         self.by_pid: dict[int, Child] = {}
         self.backlog: list[bytes] = []
         self.owner: int | None = None
-        self.broom: tuple[int, int] | None = None  # process that removes folders, and the pipe that names them
+        self.cleaner: tuple[int, int] | None = None  # process that removes folders, and the pipe that names them
         self.layers: dict[str, str] = {}
 
     # ------------------------------------------------------------------------------------------------- start
@@ -336,7 +336,7 @@ class Zygote:
         if pid:
             os.close(names)
             os.set_blocking(pipe, False)
-            self.broom = (pid, pipe)
+            self.cleaner = (pid, pipe)
             return
         try:
             confinement.libc.prctl(confinement.PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
@@ -356,17 +356,17 @@ class Zygote:
             os.rename(folder, trash)
         for _ in range(2):
             try:
-                os.write(self.broom[1], trash.encode() + b"\n")
+                os.write(self.cleaner[1], trash.encode() + b"\n")
                 return
             except BlockingIOError:
                 return  # it is far behind; what it misses goes at the end
             except OSError:
-                os.close(self.broom[1])
+                os.close(self.cleaner[1])
                 self._start_broom()
 
     def _kill_orphans(self) -> None:
         """Processes that sessions left behind come to this one, their subreaper."""
-        own = {self.broom[0], *(child.pid for child in self.children.values())}
+        own = {self.cleaner[0], *(child.pid for child in self.children.values())}
         while True:
             strays = [pid for pid in processes.children_of(os.getpid()) if pid not in own]
             if not strays:
@@ -383,8 +383,8 @@ class Zygote:
         for child in self.children.values():
             self._kill(child)
         with contextlib.suppress(ProcessLookupError, ChildProcessError, TypeError):
-            os.kill(self.broom[0], signal.SIGKILL)
-            os.waitpid(self.broom[0], 0)
+            os.kill(self.cleaner[0], signal.SIGKILL)
+            os.waitpid(self.cleaner[0], 0)
         while self.children:
             with contextlib.suppress(ChildProcessError):
                 os.waitpid(self.children.popitem()[1].pid, 0)

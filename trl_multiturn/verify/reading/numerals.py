@@ -9,7 +9,7 @@ from typing import NamedTuple
 from .notation import normalize, words
 
 
-# longer numbers are nobody's answer, and Python refuses to convert those beyond 4,300 digits
+# longer numbers are no answers, and Python refuses to convert those beyond 4,300 digits
 _MAX_LENGTH = 100
 _MAX_EXPONENT = 400
 

@@ -110,7 +110,7 @@ _DEFINITIONS = (
 )  # fmt: skip
 _PREFIXES = {"kilo k": "1000", "centi c": "1/100", "milli m": "1/1000", "mega M": "1000000", "deci d": "1/10",
              "micro μ": "1/1000000", "nano n": "1/1000000000", "giga G": "1000000000"}  # fmt: skip
-# a unit beside a number only where nothing else is meant: 5 N is a force, 5 n is not, and 5 A is nobody's guess
+# a unit beside a number only where nothing else is meant: 5 N is a force, 5 n is not, and 5 A may be either
 _LONE_LETTERS = frozenset("msghlLNJWV$€£¥₹¢'\"")
 _TEMPERATURES = {"c": Unit(Fraction(1), frozenset({("kelvin", 1)}), Fraction("273.15")),
                  "f": Unit(Fraction(5, 9), frozenset({("kelvin", 1)}), Fraction("459.67"))}  # fmt: skip
