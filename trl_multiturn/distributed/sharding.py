@@ -2,9 +2,9 @@
 Weights that are sharded over processes: read whole, written, and gathered for as long as a rollout needs them.
 
 FSDP and DeepSpeed ZeRO-3 leave each process a part of every weight. Three things of the online loop need more: a
-snapshot of the policy, putting one back, and sampling, where each process rolls out its share independently of the others.
-All functions here are collective (every process calls them, in the same order) and do nothing special where weights are
-whole (one process, DDP, ZeRO-1 and 2).
+snapshot of the policy, putting one back, and sampling, where each process rolls out its share independently of the
+others. All functions here are collective (every process calls them, in the same order) and do nothing special where
+weights are whole (one process, DDP, ZeRO-1 and 2).
 """
 
 from __future__ import annotations
