@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from .tabular import TabularToolMDP as TabularToolMDP
     from .templates import TurnTemplate as TurnTemplate
     from .tools.base import current_rollout as current_rollout
+    from .tools.environment_pool import EnvironmentPool as EnvironmentPool
     from .tools.python_tool import PythonTool as PythonTool
     from .trainer.dqo_config import DQOConfig as DQOConfig
     from .trainer.dqo_trainer import DQOTrainer as DQOTrainer
@@ -100,6 +101,7 @@ else:
             ".tabular": ["TabularToolMDP"],
             ".templates": ["TurnTemplate"],
             ".tools.base": ["current_rollout"],
+            ".tools.environment_pool": ["EnvironmentPool"],
             ".tools.python_tool": ["PythonTool"],
             ".trainer.dqo_config": ["DQOConfig"],
             ".trainer.dqo_trainer": ["DQOTrainer"],

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from datasets import Dataset
 
-from ..concurrency import run_coroutine
+from ..concurrency import run_coroutine, run_in_thread
 from ..engines.engine import Engine, check_engine
 from ..errors import TooManyToolFailures as TooManyToolFailures
 from ..journal.journal import Journal
@@ -78,7 +78,8 @@ def generate_trajectories(
             What a function's `None` means beside other functions' values: no verdict, or (`"skip"`) that the function
             does not apply to this row.
         environment_factory (`Callable` or `dict[str, Callable]`, *optional*):
-            An environment per trajectory, as in [`~trl.GRPOTrainer`].
+            An environment per trajectory, as in [`~trl.GRPOTrainer`]; or an [`EnvironmentPool`] (see
+            `docs/environments.md`).
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             The engine's by default.
         num_generations (`int`, *optional*):
@@ -195,11 +196,14 @@ async def agenerate_trajectories(
         progress=progress,
         player=player,
     )
-    rollouts = Rollouts(plan)
-    if plan.journal is None or plan.journal is journal:
-        return await rollouts.run()
-    with plan.journal:
-        return await rollouts.run()
+    try:
+        rollouts = Rollouts(plan)
+        if plan.journal is None or plan.journal is journal:
+            return await rollouts.run()
+        with plan.journal:
+            return await rollouts.run()
+    finally:
+        await run_in_thread(toolset.close)
 
 
 def _is_message(value: Any) -> bool:

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ..tools.base import tool_version
+from ..tools.environment_pool import EnvironmentPool
 
 
 class WatchedRow(Mapping[str, Any]):
@@ -68,6 +69,8 @@ def version_of(function: Any) -> Any:
         arguments = [[_identity(value) for value in function.args]]
         arguments += [[name, _identity(value)] for name, value in sorted(function.keywords.items())]
         return f"{version_of(function.func)}, arguments:{fingerprint(arguments)}"
+    if isinstance(function, EnvironmentPool):  # how environments are kept decides nothing
+        return version_of(function.factory)
     if isinstance(function, Mapping):
         return {str(name): version_of(each) for name, each in function.items()}
     return tool_version(function)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         ToolSession as ToolSession,
         current_rollout as current_rollout,
     )
+    from .environment_pool import EnvironmentPool as EnvironmentPool
     from .environments import EnvironmentType as EnvironmentType
     from .python_tool import PythonTool as PythonTool
     from .textworld import TextWorldEnvironment as TextWorldEnvironment, make_games as make_games
@@ -30,6 +31,7 @@ else:
         __name__,
         {
             ".base": ["RolloutContext", "SessionTool", "ToolCall", "ToolSession", "current_rollout"],
+            ".environment_pool": ["EnvironmentPool"],
             ".environments": ["EnvironmentType"],
             ".python_tool": ["PythonTool"],
             ".textworld": ["TextWorldEnvironment", "make_games"],

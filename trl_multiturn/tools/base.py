@@ -18,8 +18,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol, runtime_checkable
 
-from transformers.utils import get_json_schema
-
 
 @dataclass(frozen=True)
 class ToolCall:
@@ -131,6 +129,11 @@ def current_rollout() -> RolloutContext:
         ) from None
 
 
+def rollout_or_none() -> RolloutContext | None:
+    """The current rollout, or `None` outside one."""
+    return _ROLLOUT.get(None)
+
+
 def enter_rollout(context: RolloutContext) -> None:
     """Makes `context` the current rollout of the running task and of what it starts."""
     _ROLLOUT.set(context)
@@ -160,6 +163,8 @@ def tool_schema(tool: Any) -> dict[str, Any]:
             f"Tool {tool!r} is neither a named callable nor a session tool, so the policy has no name to call it by. "
             "Pass a function (wrap a `functools.partial` in one) or an object with `name`, `schema` and `open()`."
         )
+    from transformers.utils import get_json_schema  # late: a process that only plays an environment needs it not
+
     try:
         return get_json_schema(tool)
     except Exception as error:

@@ -7,29 +7,35 @@ class Counter:
     def get_reward(self) -> float: ...  # optional: the environment owns (a part of) the reward
 ```
 
-The same class works in [`~trl.GRPOTrainer`]. Beyond TRL, an environment may have a data attribute or property `done`;
-where it is true after a turn's calls, the episode is over and the trajectory stops.
+The same class works in [`~trl.GRPOTrainer`]. Beyond TRL, an environment may have
+
+- a data attribute or property `done`; where it is true after a turn's calls, the episode is over and the trajectory
+  stops;
+- a method `close`, which frees what the environment holds and is no tool;
+- class attributes `reusable` (an instance is as good as new after `reset`), `max_environments` (most instances at a
+  time) and `isolation` (`"process"` where it is not thread-safe); see [`EnvironmentPool`].
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ..concurrency import run_in_thread
-from .base import tool_schema, tool_version
+from ..errors import ToolFailure
+from .environment_hosts import Host
+from .environment_pool import EnvironmentPool
 
 
-_PROTOCOL = ("reset", "get_reward")
+class EnvironmentLost(ToolFailure):
+    """An environment that was played is gone, and with it the episode: what it was asked is not asked again."""
 
 
 class EnvironmentType:
-    """One factory, probed once: the tools that its environments offer.
+    """One factory: the tools that its environments offer, and the pool that they come from.
 
     Args:
         factory (`Callable`):
-            Called without arguments, once per trajectory.
+            Makes an environment; called without arguments. Or an [`EnvironmentPool`], which its owner closes.
 
     Raises:
         `TypeError`: if the factory is not callable, or an environment has no `reset` method.
@@ -37,37 +43,38 @@ class EnvironmentType:
     """
 
     def __init__(self, factory: Callable[[], Any]):
-        if not callable(factory):
-            raise TypeError(
-                f"`environment_factory` must be callable without arguments, got {type(factory).__name__}. Pass the "
-                "environment's class or a function that returns a new environment."
-            )
-        self.factory = factory
-        probe = factory()
-        methods = _methods(probe)
-        if "reset" not in methods:
-            raise TypeError(
-                f"`{type(probe).__name__}` has no `reset` method, so a trajectory could not start from a clean state. "
-                "Define `reset(self, **row) -> str | None`."
-            )
-        self.name = type(probe).__name__
-        self.has_reward = "get_reward" in methods
-        self.version = tool_version(type(probe))
-        self.tool_names = [name for name in methods if name not in _PROTOCOL]
-        self.schemas = [tool_schema(methods[name]) for name in self.tool_names]
+        self._owned = not isinstance(factory, EnvironmentPool)
+        self.pool = factory if isinstance(factory, EnvironmentPool) else EnvironmentPool(factory)
+        methods = self.pool.methods
+        self.name, self.version, self.has_reward = methods.name, methods.version, methods.has_reward
+        self.tool_names = list(methods.schemas)
+        self.schemas = list(methods.schemas.values())
 
     def make(self) -> Environment:
-        """A new environment for one trajectory."""
-        return Environment(self.factory(), self)
+        """An environment for one trajectory; it takes its place in the pool when it is opened."""
+        return Environment(self)
+
+    def close(self) -> None:
+        """Closes the pool, if it is not another's."""
+        if self._owned:
+            self.pool.close()
 
 
 class Environment:
-    """One trajectory's environment; synchronous methods run off the event loop."""
+    """One trajectory's environment; nothing of it runs on the event loop."""
 
-    def __init__(self, instance: Any, kind: EnvironmentType):
-        self.instance = instance
+    def __init__(self, kind: EnvironmentType):
         self.kind = kind
-        self.methods = {name: getattr(instance, name) for name in kind.tool_names}
+        self._host: Host | None = None
+        self._sound = True
+
+    async def open(self) -> None:
+        """Takes an environment from the pool, or waits for one.
+
+        Raises:
+            [`ToolFailure`]: if it could not be made.
+        """
+        self._host = await self.kind.pool.acquire()
 
     async def reset(self, row: Mapping[str, Any]) -> str | list[dict[str, Any]] | None:
         """Starts the episode; what it returns is appended to the last user message.
@@ -75,13 +82,31 @@ class Environment:
         Raises:
             `TypeError`: if it returns something that is no text, content blocks or `None`.
         """
-        observation = await self._named(self.instance.reset, **row)
+        if self._host is None:
+            await self.open()
+        observation = await self._named("reset", dict(row))
         if observation is None or isinstance(observation, str | list):
             return observation
         raise TypeError(
             f"`reset` of the environment `{self.kind.name}` returned {observation!r:.80}, which cannot join the "
             "prompt. Return a text, a list of content blocks, or `None`."
         )
+
+    async def call(self, tool: str, arguments: dict[str, Any]) -> Any:
+        """Calls a tool.
+
+        Raises:
+            [`EnvironmentLost`]: if the environment's process ended.
+            Whatever the tool raises.
+        """
+        host = self._opened()
+        try:
+            return await host.call(tool, arguments)
+        except ToolFailure as failure:
+            self._sound = False
+            if host.usable:
+                raise
+            raise EnvironmentLost(str(failure)) from failure
 
     async def reward(self) -> float | None:
         """The environment's own reward, or `None` where it has none.
@@ -91,7 +116,7 @@ class Environment:
         """
         if not self.kind.has_reward:
             return None
-        reward = await self._named(self.instance.get_reward)
+        reward = await self._named("get_reward", {})
         try:
             return None if reward is None else float(reward)
         except (TypeError, ValueError) as error:
@@ -103,21 +128,27 @@ class Environment:
     @property
     def done(self) -> bool:
         """Whether the environment says that the episode is over."""
-        done = getattr(self.instance, "done", False)
-        return bool(done) and not callable(done)
+        return self._host is not None and self._host.done
 
-    async def _named(self, method: Callable[..., Any], /, **kwargs: Any) -> Any:
+    async def close(self) -> None:
+        """Gives the environment back to the pool."""
+        host, self._host = self._host, None
+        if host is not None:
+            await self.kind.pool.release(host, self._sound)
+
+    def _opened(self) -> Host:
+        if self._host is None:
+            raise RuntimeError("The environment was called before it was opened.")
+        return self._host
+
+    async def _named(self, method: str, arguments: dict[str, Any]) -> Any:
         """Calls a method of the protocol; an error of it carries a note that says which it was."""
         try:
-            return await self._call(method, **kwargs)
+            return await self._opened().call(method, arguments)
         except Exception as error:
-            error.add_note(f"It was raised by `{method.__name__}` of the environment `{self.kind.name}`.")
+            self._sound = False
+            error.add_note(f"It was raised by `{method}` of the environment `{self.kind.name}`.")
             raise
-
-    async def _call(self, method: Callable[..., Any], /, **kwargs: Any) -> Any:
-        if inspect.iscoroutinefunction(method):
-            return await method(**kwargs)
-        return await run_in_thread(method, **kwargs)
 
 
 class EnvironmentSet:
@@ -149,6 +180,11 @@ class EnvironmentSet:
             )
         return self.types[name]
 
+    def close(self) -> None:
+        """Closes the pools that nobody else owns."""
+        for kind in self.types.values():
+            kind.close()
+
     def reset_arguments(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """The row's columns, without the one that only chooses the environment."""
         return {name: value for name, value in row.items() if not (self.by_column and name == "environment")}
@@ -169,9 +205,3 @@ def append_observation(messages: list[dict[str, Any]], observation: str | list |
     elif isinstance(observation, str) and isinstance(content, list):
         observation = [{"type": "text", "text": observation}]
     return [*messages[:-1], {**messages[-1], "content": content + observation}]
-
-
-def _methods(instance: Any) -> dict[str, Callable[..., Any]]:
-    # Listed on the class: `getmembers` on the instance evaluates properties
-    names = [name for name, _ in inspect.getmembers(type(instance), predicate=inspect.isfunction)]
-    return {name: getattr(instance, name) for name in names if not name.startswith("_")}

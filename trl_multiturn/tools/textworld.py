@@ -56,6 +56,11 @@ class TextWorldEnvironment:
         `ImportError`: if `textworld` is not installed.
     """
 
+    # What plays the games is a C library, or (PDDL) a parser with module-global state
+    isolation = "process"
+    reusable = True
+    max_environments = 64
+
     def __init__(self, max_steps: int = 40, admissible_commands: bool = True, wrappers: Sequence[Any] = ()):
         if max_steps < 1:
             raise ValueError(f"`max_steps` must be at least 1, got {max_steps}.")
@@ -84,6 +89,7 @@ class TextWorldEnvironment:
             self._game = textworld.start(game, wanted, wrappers=self._wrappers)
             state = self._game.reset()
         except OSError as error:
+            self._close()
             raise ToolFailure(f"The game {game!r} does not start: {error}.") from error
         self._steps, self.won, self.done = 0, False, False
         # The first feedback opens with a banner; ALFWorld's, which has none, comes without the other two

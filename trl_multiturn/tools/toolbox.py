@@ -33,7 +33,7 @@ from .base import (
     tool_schema,
     tool_version,
 )
-from .environments import Environment, EnvironmentSet, EnvironmentType
+from .environments import Environment, EnvironmentLost, EnvironmentSet, EnvironmentType
 
 
 logger = logging.getLogger(__name__)
@@ -118,6 +118,10 @@ class Toolset:
         versions.update({kind.name: kind.version for kind in self.environments.types.values()})
         return versions
 
+    def close(self) -> None:
+        """Closes the environments that the run made; the toolset may be used again."""
+        self.environments.close()
+
     def open(self, row: Mapping[str, Any], limits: ToolLimits) -> Toolbox:
         """The tools of one trajectory, to be closed by `await toolbox.close()`."""
         kind = self.environments.for_row(row)
@@ -163,10 +167,12 @@ class Toolbox:
             return None
 
         async def start() -> Any:
-            self._environment = kind.make()
-            return await self._environment.reset(self._row)
+            await self._leave_environment()  # of an attempt that failed
+            self._environment = environment = kind.make()
+            await environment.open()  # by its own clock: it may have to wait for other trajectories
+            return await self._in_environment("reset", lambda: environment.reset(self._row))
 
-        observation = await self._attempt(kind.name, lambda: self._in_environment("reset", start))
+        observation = await self._attempt(kind.name, start)
         return encodable(observation) if isinstance(observation, str) else observation
 
     async def reward(self) -> float | None:
@@ -201,7 +207,10 @@ class Toolbox:
         return [results[index] for index in range(len(calls))]
 
     async def close(self) -> None:
-        """Ends the sessions. A session that fails to end is logged, for the trajectory is finished anyway."""
+        """Ends the sessions and gives the environment back.
+
+        A session that fails to end is logged, for the trajectory is finished anyway.
+        """
         sessions, self._sessions, self._runs = self._sessions, {}, {}
         for name, session in sessions.items():
             try:
@@ -211,7 +220,12 @@ class Toolbox:
                     await run_in_thread(session.close)
             except Exception:
                 logger.warning("A session of tool `%s` did not close cleanly.", name, exc_info=True)
-        self._environment = None
+        await self._leave_environment()
+
+    async def _leave_environment(self) -> None:
+        environment, self._environment = self._environment, None
+        if environment is not None:
+            await environment.close()
 
     async def _answer(self, call: ToolCall) -> ToolResult:
         if call.name not in self._schemas:
@@ -236,9 +250,9 @@ class Toolbox:
         if name in self._toolset.sessions:
             run = self._runs.get(name) or await self._open(name)
             return _text(await run(**arguments))
-        if self._environment is not None and name in self._environment.methods:
-            method = self._environment.methods[name]
-            return _text(await self._in_environment(name, lambda: _call(method, arguments)))
+        environment = self._environment
+        if environment is not None and name in environment.kind.tool_names:
+            return _text(await self._in_environment(name, lambda: environment.call(name, arguments)))
         function = self._toolset.functions[name]
         return _text(await self._clocked(lambda: _call(function, arguments), _own_limit(function)))
 
@@ -254,7 +268,7 @@ class Toolbox:
         try:
             return await self._clocked(call)
         except _OutOfTime as error:
-            raise _EnvironmentHangs(
+            raise EnvironmentLost(
                 f"The environment's `{name}` did not answer within {error.seconds:g} seconds."
             ) from error
 
@@ -275,7 +289,7 @@ class Toolbox:
             try:
                 return await call()
             except ToolFailure as failure:
-                if attempt == self._limits.retries or isinstance(failure, _EnvironmentHangs):
+                if attempt == self._limits.retries or isinstance(failure, EnvironmentLost):
                     raise
                 logger.warning("Tool `%s` failed and is tried again: %s", name, failure)
                 await asyncio.sleep(_RETRY_PAUSE_SECONDS * 2**attempt)
@@ -287,10 +301,6 @@ class _OutOfTime(Exception):
     def __init__(self, seconds: float):
         super().__init__(seconds)
         self.seconds = seconds
-
-
-class _EnvironmentHangs(ToolFailure):
-    """Not tried again: the first call may still be running inside the environment."""
 
 
 def parse_arguments(arguments: Any, schema: Mapping[str, Any]) -> dict[str, Any]:
