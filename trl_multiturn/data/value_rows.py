@@ -75,6 +75,7 @@ def finish_rows(
     max_length: int | None,
     step_delimiter: StepDelimiter | None = None,
     train_on_turns: TrainOnTurns = "all",
+    binary_outcomes: bool = False,
     num_proc: int | None = None,
     desc: str | None = None,
 ) -> tuple[Dataset | IterableDataset, dict[str, float]]:
@@ -95,6 +96,8 @@ def finish_rows(
         train_on_turns (`"all"`, `"last"` or `"answer"`, *optional*, defaults to `"all"`): which of the policy's turns
             are actions, of those to which the rows give the weight 1 (`turn_weights`). The others are context, and
             what they earned is paid at the last action before them.
+        binary_outcomes (`bool`, *optional*, defaults to `False`): whether rewards must be 1 or 0, for values learned
+            by classification.
 
     Returns:
         The rows, and for a [`~datasets.Dataset`] its counts under `data/…` (empty for a streamed one).
@@ -105,7 +108,12 @@ def finish_rows(
     """
     streamed = isinstance(dataset, IterableDataset)
     map_kwargs = {} if streamed else {"num_proc": num_proc, "desc": desc}
-    fn_kwargs = {"tokenizer": tokenizer, "step_delimiter": step_delimiter, "train_on_turns": train_on_turns}
+    fn_kwargs = {
+        "tokenizer": tokenizer,
+        "step_delimiter": step_delimiter,
+        "train_on_turns": train_on_turns,
+        "binary_outcomes": binary_outcomes,
+    }
     # What they say is in the masks from here on
     present = dataset.column_names or list(next(iter(dataset), {}))
     turns = [name for name in TURN_COLUMNS if name in present]
@@ -161,6 +169,7 @@ def _finish_row(
     tokenizer: PreTrainedTokenizerBase,
     step_delimiter: StepDelimiter | None,
     train_on_turns: TrainOnTurns,
+    binary_outcomes: bool,
 ) -> dict[str, Any]:
     if not example["prompt_ids"]:
         raise ValueError(
@@ -183,6 +192,11 @@ def _finish_row(
         raise ValueError(f"Row {index}: {error}") from error
     _refuse_numbers(example, mask, sampled, index)
     reward = outcome(example, index)
+    if binary_outcomes and reward not in (0.0, 1.0):
+        raise ValueError(
+            f"Row {index}: the reward is {reward}, but `value_objective='classification'` learns the chance of the "
+            "reward 1 against 0. Give the rows rewards of 1 and 0, or use `value_objective='regression'`."
+        )
     label = example.get("label")
     output = {"action_mask": mask, "reward": reward, "label": reward > 0 if label is None else bool(label)}
     output["length"] = len(example["prompt_ids"]) + count  # for `train_sampling_strategy="group_by_length"`

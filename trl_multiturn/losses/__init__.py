@@ -10,6 +10,7 @@ from .dqo import dqo_policy_loss, dqo_value_loss, importance_weights
 from .dro import dro_policy_loss, dro_value_loss
 from .kl import LMHead, full_vocab_kl, kl_loss
 from .oreo import oreo_policy_loss, oreo_value_loss
+from .outcomes import outcome_classification_loss, soft_value
 from .returns import lambda_returns
 from .segments import Segments, merge_segments, turn_ids
 
@@ -28,6 +29,8 @@ __all__ = [
     "merge_segments",
     "oreo_policy_loss",
     "oreo_value_loss",
+    "outcome_classification_loss",
+    "soft_value",
     "terminal_rewards",
     "turn_ids",
 ]

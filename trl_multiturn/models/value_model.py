@@ -28,6 +28,8 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 
 ValueModelKind = Literal["adapter", "full", "head"]
+ValueObjective = Literal["regression", "classification"]
+VALUE_OBJECTIVES: tuple[ValueObjective, ...] = ("regression", "classification")
 
 _ADAPTER = "value"  # not "default": the policy's own adapter has that name
 _CONFIG_FILE, _HEAD_FILE, _BACKBONE_FOLDER = "value_model_config.json", "value_head.safetensors", "backbone"
@@ -47,6 +49,8 @@ class ValueModel(nn.Module):
             Width of the hidden states.
         kind (`str`):
             `"adapter"`, `"full"` or `"head"`.
+        objective (`str`, *optional*, defaults to `"regression"`):
+            What the head's output is: a value (`"regression"`), or the log-odds of the reward 1 (`"classification"`).
 
     Example:
 
@@ -57,9 +61,18 @@ class ValueModel(nn.Module):
     ```
     """
 
-    def __init__(self, backbone: PreTrainedModel | PeftModel | None, hidden_size: int, kind: ValueModelKind):
+    def __init__(
+        self,
+        backbone: PreTrainedModel | PeftModel | None,
+        hidden_size: int,
+        kind: ValueModelKind,
+        objective: ValueObjective = "regression",
+    ):
         super().__init__()
+        if objective not in VALUE_OBJECTIVES:
+            raise ValueError(f"`objective` must be 'regression' or 'classification', got {objective!r}.")
         self.kind = kind
+        self.objective = objective
         self.backbone = backbone
         self.head = nn.Linear(hidden_size, 1, bias=False)
         nn.init.zeros_(self.head.weight)
@@ -69,12 +82,14 @@ class ValueModel(nn.Module):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         hidden_states: Tensor | None = None,
+        raw: bool = False,
     ) -> Tensor:
         """
         Values in units of reward, float32, `(B, L)`: entry `t` is that of the state after token `t`.
 
         Either token ids `(B, L)` (with their padding mask) or a policy's last hidden states `(B, L, H)` are given; the
-        latter are detached, so that a value loss never moves the policy.
+        latter are detached, so that a value loss never moves the policy. A value learned by classification is the
+        chance of the reward 1; with `raw=True` its log-odds are returned, which a loss needs.
         """
         if hidden_states is not None:
             hidden_states = hidden_states.detach()
@@ -90,12 +105,13 @@ class ValueModel(nn.Module):
             hidden_states = outputs.last_hidden_state
         # A regression: bfloat16 would round values near 1 to steps of 1/128
         with torch.autocast(hidden_states.device.type, enabled=False):
-            return nn.functional.linear(hidden_states.to(self.head.weight.dtype), self.head.weight).squeeze(-1)
+            outputs = nn.functional.linear(hidden_states.to(self.head.weight.dtype), self.head.weight).squeeze(-1)
+            return outputs if raw or self.objective == "regression" else outputs.sigmoid()
 
     @torch.no_grad()
     def score(self, sequences: list[list[int]], batch_size: int = 8) -> list[float]:
         """
-        Value of the state after the last token of each sequence.
+        Value of the state after the last token of each sequence; by classification, the chance of the reward 1.
 
         Args:
             sequences (`list[list[int]]`): token ids from the start of the prompt, of any lengths above 0.
@@ -137,7 +153,7 @@ class ValueModel(nn.Module):
         """
         if self.kind != "head" or self.backbone is not None:
             return self
-        standing = ValueModel(cast(PreTrainedModel, decoder(policy)), self.head.in_features, self.kind)
+        standing = ValueModel(cast(PreTrainedModel, decoder(policy)), self.head.in_features, self.kind, self.objective)
         standing.head = self.head
         return standing.train(self.training)
 
@@ -149,6 +165,7 @@ class ValueModel(nn.Module):
         base: PreTrainedModel | None = None,
         lora_rank: int = 64,
         lora_alpha: int = 64,
+        objective: ValueObjective = "regression",
     ) -> ValueModel:
         """
         Build a value model that starts from a policy.
@@ -161,15 +178,17 @@ class ValueModel(nn.Module):
                 Without it the policy's present weights are copied.
             lora_rank, lora_alpha (`int`, *optional*, default to `64`): of the adapter, on all linear layers (OREO's
                 setting at 7B).
+            objective (`str`, *optional*, defaults to `"regression"`): as in the class.
 
         Raises:
-            `ValueError`: if `kind` is unknown, or a full value model is asked for beside quantized weights.
+            `ValueError`: if `kind` or `objective` is unknown, or a full value model is asked for beside quantized
+                weights.
         """
         if kind not in ("adapter", "full", "head"):
             raise ValueError(f"`value_model={kind!r}` is unknown. Choose 'adapter', 'full' or 'head'.")
         hidden_size = policy.config.get_text_config().hidden_size
         if kind == "head":
-            return cls(None, hidden_size, kind).to(_device(policy))
+            return cls(None, hidden_size, kind, objective).to(_device(policy))
         if kind == "full":
             if getattr(policy, "is_loaded_in_4bit", False) or getattr(policy, "is_loaded_in_8bit", False):
                 raise ValueError(
@@ -185,7 +204,7 @@ class ValueModel(nn.Module):
             backbone.requires_grad_(False)
             config = LoraConfig(r=lora_rank, lora_alpha=lora_alpha, lora_dropout=0.0, target_modules="all-linear")
             backbone = get_peft_model(cast(PreTrainedModel, backbone), config, adapter_name=_ADAPTER)
-        return cls(backbone, hidden_size, kind).to(_device(policy))
+        return cls(backbone, hidden_size, kind, objective).to(_device(policy))
 
     def save_pretrained(self, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
         """
@@ -199,7 +218,7 @@ class ValueModel(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         weights = self.state_dict() if state_dict is None else state_dict
         save_file({"weight": weights["head.weight"].detach().cpu().contiguous()}, folder / _HEAD_FILE)
-        config = {"kind": self.kind, "hidden_size": self.head.in_features}
+        config = {"kind": self.kind, "hidden_size": self.head.in_features, "objective": self.objective}
         (folder / _CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         if self.kind != "head":
             prefix = "backbone."
@@ -246,7 +265,8 @@ class ValueModel(nn.Module):
             backbone = decoder(policy)
         else:
             backbone = _load_adapter(folder / _ADAPTER_FOLDER, policy, is_trainable, model_kwargs)
-        value_model = cls(backbone, config["hidden_size"], kind).to(_device(backbone))
+        objective = config.get("objective", "regression")
+        value_model = cls(backbone, config["hidden_size"], kind, objective).to(_device(backbone))
         value_model._load_head(folder)
         if kind == "head":
             value_model.head.requires_grad_(is_trainable)
@@ -257,11 +277,17 @@ class ValueModel(nn.Module):
     def load_weights(self, folder: str | Path) -> None:
         """Read the weights of a saved value model of the same kind into this one, in place."""
         folder = Path(folder)
-        kind = json.loads((folder / _CONFIG_FILE).read_text(encoding="utf-8"))["kind"]
+        config = json.loads((folder / _CONFIG_FILE).read_text(encoding="utf-8"))
+        kind, objective = config["kind"], config.get("objective", "regression")
         if kind != self.kind:
             raise ValueError(
                 f"`{folder}` holds a value model of kind {kind!r}, but this one is {self.kind!r}. Continue with "
                 f"`value_model={kind!r}`."
+            )
+        if objective != self.objective:
+            raise ValueError(
+                f"`{folder}` holds a value model learned by {objective}, but this one learns by {self.objective}: its "
+                f"outputs mean something else. Continue with `value_objective={objective!r}`."
             )
         self._load_head(folder)
         if kind == "adapter":

@@ -6,6 +6,7 @@ import torch
 from accelerate.logging import get_logger
 from torch import Tensor
 
+from ..data.row_checks import first_row
 from ..losses import dqo_policy_loss, dqo_value_loss, importance_weights, merge_segments, turn_ids
 from .dqo_config import DQOConfig
 from .values.trajectory_batch import TrajectoryBatch
@@ -71,6 +72,17 @@ class DQOTrainer(ValueBasedTrainer):
                 eprint       = {arXiv:2410.09302},
             }"""),
     }
+
+    def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
+        first = first_row(dataset, dataset_name)
+        paid = [name for name in ("turn_rewards", "process_rewards") if first.get(name) is not None]
+        if paid and args.value_objective == "classification":
+            raise ValueError(
+                f"The {dataset_name} dataset has the columns {paid}, but a value learned by classification knows the "
+                "outcome alone, so what is paid on the way would count as unexpected. Remove the columns, or use "
+                "`value_objective='regression'`."
+            )
+        return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
 
     def losses(self, batch: TrajectoryBatch) -> tuple[Tensor, Tensor, dict[str, float | Tensor]]:
         weights, metrics = self._weights(batch)

@@ -125,6 +125,7 @@ class OutcomeBasedTrainer(TokenReferenceMixin, MultiTurnKTOTrainer):
             max_length=args.max_length,
             step_delimiter=self._step_delimiter(args),
             train_on_turns=args.train_on_turns,
+            binary_outcomes=self._binary_outcomes(args),
             num_proc=args.dataset_num_proc,
             desc=f"Reading rewards of {dataset_name} dataset",
         )
@@ -142,6 +143,11 @@ class OutcomeBasedTrainer(TokenReferenceMixin, MultiTurnKTOTrainer):
     @staticmethod
     def _step_delimiter(args: Any) -> Literal["turn", "line", "sentence"] | None:
         return None
+
+    @staticmethod
+    def _binary_outcomes(args: Any) -> bool:
+        """Whether rewards must be 1 or 0."""
+        return False
 
     def _warn_about_balance(self, dataset: Dataset) -> None:
         pass  # that is KTO's: these losses do not weigh labels

@@ -36,7 +36,8 @@ class PolicyValueOutput(ModelOutput):
     Args:
         log_probs (`Tensor`): `(B, L−1)`, log-probabilities of the labels, 0 where the label is −100.
         entropy (`Tensor`): `(B, L−1)`, detached.
-        state_values (`Tensor`): `(B, L−1)`, `V` of the state in which the token of column `t` was chosen.
+        state_values (`Tensor`): `(B, L−1)`, `V` of the state in which the token of column `t` was chosen; log-odds of
+            the reward 1 from a value model that learns by classification.
         kl (`Tensor`, *optional*): `(B, L−1)`, exact KL to the reference, 0 where the label is −100.
         aux_loss (`Tensor`, *optional*): load-balancing loss of a mixture of experts.
     """
@@ -85,9 +86,9 @@ def attach_value_model(policy: PreTrainedModel | PeftModel, value_model: ValueMo
         hidden = captured[0][:, -columns - 1 :]  # prompt-learning adapters prepend positions
         critic = getattr(self, _ATTRIBUTE)
         if critic.kind == "head":
-            state_values = critic(hidden_states=hidden)
+            state_values = critic(hidden_states=hidden, raw=True)
         else:
-            state_values = critic(kwargs["input_ids"], kwargs.get("attention_mask"))
+            state_values = critic(kwargs["input_ids"], kwargs.get("attention_mask"), raw=True)
         kl = None
         if ref_hidden is not None:
             mask = labels != -100

@@ -27,6 +27,7 @@ from transformers import (
 )
 
 from ...distributed.sharding import plain_name, weights_of, whole_parameters, write_parameters
+from ...losses import outcome_classification_loss, soft_value
 from ...models.value_model import ValueModel
 from ..outcomes.outcome_based import OutcomeBasedTrainer
 from .joint_forward import attach_value_model
@@ -120,7 +121,12 @@ class ValueBasedTrainer(OutcomeBasedTrainer):
                 "copy of the policy's. Use a LoRA policy or `value_model='head'` to hold one backbone only."
             )
         value_model = ValueModel.from_policy(
-            self.model, args.value_model, base, lora_rank=args.value_lora_rank, lora_alpha=args.value_lora_rank
+            self.model,
+            args.value_model,
+            base,
+            lora_rank=args.value_lora_rank,
+            lora_alpha=args.value_lora_rank,
+            objective=args.value_objective,
         )
         if value_model.backbone is not None and args.gradient_checkpointing:
             value_model.backbone.activation_checkpointing_enable(args.gradient_checkpointing_kwargs)
@@ -136,14 +142,24 @@ class ValueBasedTrainer(OutcomeBasedTrainer):
     def _make_metrics(self) -> ValueMetrics:
         return ValueMetrics(self.accelerator, self.beta)
 
+    @staticmethod
+    def _binary_outcomes(args: Any) -> bool:
+        return args.value_objective == "classification"
+
     # Loss
 
     def losses(self, batch: TrajectoryBatch) -> tuple[Tensor, Tensor, dict[str, float | Tensor]]:
-        """`(value loss, policy loss, further metrics)` of a batch; metrics are means over this process's rows."""
+        """
+        `(value loss, policy loss, further metrics)` of a batch; metrics are means over this process's rows.
+
+        With `value_objective="classification"` the cross-entropy of the outcome takes the value loss's place.
+        """
         raise TypeError(f"`{type(self).__name__}` must define `losses`.")
 
     def loss(self, batch: TrajectoryBatch) -> tuple[Tensor, dict[str, float | Tensor]]:
         value_loss, policy_loss, metrics = self.losses(batch)
+        if batch.value_logits is not None:
+            value_loss = outcome_classification_loss(batch.value_logits, batch.rewards, batch.action_mask)
         return policy_loss + value_loss, metrics | {"loss/value": value_loss, "loss/policy": policy_loss}
 
     def _score(self, model, inputs, ref_hidden, ref_head):
@@ -157,7 +173,12 @@ class ValueBasedTrainer(OutcomeBasedTrainer):
         return model(**self._model_inputs(inputs), values=True, **distributions)
 
     def _batch_tensors(self, inputs, outputs):
-        return super()._batch_tensors(inputs, outputs) | {"values": outputs.state_values, "kl": outputs.kl}
+        values, logits = outputs.state_values, None
+        if self.args.value_objective == "classification":
+            values, logits = soft_value(values, self.beta), values
+        prompts = [] if self.model.training else prompts_of(inputs)
+        own = {"values": values, "value_logits": logits, "kl": outputs.kl, "prompts": prompts}
+        return super()._batch_tensors(inputs, outputs) | own
 
     # Optimizer
 
@@ -257,3 +278,9 @@ class _ValueWarmup(TrainerCallback):
         for parameter in self.trainer.model.parameters():
             if id(parameter) not in ids:
                 parameter.grad = None
+
+
+def prompts_of(inputs: dict[str, Tensor]) -> list[tuple[int, ...]]:
+    """The token ids before each row's first action, for telling rows of one prompt."""
+    starts = inputs["completion_mask"].argmax(dim=1).tolist()
+    return [tuple(ids[:start]) for ids, start in zip(inputs["input_ids"].tolist(), starts, strict=True)]

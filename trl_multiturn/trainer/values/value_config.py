@@ -21,6 +21,12 @@ class ValueBasedConfig(OutcomeConfig):
             `"adapter"`: LoRA layers over a frozen base whose weights are shared with the LoRA policy's base, or with
             the reference model under full fine-tuning. `"full"`: a second model. `"head"`: a linear head on the
             policy's own hidden states, detached.
+        value_objective (`str`, *optional*, defaults to `"regression"`):
+            How the value model learns. `"regression"`: towards the soft Bellman equation, as the papers do.
+            `"classification"`: by the cross-entropy of the outcome at every action token, for rewards of 1 and 0
+            without process rewards; the soft value `β log(1 − p + p e^(1/β))` that the policy loss needs is computed
+            from it. `p` is the chance under the policy that sampled the rows, which should be the reference; the soft
+            value is exact for tools whose answers are certain.
         value_learning_rate (`float`, *optional*):
             Learning rate of the value model. By default that of the policy for a full model, 1e-4 for an adapter
             (OREO's setting at 7B), 1e-3 for a head.
@@ -43,6 +49,14 @@ class ValueBasedConfig(OutcomeConfig):
             "choices": ["adapter", "full", "head"],
         },
     )
+    value_objective: Literal["regression", "classification"] = field(
+        default="regression",
+        metadata={
+            "help": "How the value model learns: towards the soft Bellman equation ('regression'), or by the "
+            "cross-entropy of the outcome, 1 or 0, at every action token ('classification').",
+            "choices": ["regression", "classification"],
+        },
+    )
     value_learning_rate: float | None = field(
         default=None,
         metadata={
@@ -62,6 +76,10 @@ class ValueBasedConfig(OutcomeConfig):
     def __post_init__(self):
         if self.value_model not in ("adapter", "full", "head"):
             raise ValueError(f"`value_model` must be 'adapter', 'full' or 'head', got {self.value_model!r}.")
+        if self.value_objective not in ("regression", "classification"):
+            raise ValueError(
+                f"`value_objective` must be 'regression' or 'classification', got {self.value_objective!r}."
+            )
         check_numbers(
             self,
             value_learning_rate=(_negative(self.value_learning_rate), "at least 0"),
