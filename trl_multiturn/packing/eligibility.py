@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..precision import matmul_uses_tf32
-from .decoder import without_adapters
+from .decoder import PackedDecoder, without_adapters
 from .forward import PackedForward
 from .row import PackedRow
 
@@ -88,6 +88,39 @@ def self_test(forward: PackedForward) -> str | None:
         forward.plans.clear()
         forward.calls.update(packed=0, padded=0)
     return _disagreement(padded, packed, eps) or _missing_windows(row.windows_seen, config)
+
+
+def decoder_self_test(packed: PackedDecoder) -> str | None:
+    """
+    As [`self_test`], for a decoder without an LM head: the hidden states of two trajectories that fork.
+
+    The decoder runs in evaluation mode on its packed path's attention, padded and then packed.
+    """
+    model = packed.decoder
+    batch = _forked_batch(model.config.get_text_config().vocab_size, next(model.parameters()).device)
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    pack = packed._pack
+    try:
+        states = []
+        with torch.no_grad():
+            for packed._pack in (False, True):
+                states.append(model(**inputs).last_hidden_state[batch["attention_mask"].bool()])
+    except Exception as error:  # of whatever kind: the model is not ours, and the run can do without packing
+        return f"the self-test raised {type(error).__name__}: {error}"
+    finally:
+        packed._pack = pack
+        for module in training:
+            module.training = True
+        packed._plans.clear()
+        packed.calls.update(packed=0, padded=0)
+    scale = states[0].float().square().mean().sqrt().clamp(min=1e-6)
+    eps = torch.finfo(model.dtype).eps
+    difference = (states[0].float() - states[1].float()).abs() / scale
+    if difference.max() <= max(1e-3, 64 * eps) and difference.mean() <= max(1e-3, 16 * eps):
+        return None
+    return f"packed hidden states differ from padded ones by {difference.max():.2g} in the self-test"
 
 
 def _forked_batch(vocab_size: int, device: torch.device) -> dict[str, Tensor]:
