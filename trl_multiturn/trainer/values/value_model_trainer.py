@@ -15,19 +15,19 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer, TrainerCallback
 
-from ..data.value_rows import DataCollatorForTrajectories
-from ..losses import oreo_value_loss, outcome_classification_loss
-from ..models.value_model import ValueModel
-from ..models.value_quality import calibration_error, calibration_sums
-from ..packing.decoder import PackedDecoder
-from ..packing.eligibility import decoder_self_test, reason_against_packing
-from ..packing.plan import PlanCache
-from ..trajectory import Trajectory
-from .packed import PackedTrainerMixin
+from ...data.value_rows import DataCollatorForTrajectories
+from ...losses import oreo_value_loss, outcome_classification_loss
+from ...models.value_model import ValueModel
+from ...models.value_quality import calibration_error, calibration_sums
+from ...packing.decoder import PackedDecoder
+from ...packing.eligibility import decoder_self_test, reason_against_packing
+from ...packing.plan import PlanCache
+from ...trajectory import Trajectory
+from ..packed import PackedTrainerMixin
+from .value_based import VALUE_MODEL_FOLDER, prompts_of
+from .value_metrics import FinalStates, final_values
 from .value_model_config import ValueModelConfig
-from .values.value_based import VALUE_MODEL_FOLDER, prompts_of
-from .values.value_metrics import FinalStates, final_values
-from .values.value_rows import hold_out_prompts, prepared_rows
+from .value_rows import hold_out_prompts, prepared_rows
 
 
 logger = get_logger(__name__)

@@ -5,10 +5,10 @@ from typing import Literal
 
 from transformers import TrainingArguments
 
-from ..data.turns import check_train_on_turns
-from .packed_config import PackedConfig
-from .rendering_config import RenderingConfig
-from .values.value_config import check_numbers
+from ...data.turns import check_train_on_turns
+from ..outcomes.outcome_config import check_numbers
+from ..packed_config import PackedConfig
+from ..rendering_config import RenderingConfig
 
 
 _LEARNING_RATES = {"full": 1e-5, "adapter": 1e-4, "head": 1e-3}
