@@ -64,6 +64,11 @@ if TYPE_CHECKING:
     from .trainer.multi_turn_kto_trainer import MultiTurnKTOTrainer as MultiTurnKTOTrainer
     from .trainer.oreo_config import OREOConfig as OREOConfig
     from .trainer.oreo_trainer import OREOTrainer as OREOTrainer
+    from .trainer.values.value_model_config import ValueModelConfig as ValueModelConfig
+    from .trainer.values.value_model_trainer import (
+        ValueModelTrainer as ValueModelTrainer,
+        train_value_model as train_value_model,
+    )
     from .trajectory import StopReason as StopReason, Trajectory as Trajectory, Verdict as Verdict
     from .verify.mathematics import math_reward as math_reward
     from .viewer.viewing import view as view
@@ -111,6 +116,8 @@ else:
             ".trainer.multi_turn_kto_trainer": ["MultiTurnKTOTrainer"],
             ".trainer.oreo_config": ["OREOConfig"],
             ".trainer.oreo_trainer": ["OREOTrainer"],
+            ".trainer.values.value_model_config": ["ValueModelConfig"],
+            ".trainer.values.value_model_trainer": ["ValueModelTrainer", "train_value_model"],
             ".trajectory": ["StopReason", "Trajectory", "Verdict"],
             ".verify.mathematics": ["math_reward"],
             ".viewer.viewing": ["view"],

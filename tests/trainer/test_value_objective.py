@@ -36,7 +36,7 @@ def test_oreo_steps_on_the_cross_entropy_and_on_soft_values(tmp_path):
     for row in trainer.train_dataset:
         plain = plain_forward(trainer, row)
         ratios = [(a - b).item() for a, b in zip(plain["logps"], plain["ref_logps"], strict=True)]
-        chances = [float(z.sigmoid()) for z in plain["values"]]
+        chances = [z.sigmoid().item() for z in plain["values"]]
         value_losses.append(mean([-math.log(p if row["reward"] else 1 - p) for p in chances]))
         soft = [BETA * math.log(1 - p + p * math.exp(1 / BETA)) for p in chances]
         togo = [sum(ratios[t:]) for t in range(len(ratios))]

@@ -6,6 +6,8 @@ from .multi_turn_kto_config import MultiTurnKTOConfig
 from .multi_turn_kto_trainer import MultiTurnKTOTrainer
 from .oreo_config import OREOConfig
 from .oreo_trainer import OREOTrainer
+from .values.value_model_config import ValueModelConfig
+from .values.value_model_trainer import ValueModelTrainer, train_value_model
 
 
 __all__ = [
@@ -17,4 +19,7 @@ __all__ = [
     "MultiTurnKTOTrainer",
     "OREOConfig",
     "OREOTrainer",
+    "ValueModelConfig",
+    "ValueModelTrainer",
+    "train_value_model",
 ]
