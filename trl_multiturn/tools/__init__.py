@@ -14,6 +14,11 @@ if TYPE_CHECKING:
     from ..sandbox.config import SandboxConfig as SandboxConfig
     from ..sandbox.result import ToolFailure as ToolFailure, ToolResult as ToolResult
     from ..sandbox.sandbox import Sandbox as Sandbox
+    from .alfworld import (
+        ALFWorldEnvironment as ALFWorldEnvironment,
+        alfworld_games as alfworld_games,
+        make_alfworld_games as make_alfworld_games,
+    )
     from .base import (
         RolloutContext as RolloutContext,
         SessionTool as SessionTool,
@@ -30,6 +35,7 @@ else:
     __getattr__, __dir__, __all__ = attach(
         __name__,
         {
+            ".alfworld": ["ALFWorldEnvironment", "alfworld_games", "make_alfworld_games"],
             ".base": ["RolloutContext", "SessionTool", "ToolCall", "ToolSession", "current_rollout"],
             ".environment_pool": ["EnvironmentPool"],
             ".environments": ["EnvironmentType"],

@@ -92,9 +92,7 @@ class TextWorldEnvironment:
             self._close()
             raise ToolFailure(f"The game {game!r} does not start: {error}.") from error
         self._steps, self.won, self.done = 0, False, False
-        # The first feedback opens with a banner; ALFWorld's, which has none, comes without the other two
-        first = [text.strip() for text in (state.get("objective"), state.get("description")) if text]
-        return self._observation("\n\n".join(first) or state["feedback"], state)
+        return self._observation(self._opening(state), state)
 
     def act(self, command: str) -> str:
         """
@@ -119,6 +117,11 @@ class TextWorldEnvironment:
     def get_reward(self) -> float:
         """1.0 for a won game, else 0.0."""
         return float(self.won)
+
+    def _opening(self, state: Any) -> str:
+        # The first feedback opens with a banner; games of other engines come without the other two
+        first = [text.strip() for text in (state.get("objective"), state.get("description")) if text]
+        return "\n\n".join(first) or state["feedback"]
 
     def _observation(self, text: str, state: Any) -> str:
         text = clean_feedback(text)
