@@ -20,9 +20,11 @@ ROOT = Path(trl_multiturn.__file__).parent
 MODULES = sorted(module.name for module in pkgutil.walk_packages([str(ROOT)], "trl_multiturn."))
 
 # The wings, from the ground floor up, and what each may import of the others beside itself
-GROUND = {"_lazy", "_upstream", "concurrency", "errors", "messages", "precision", "steps", "trajectory", "version"}
+GROUND = {"_lazy", "_upstream", "concurrency", "errors", "messages", "precision"}
+GROUND |= {"segments", "steps", "trajectory", "version"}
 LAYERS = {
     **dict.fromkeys(GROUND, set()),
+    "trajectory": {"segments"},
     "losses": set(),
     "templates": {"_upstream", "errors", "messages"},
     # the interpreter, a package that could stand by itself
@@ -38,7 +40,7 @@ LAYERS = {
     # rows as other tools write them
     "formats": {"messages"},
     # rows to batches; verdicts to rows
-    "data": {"_upstream", "errors", "formats", "messages", "steps", "templates", "trajectory", "version"},
+    "data": {"_upstream", "errors", "formats", "messages", "segments", "steps", "templates", "trajectory", "version"},
     "rows": {"_lazy", "data", "distributed", "trajectory", "verify"},
     # files that other tools wrote
     "conversion": {"data", "distributed", "formats", "messages", "rows", "trajectory"},

@@ -6,10 +6,12 @@ needs only the standard library, so that a trajectory can be read, stored and te
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from typing import Any
+
+from .segments import Segment, check_branches, join_segments, split_segments
 
 
 class StopReason(str, Enum):
@@ -57,6 +59,10 @@ class Trajectory:
             `UNDECIDED` until judged.
         info (`dict`):
             Provenance: ids, seeds, settings, counts. JSON values only.
+        branches (`list[list[int]]`):
+            Empty for a trajectory that is one token sequence. Otherwise where the next prompt did not continue the
+            tokens so far: `[start, parent]` per further segment, columns of `prompt_ids + completion_ids` (see
+            `trl_multiturn.segments`). `segments` has the sequences themselves.
     """
 
     prompt: list[dict[str, Any]]
@@ -69,6 +75,7 @@ class Trajectory:
     reward: float | None = None
     verdict: Verdict = Verdict.UNDECIDED
     info: dict[str, Any] = field(default_factory=dict)
+    branches: list[list[int]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         n = len(self.completion_ids)
@@ -82,6 +89,9 @@ class Trajectory:
                 f"`logps` has {len(self.logps)} entries for {n} `completion_ids`. Give one per completion token "
                 "(0.0 outside the mask), or `None`."
             )
+        object.__setattr__(self, "branches", self.branches or [])  # rows of files have nulls
+        if self.branches:
+            check_branches(self.branches, len(self.prompt_ids), len(self.prompt_ids) + n)
         # Rows read back from JSON carry plain strings; both spellings mean the same value.
         object.__setattr__(self, "stop_reason", StopReason(self.stop_reason))
         object.__setattr__(self, "verdict", Verdict(self.verdict))
@@ -95,6 +105,11 @@ class Trajectory:
     def num_sampled_tokens(self) -> int:
         """Number of tokens that the policy sampled."""
         return sum(self.action_mask)
+
+    @property
+    def segments(self) -> list[Segment]:
+        """The token sequences that this trajectory is, in the order of time: one, unless its history was rewritten."""
+        return split_segments(self.prompt_ids, self.completion_ids, self.action_mask, self.branches, self.logps)
 
     @property
     def provenance(self) -> dict[str, Any]:
@@ -130,10 +145,31 @@ class Trajectory:
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able dict; [`Trajectory.from_dict`] reads it back unchanged."""
-        row = {f.name: getattr(self, f.name) for f in fields(self)}
+        row = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "branches" or self.branches}
         return {**row, "stop_reason": self.stop_reason.value, "verdict": self.verdict.value}
 
     @classmethod
     def from_dict(cls, row: dict[str, Any]) -> Trajectory:
         """The inverse of [`Trajectory.to_dict`]."""
         return cls(**row)
+
+    @classmethod
+    def from_segments(cls, segments: Sequence[Segment], **fields: Any) -> Trajectory:
+        """The trajectory that is these token sequences, in the order of time.
+
+        Args:
+            segments (`Sequence[Segment]`):
+                At least one. What one of them reads of those before it is kept once.
+            **fields:
+                `prompt`, `completion`, `stop_reason` and the other fields that hold no tokens.
+        """
+        row = join_segments(segments)
+        start = row.prompt_length
+        return cls(
+            prompt_ids=row.ids[:start],
+            completion_ids=row.ids[start:],
+            action_mask=row.action_mask[start:],
+            logps=None if any(segment.logps is None for segment in segments) else row.logps[start:],
+            branches=row.branches,
+            **fields,
+        )

@@ -10,6 +10,7 @@ from datasets import Dataset
 from peft import LoraConfig
 
 from tests.support import byte_tokenizer, save_tiny
+from trl_multiturn.segments import split_segments
 from trl_multiturn.trainer import DQOConfig, OREOConfig, OREOTrainer
 
 from .helpers import kto_config, move
@@ -89,7 +90,17 @@ def split(trainer) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
 
 
 def plain_forward(trainer, row: dict[str, Any]) -> dict[str, Any]:
-    """Log-probabilities, values and exact KLs of one row's actions, from whole logits."""
+    """Log-probabilities, values and exact KLs of one row's actions, from whole logits, segment by segment."""
+    columns = [row[name] for name in ("prompt_ids", "completion_ids", "action_mask")]
+    segments = split_segments(*columns, row.get("branches") or ())
+    if len(segments) > 1:
+        found: dict[str, Any] = {}
+        for segment in segments:
+            plain = {"prompt_ids": segment.context_ids, "completion_ids": segment.completion_ids}
+            part = plain_forward(trainer, plain | {"action_mask": segment.action_mask})
+            part["turns"] = [max(found.get("turns", [0])) + turn for turn in part["turns"]]
+            found = {name: found.get(name, []) + values for name, values in part.items()}
+        return found
     ids = torch.tensor([row["prompt_ids"] + row["completion_ids"]])
     mask = [0] * len(row["prompt_ids"]) + list(row["action_mask"])
     actions = [t - 1 for t, action in enumerate(mask) if action]

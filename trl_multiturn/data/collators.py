@@ -8,6 +8,8 @@ from typing import Any
 import torch
 
 from .. import _upstream
+from ..segments import branches_of
+from .turns import branches_column
 
 
 @dataclass
@@ -18,7 +20,9 @@ class DataCollatorForMultiTurnPreference(_upstream.DataCollatorForPreference):
     As [`~trl.trainer.dpo_trainer.DataCollatorForPreference`], whose arguments it takes, except that `completion_mask`
     is 1 on the tokens of `chosen_action_mask` and `rejected_action_mask` (lists of 0 and 1, aligned with `chosen_ids`
     and `rejected_ids`). Rows without these columns are collated as TRL does. A `margin` column (nats times beta: it is
-    added to the argument of the sigmoid) becomes a tensor `(B,)`; a missing margin is 0.
+    added to the argument of the sigmoid) becomes a tensor `(B,)`; a missing margin is 0. Where rows are more than one
+    token sequence (`chosen_branches`, `rejected_branches`; see `trl_multiturn.segments`), `token_parents` of the shape
+    of `input_ids` is the column that each token continues.
 
     Example:
 
@@ -54,6 +58,8 @@ class DataCollatorForMultiTurnPreference(_upstream.DataCollatorForPreference):
             keep_start = self.truncation_mode == "keep_start"
             masks = [mask[: self.max_length] if keep_start else mask[-self.max_length :] for mask in masks]
         output["completion_mask"] = _fill(output["completion_mask"], masks)
+        rows = [(example, f"{side}_ids") for side in ("chosen", "rejected") for example in examples]
+        _add_parents(output, "", rows, cuts_start=self.truncation_mode == "keep_end")
         if "margin" in examples[0]:
             output["margin"] = torch.tensor([float(example["margin"] or 0.0) for example in examples])
         return output
@@ -67,7 +73,8 @@ class DataCollatorForMultiTurnUnpairedPreference(_upstream.DataCollatorForUnpair
     As [`~trl.trainer.kto_trainer.DataCollatorForUnpairedPreference`], whose arguments it takes, except that
     `completion_mask` is 1 on the tokens of `action_mask` (aligned with `completion_ids`) and `KL_completion_mask` on
     those of `KL_action_mask` (aligned with `KL_completion_ids`, the completion of another row). Rows without these
-    columns are collated as TRL does.
+    columns are collated as TRL does. Where rows are more than one token sequence (`branches`, `KL_branches`),
+    `token_parents` and `KL_token_parents` are the column that each token continues.
 
     Example:
 
@@ -89,12 +96,34 @@ class DataCollatorForMultiTurnUnpairedPreference(_upstream.DataCollatorForUnpair
             masks = [_mask(example, f"{prefix}completion_ids", f"{prefix}action_mask") for example in examples]
             masks = [mask[: self.max_length] for mask in masks]
             output[f"{prefix}completion_mask"] = _fill(output[f"{prefix}completion_mask"], masks)
+            _add_parents(output, prefix, [(example, f"{prefix}completion_ids") for example in examples])
         return output
 
 
 def _mask(example: dict[str, Any], ids_column: str, mask_column: str) -> list[int]:
     mask = example.get(mask_column)
     return [0] * len(example["prompt_ids"]) + list([1] * len(example[ids_column]) if mask is None else mask)
+
+
+def _add_parents(
+    output: dict[str, Any], prefix: str, rows: list[tuple[dict[str, Any], str]], cuts_start: bool = False
+) -> None:
+    """Adds `token_parents` to a batch, if one of its rows (an example and the column of its ids) branches."""
+    branches = [branches_of(example.get(branches_column(ids))) for example, ids in rows]
+    if not any(branches):
+        return
+    ids = output[f"{prefix}input_ids"]
+    if cuts_start and any(len(each["prompt_ids"]) + len(each[column]) > ids.shape[1] for each, column in rows):
+        raise ValueError(
+            "A row of several segments is longer than `max_length`, and cutting its start would tear them apart. Let "
+            "the trainer prepare the rows: it drops whole segments."
+        )
+    parents = torch.arange(-1, ids.shape[1] - 1).repeat(len(ids), 1)
+    for index, row in enumerate(branches):
+        for start, parent in row:
+            if start < ids.shape[1]:
+                parents[index, start] = parent
+    output[f"{prefix}token_parents"] = parents
 
 
 def _fill(like: torch.Tensor, rows: list[list[int]]) -> torch.Tensor:

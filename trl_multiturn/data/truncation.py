@@ -2,7 +2,7 @@
 
 A row cut by a collator can lose its last turns, every trained token, or the difference between its two sides, and
 nobody is told. Here it is cut before training, at the end of a turn where one fits, and every row that would carry no
-gradient is dropped and counted.
+gradient is dropped and counted. A row of several segments loses whole segments from its front instead.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ import numpy as np
 from datasets import Dataset, IterableDataset
 
 from ..errors import NoRowsLeftError as NoRowsLeftError
-from .turns import TrainOnTurns, choose_tokens, columns_of_turns
+from .segments import TokenRow, drop_empty_branches, fit_segments
+from .turns import TrainOnTurns, branches_column, choose_tokens, columns_of_turns
 
 
 PREFERENCE_SIDES = (("chosen_ids", "chosen_action_mask"), ("rejected_ids", "rejected_action_mask"))
 UNPAIRED_SIDES = (("completion_ids", "action_mask"),)
 
 _STATUS, _LENGTH = "_fit_status", "_fit_length"
-_SEVERITY = ["whole", "cut_at_turn", "cut_inside_turn", "untrained"]
+_SEVERITY = ["whole", "cut_at_segment", "cut_at_turn", "cut_inside_turn", "untrained"]
 
 
 def fit_rows(
@@ -45,7 +46,8 @@ def fit_rows(
         max_length (`int`, *optional*):
             Most tokens of prompt and completion together. With `truncation_mode="keep_start"` a longer completion
             is cut after its last turn that fits, or inside its first turn where none does. With `"keep_end"` the
-            collator cuts, and rows are only checked here.
+            collator cuts, and rows are only checked here. A row of several segments, whose tokens count once however
+            many segments read them, loses its first segments, and is cut only where the last one alone is too long.
         mask_observations (`bool`, *optional*, defaults to `True`):
             Whether only the policy's tokens train. Otherwise every completion token does, and no turn ends are known.
         train_on_turns (`"all"`, `"last"` or `"answer"`, *optional*, defaults to `"all"`):
@@ -82,7 +84,7 @@ def fit_rows(
             raise NoRowsLeftError(_nothing_left(stats, max_length))
     if streamed or stats["data/rows_dropped"]:
         dataset = dataset.filter(_is_kept, input_columns=[_STATUS], **map_kwargs)
-    return dataset.remove_columns([_STATUS, _LENGTH]), stats
+    return drop_empty_branches(dataset.remove_columns([_STATUS, _LENGTH]), [ids for ids, _ in sides]), stats
 
 
 def completion_cut(mask: list[int], room: int) -> int:
@@ -120,39 +122,67 @@ def _fit_row(
     train_on_turns: TrainOnTurns,
     aligned_columns: tuple[str, ...],
 ) -> dict[str, Any]:
-    prompt = example["prompt_ids"]
-    output: dict[str, Any] = {_LENGTH: 0}
+    rows, dropped = [], 0
+    try:
+        for ids_column, mask_column in sides:
+            row = _read_side(example, ids_column, mask_column, train_on_turns, mask_observations, aligned_columns)
+            rows.append(row)
+    except ValueError as error:
+        raise ValueError(f"Row {index}: {error}") from error
+    output: dict[str, Any] = {_LENGTH: max(map(len, rows))}
+    for side, row in enumerate(rows):
+        if row.branches and max_length is not None:
+            rows[side], count = fit_segments(row, max_length)
+            dropped += count
+    if dropped:
+        output["prompt_ids"] = TokenRow.share_prompt(rows)
     statuses, sequences = [], []
-    for ids_column, mask_column in sides:
-        ids, actions = example[ids_column] or [], list(example[mask_column] or [])
-        if len(ids) != len(actions):
-            raise ValueError(
-                f"Row {index}: `{mask_column}` has {len(actions)} entries but `{ids_column}` has {len(ids)}, so it is "
-                "unknown which tokens are trained. Write one mask entry per token."
-            )
-        try:
-            mask = choose_tokens(
-                example,
-                ids_column,
-                actions,
-                train_on_turns=train_on_turns,
-                mask_observations=mask_observations,
-            )
-        except ValueError as error:
-            raise ValueError(f"Row {index}: {error}") from error
-        kept, status = _fit_side(len(prompt), actions if mask_observations else mask, max_length, keep_start)
+    for row, (ids_column, mask_column) in zip(rows, sides, strict=True):
+        prompt, ids, mask = row.prompt_ids, row.completion_ids, row.aligned.pop(mask_column)
+        turns = row.action_mask if mask_observations else mask
+        kept, status = _fit_side(len(prompt), turns, max_length, keep_start)
         window = slice(None) if keep_start or max_length is None else slice(-max_length, None)
         # The first token of a sequence is predicted from nothing, so it never enters a loss
         trains = any(([0] * len(prompt) + mask[:kept])[window][1:])
         statuses.append(status if trains else "untrained")
-        sequences.append(((prompt + ids[:kept])[window], mask[:kept]))
-        output[_LENGTH] = max(output[_LENGTH], len(prompt) + len(ids))
+        sequences.append(((prompt + ids[:kept])[window], mask[:kept], row.branches))
         output[ids_column], output[mask_column] = ids[:kept], mask[:kept]
-        output |= {name: example[name][:kept] for name in aligned_columns if example.get(name) is not None}
+        output |= {name: values[:kept] for name, values in row.aligned.items()}
+        if branches_column(ids_column) in example:
+            output[branches_column(ids_column)] = row.branches
+    if dropped and "whole" in statuses:
+        statuses[statuses.index("whole")] = "cut_at_segment"
     output[_STATUS] = max(statuses, key=_SEVERITY.index)
     if output[_STATUS] != "untrained" and len(sides) == 2 and sequences[0] == sequences[1]:
         output[_STATUS] = "identical"
     return output
+
+
+def _read_side(
+    example: dict[str, Any],
+    ids_column: str,
+    mask_column: str,
+    train_on_turns: TrainOnTurns,
+    mask_observations: bool,
+    aligned_columns: tuple[str, ...],
+) -> TokenRow:
+    """One side of a row, whose `aligned` has the mask of what trains under the name of its mask column."""
+    ids, actions = example[ids_column] or [], list(example[mask_column] or [])
+    if len(ids) != len(actions):
+        raise ValueError(
+            f"`{mask_column}` has {len(actions)} entries but `{ids_column}` has {len(ids)}, so it is unknown which "
+            "tokens are trained. Write one mask entry per token."
+        )
+    mask = choose_tokens(
+        example, ids_column, actions, train_on_turns=train_on_turns, mask_observations=mask_observations
+    )
+    row = TokenRow.read(example, ids_column, actions, {mask_column: mask}, aligned_columns)
+    if row.branches and not mask_observations:
+        raise ValueError(
+            "the trajectory is more than one token sequence, and `mask_observations=False` would train what later "
+            "sequences read again. Train with `mask_observations=True`."
+        )
+    return row
 
 
 def _fit_side(prompt_length: int, actions: list[int], max_length: int | None, keep_start: bool) -> tuple[int, str]:
@@ -170,6 +200,7 @@ def _statistics(dataset: Dataset, max_length: int | None) -> dict[str, float]:
     lengths = dataset.with_format(None)[_LENGTH][:]
     counts = {status: statuses.count(status) for status in set(statuses)}
     dropped = counts.get("untrained", 0) + counts.get("identical", 0)
+    cut_segments = {"data/rows_cut_at_segment": counts["cut_at_segment"]} if "cut_at_segment" in counts else {}
     return {
         "data/rows": len(statuses) - dropped,
         "data/rows_dropped": dropped,
@@ -178,6 +209,7 @@ def _statistics(dataset: Dataset, max_length: int | None) -> dict[str, float]:
         "data/rows_cut_at_turn": counts.get("cut_at_turn", 0),
         "data/rows_cut_inside_turn": counts.get("cut_inside_turn", 0),
         "data/length_p95": float(np.percentile(lengths, 95)) if lengths else 0.0,
+        **cut_segments,
     }
 
 

@@ -54,6 +54,19 @@ def columns_of_turns(ids_column: str) -> tuple[str, str]:
     return f"{side}turn_weights", f"{side}turn_calls"
 
 
+def branches_column(ids_column: str) -> str:
+    """The column that says where a side leaves its path (see `trl_multiturn.segments`).
+
+    Example:
+
+    ```python
+    >>> branches_column("chosen_ids"), branches_column("completion_ids"), branches_column("KL_completion_ids")
+    ('chosen_branches', 'branches', 'KL_branches')
+    ```
+    """
+    return ids_column.removesuffix("ids").removesuffix("completion_") + "branches"
+
+
 def choose_tokens(
     row: Mapping[str, Any],
     ids_column: str,

@@ -7,6 +7,8 @@ from typing import Any
 from datasets import Dataset, IterableDataset, concatenate_datasets
 
 from ..formats import CONVERSATIONS, NESTED, TOOLS
+from ..segments import behind_prompt, branches_of
+from .columns import list_lengths
 from .tokenization import row_tokenization_kwargs, tokenize_numbered_row, tokenize_pair_apart
 
 
@@ -69,23 +71,41 @@ def add_mismatched_completions(dataset: Dataset | IterableDataset, batch_size: i
 
     Within each batch the completions are rotated by one, ids and mask together, so that the mismatched completions of
     a batch are the very completions of that batch (KTO, section 4.1). A last batch of one row takes the completion of
-    the row before it; a streamed dataset, which cannot look back, pairs such a row with itself.
+    the row before it; a streamed dataset, which cannot look back, pairs such a row with itself. Completions of several
+    segments are put behind the other prompt with all of them (`KL_branches`; see [`behind_prompt`]).
     """
     if isinstance(dataset, IterableDataset):
         return dataset.map(_rotate, batched=True, batch_size=batch_size)
+    branching = "branches" in dataset.column_names
     count = len(dataset)
     order = []
     for start in range(0, count, batch_size):
         size = min(batch_size, count - start)
         order += [start + size - 1, *range(start, start + size - 1)] if size > 1 else [max(start - 1, 0)]
-    columns = ["completion_ids", "action_mask"]
+    columns = ["completion_ids", "action_mask", *(["branches"] if branching else [])]
     dataset = dataset.remove_columns([name for name in map(_kl_name, columns) if name in dataset.column_names])
     rotated = dataset.select_columns(columns).select(order)
-    return concatenate_datasets([dataset, rotated.rename_columns({name: _kl_name(name) for name in columns})], axis=1)
+    renamed = rotated.rename_columns({name: _kl_name(name) for name in columns})
+    if branching:
+        lengths = list_lengths(dataset, "prompt_ids").tolist()
+        fn_kwargs = {"own": [lengths[i] for i in order], "other": lengths}
+        renamed = renamed.map(_move_branches, with_indices=True, fn_kwargs=fn_kwargs)
+    return concatenate_datasets([dataset, renamed], axis=1)
 
 
 def _rotate(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-    return {_kl_name(name): [batch[name][-1], *batch[name][:-1]] for name in ("completion_ids", "action_mask")}
+    names = ["completion_ids", "action_mask", *(["branches"] if "branches" in batch else [])]
+    rotated = {_kl_name(name): [batch[name][-1], *batch[name][:-1]] for name in names}
+    if "branches" in batch:
+        other = list(map(len, batch["prompt_ids"]))
+        own = [other[-1], *other[:-1]]
+        rows = zip(rotated["KL_branches"], own, other, strict=True)
+        rotated["KL_branches"] = [behind_prompt(branches_of(branches), *lengths) for branches, *lengths in rows]
+    return rotated
+
+
+def _move_branches(row: dict[str, Any], index: int, own: list[int], other: list[int]) -> dict[str, Any]:
+    return {"KL_branches": behind_prompt(branches_of(row["KL_branches"]), own[index], other[index])}
 
 
 def _kl_name(column: str) -> str:

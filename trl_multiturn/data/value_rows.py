@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from ..formats import find_reward
 from ..steps import StepDelimiter, step_ids
 from .collators import DataCollatorForMultiTurnUnpairedPreference
+from .segments import TokenRow, drop_empty_branches, fit_segments
 from .truncation import NoRowsLeftError
 from .turns import TURN_COLUMNS, TrainOnTurns, choose_tokens
 
@@ -26,6 +27,7 @@ ALIGNED_COLUMNS = {
 }
 
 
+_SHORTENED = "_dropped_segments"
 _LARGEST_LOGP = 1e-2  # a little above 0: half-precision engines round
 
 
@@ -84,7 +86,8 @@ def finish_rows(
 
     A row's outcome is `reward`, or 1 and 0 for its `label`; it is paid at the last action, on top of `turn_rewards`
     (one per assistant turn, paid at the turn's last action) and of `process_rewards` (one per token). Rows longer than
-    `max_length` are dropped, never cut: the loss of every state sums up to the end of the trajectory.
+    `max_length` are dropped, never cut: the loss of every state sums up to the end of the trajectory. Rows of several
+    segments lose as many of the first ones as do not fit, which leaves the later states as they are.
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
@@ -113,6 +116,7 @@ def finish_rows(
         "step_delimiter": step_delimiter,
         "train_on_turns": train_on_turns,
         "binary_outcomes": binary_outcomes,
+        "max_length": max_length,
     }
     # What they say is in the masks from here on
     present = dataset.column_names or list(next(iter(dataset), {}))
@@ -120,6 +124,7 @@ def finish_rows(
     dataset = dataset.map(_finish_row, with_indices=True, fn_kwargs=fn_kwargs, remove_columns=turns, **map_kwargs)
     stats: dict[str, float] = {}
     if not streamed:
+        dataset, shortened = _count_shortened(drop_empty_branches(dataset, ["completion_ids"]))
         lengths = [len(p) + len(c) for p, c in zip(dataset["prompt_ids"], dataset["completion_ids"], strict=True)]
         too_long = [max_length is not None and length > max_length for length in lengths]
         untrained = [not any(mask) and not long for mask, long in zip(dataset["action_mask"], too_long, strict=True)]
@@ -128,6 +133,7 @@ def finish_rows(
             "data/rows": len(dataset) - dropped,
             "data/rows_dropped_too_long": sum(too_long),
             "data/rows_dropped_untrained": sum(untrained),
+            **({"data/rows_cut_at_segment": shortened} if shortened else {}),
         }
         if len(dataset) and dropped == len(dataset):
             raise NoRowsLeftError(
@@ -170,6 +176,7 @@ def _finish_row(
     step_delimiter: StepDelimiter | None,
     train_on_turns: TrainOnTurns,
     binary_outcomes: bool,
+    max_length: int | None,
 ) -> dict[str, Any]:
     if not example["prompt_ids"]:
         raise ValueError(
@@ -198,18 +205,45 @@ def _finish_row(
             "reward 1 against 0. Give the rows rewards of 1 and 0, or use `value_objective='regression'`."
         )
     label = example.get("label")
-    output = {"action_mask": mask, "reward": reward, "label": reward > 0 if label is None else bool(label)}
-    output["length"] = len(example["prompt_ids"]) + count  # for `train_sampling_strategy="group_by_length"`
+    output: dict[str, Any] = {"reward": reward, "label": reward > 0 if label is None else bool(label)}
     token_rewards = _token_rewards(sampled, reward, example.get("turn_rewards"), index)
     process_rewards = example.get("process_rewards") or [0.0] * count
     paid = [
         earned + (process if action else 0.0)
         for earned, process, action in zip(token_rewards, process_rewards, sampled, strict=True)
     ]
+    output["action_mask"] = mask
     output["token_rewards"] = paid if mask == sampled else _paid_at_actions(paid, mask)
     if step_delimiter is not None:
         output["step_ids"] = step_ids(tokenizer, example["completion_ids"], mask, step_delimiter)
+    if example.get("branches"):
+        output |= _fit_branching(example, sampled, output, max_length, index)
+    # For `train_sampling_strategy="group_by_length"`
+    output["length"] = len(output.get("prompt_ids", example["prompt_ids"])) + len(output["action_mask"])
     return output
+
+
+def _fit_branching(
+    example: dict[str, Any], sampled: list[int], made: dict[str, Any], max_length: int | None, index: int
+) -> dict[str, Any]:
+    """The token columns of a row of several segments, without as many of the first ones as do not fit."""
+    names = [name for name in ("action_mask", "token_rewards", "step_ids") if name in made]
+    try:
+        row = TokenRow.read(
+            example, "completion_ids", sampled, {name: made[name] for name in names}, ("behavior_logps", "ref_logps")
+        )
+    except ValueError as error:
+        raise ValueError(f"Row {index}: {error}") from error
+    row, dropped = (row, 0) if max_length is None else fit_segments(row, max_length)
+    tokens = {"prompt_ids": row.prompt_ids, "completion_ids": row.completion_ids, "branches": row.branches}
+    return {**tokens, **row.aligned, _SHORTENED: dropped}
+
+
+def _count_shortened(dataset: Dataset) -> tuple[Dataset, int]:
+    """Rows without the column that counts the segments which they lost, and how many of them lost some."""
+    if _SHORTENED not in dataset.column_names:
+        return dataset, 0
+    return dataset.remove_columns(_SHORTENED), sum(bool(count) for count in dataset[_SHORTENED])
 
 
 def _refuse_numbers(example: dict[str, Any], mask: list[int], sampled: list[int], index: int) -> None:

@@ -379,6 +379,7 @@ def _schema(pa: Any) -> Any:
             "verdict": text,
             "reward": pa.float64(),
             "info": text,
+            "branches": pa.list_(pa.list_(pa.int32())),
         }
     )
 

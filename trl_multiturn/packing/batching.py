@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from .row import pack_rows
+from .sequences import Sequences
 
 
 class PromptGroupedSampler(Sampler[int]):
@@ -102,7 +103,7 @@ def split_batch(
         packed (`bool`, *optional*, defaults to `True`): whether the parts will be packed.
     """
     count = _unique_tokens if packed else _padded_tokens
-    ids, mask = batch["input_ids"], batch["attention_mask"]
+    ids, mask, parents = batch["input_ids"], batch["attention_mask"], batch.get("token_parents")
     examples = len(ids) // sides
     lengths = mask.sum(dim=1).tolist()
     # Neighbours share most where they are packed, and pad least where they are not
@@ -114,7 +115,8 @@ def split_batch(
     )
     groups: list[list[int]] = []
     for i in order:
-        if groups and count(ids, mask, [*groups[-1], i], examples, sides) <= max_tokens:
+        rows = [each + side * examples for side in range(sides) for each in ([*groups[-1], i] if groups else [])]
+        if groups and count(*_read(ids[rows], mask[rows], parents, rows)) <= max_tokens:
             groups[-1].append(i)
         else:
             groups.append([i])
@@ -130,14 +132,20 @@ def split_batch(
     return [_select(batch, group, examples, sides) for group in groups]
 
 
-def _unique_tokens(ids: Tensor, mask: Tensor, chosen: list[int], examples: int, sides: int) -> int:
-    rows = [i + side * examples for side in range(sides) for i in chosen]
-    return len(pack_rows(ids[rows], mask[rows]))
+def _read(ids: Tensor, mask: Tensor, parents: Tensor | None, rows: list[int]) -> tuple[Tensor, Tensor]:
+    """What a model reads of these rows: their segments, where they branch."""
+    if parents is None:
+        return ids, mask
+    sequences = Sequences(ids, mask, parents[rows])
+    return sequences.input_ids, sequences.attention_mask
 
 
-def _padded_tokens(ids: Tensor, mask: Tensor, chosen: list[int], examples: int, sides: int) -> int:
-    rows = [i + side * examples for side in range(sides) for i in chosen]
-    return len(rows) * int(mask[rows].sum(dim=1).max())
+def _unique_tokens(ids: Tensor, mask: Tensor) -> int:
+    return len(pack_rows(ids, mask))
+
+
+def _padded_tokens(ids: Tensor, mask: Tensor) -> int:
+    return len(ids) * int(mask.sum(dim=1).max())
 
 
 def _select(batch: dict[str, Any], chosen: list[int], examples: int, sides: int) -> dict[str, Any]:

@@ -17,10 +17,11 @@ from transformers import PreTrainedModel
 from .attention import packed_arguments, switch_attention
 from .plan import PlanCache, chunk_overhead
 from .row import PackedRow
+from .sequences import Sequences
 
 
-# The row that a decoder is running on, while it runs on one
-ROWS_IN_FLIGHT: WeakKeyDictionary[nn.Module, PackedRow] = WeakKeyDictionary()
+# The row, or the segments, that a decoder is running on, while it does
+ROWS_IN_FLIGHT: WeakKeyDictionary[nn.Module, PackedRow | Sequences] = WeakKeyDictionary()
 
 # Decoders whose every state somebody reads
 CAPTURED: WeakSet[nn.Module] = WeakSet()
@@ -42,7 +43,8 @@ class PackedDecoder:
         self._pack, self._plans = pack, plans
         self._before = switch_attention(self.decoder)
         self._handles = [
-            self.decoder.register_forward_pre_hook(self._pack_call, with_kwargs=True),
+            # First, as `expanded` takes the branching batches that are left
+            self.decoder.register_forward_pre_hook(self._pack_call, with_kwargs=True, prepend=True),
             self.decoder.register_forward_hook(self._unpack_states, always_call=True),
         ]
 

@@ -31,6 +31,7 @@ from .decoder import CAPTURED, ROWS_IN_FLIGHT, without_adapters
 from .last_layer import READ, LastFeedForward
 from .plan import Plan, PlanCache, chunk_overhead
 from .scored_head import FIELDS, TokenScores, score_tokens
+from .sequences import sequences_of
 
 
 # What a call may carry for us to answer it; anything else (images, token types) goes by unchanged
@@ -94,7 +95,8 @@ class PackedForward:
             self._implementation_before = switch_attention(self.causal_lm)
             self._last = LastFeedForward(self.backbone)
         self._handles = [
-            self.model.register_forward_pre_hook(self._before_model, with_kwargs=True),
+            # First, as `expanded` takes the branching batches that are left
+            self.model.register_forward_pre_hook(self._before_model, with_kwargs=True, prepend=True),
             self.backbone.register_forward_pre_hook(self._before_backbone, with_kwargs=True),
             self.backbone.register_forward_hook(self._after_backbone, always_call=True),
             self.model.register_forward_hook(self._after_model, always_call=True),
@@ -158,7 +160,7 @@ class PackedForward:
         plan = None if args else self.plan(kwargs)
         if plan is None:
             return None
-        if plan.row is None and not self._scores_here():
+        if plan.row is None and (sequences_of(kwargs["input_ids"]) is not None or not self._scores_here()):
             return None  # TRL's own head already skips what is not scored
         self._plan = self.last_plan = plan
         self.calls["padded" if plan.row is None else "packed"] += 1

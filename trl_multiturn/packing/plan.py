@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .row import MIN_SHARED_TOKENS, PackedRow, pack_rows
+from .sequences import sequences_of
 from .varlen import KERNEL_DTYPES
 
 
@@ -74,7 +75,8 @@ def choose_row(
     The packed row of a right-padded batch, or `None` where the batch stays padded; decided from the shapes alone.
 
     With `pack="auto"` the row is used where its unique tokens and the overhead of its chunks come to less than the
-    padded batch; where nothing is padded, shared or long, the padded batch is as good and stays.
+    padded batch; where nothing is padded, shared or long, the padded batch is as good and stays. Of a batch that
+    branches ([`note_branches`]) the segments are packed.
 
     Args:
         input_ids (`Tensor`): `(B, L)`.
@@ -85,13 +87,18 @@ def choose_row(
     if not pack or input_ids.dim() != 2 or (attention_mask is not None and attention_mask.shape != input_ids.shape):
         return None
     worth = MIN_SHARED_TOKENS if pack is True else max(MIN_SHARED_TOKENS, overhead)
+    sequences = sequences_of(input_ids)
+    ids, mask = (input_ids, attention_mask) if sequences is None else (sequences.input_ids, sequences.attention_mask)
     try:
-        row = pack_rows(input_ids, attention_mask, min_shared=worth)
+        row = pack_rows(ids, mask, min_shared=worth)
     except ValueError:
         return None
-    if pack is True or len(row) + overhead * len(row.chunks) < input_ids.numel() + overhead:
-        return row
-    return None
+    if pack is not True and len(row) + overhead * len(row.chunks) >= ids.numel() + overhead:
+        return None
+    if sequences is not None:
+        sequences.are_read = True
+        row = row.in_columns(sequences.cells)
+    return row
 
 
 def plan_call(input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor, row: PackedRow | None) -> Plan | None:

@@ -15,6 +15,7 @@ sequences branch off. Without anything to share the same row is plain padding-fr
 
 from __future__ import annotations
 
+import copy
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -94,6 +95,18 @@ class PackedRow:
     def unpack(self, states: Tensor) -> Tensor:
         """`(1, T, H)` states of the row as the padded batch's `(B, L, H)`; padded positions hold some token's."""
         return states[0].index_select(0, self.cells.clamp(min=0).flatten()).view(*self.cells.shape, -1)
+
+    def in_columns(self, cells: Tensor) -> PackedRow:
+        """
+        The same row for a batch whose tokens stand elsewhere.
+
+        Args:
+            cells (`Tensor`): `(B', L')`, where each of its tokens stands in the flattened batch of before; -1 on
+                padding.
+        """
+        row = copy.copy(self)
+        row.cells = self.cells.flatten()[cells.clamp(min=0)].masked_fill(cells < 0, -1)
+        return row
 
     def causal_mask(self, new: int, prefix: int, window: int | None) -> Tensor:
         """`(1, 1, new, prefix + new)`, true where a chunk's token may attend: its path, within `window` tokens."""

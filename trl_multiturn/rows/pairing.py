@@ -29,6 +29,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 _IDS, _MASK, _FLOATS = List(Value("int32")), List(Value("int8")), List(Value("float32"))
+BRANCHES = List(List(Value("int32")))
 _PROVENANCE = {"prompt_index": Value("int64")}
 
 
@@ -51,21 +52,23 @@ def build_preference_dataset(
     Returns:
         `Dataset` with the columns `prompt_ids`, `chosen_ids`, `chosen_action_mask`, `chosen_turn_calls`,
         `rejected_ids`, `rejected_action_mask`, `rejected_turn_calls` and, as provenance, `prompt_index` (-1 where
-        unknown), `chosen_reward`,
-        `rejected_reward`, `chosen_info`, `rejected_info` (JSON strings); one row per pair, possibly none.
+        unknown), `chosen_reward`, `rejected_reward`, `chosen_info`, `rejected_info` (JSON strings); where a trajectory
+        is more than one token sequence, `chosen_branches` and `rejected_branches`. One row per pair, possibly none.
     """
     pairs = _selection(trajectories, pairing, PairingConfig).pairs
-    features = preference_features(include_messages)
+    features = preference_features(include_messages, branching=any(map(branches, pairs)))
     return dataset_of([preference_row(pair, include_messages) for pair in pairs], features)
 
 
-def preference_features(include_messages: bool = False) -> dict[str, Any]:
-    """The columns of preference rows."""
+def preference_features(include_messages: bool = False, branching: bool = False) -> dict[str, Any]:
+    """The columns of preference rows; with those of branches, where a trajectory is more than one token sequence."""
     features = {"prompt_ids": _IDS, **_PROVENANCE}
     for side in ("chosen", "rejected"):
         features |= {f"{side}_ids": _IDS, f"{side}_action_mask": _MASK, f"{side}_turn_calls": _MASK}
         features |= {f"{side}_reward": Value("float64")}
         features |= {f"{side}_info": Value("string")}
+    if branching:
+        features |= {f"{side}_branches": BRANCHES for side in ("chosen", "rejected")}
     if include_messages:
         features |= {f"{part}_messages": Value("string") for part in ("prompt", "chosen", "rejected")}
     return features
@@ -84,6 +87,7 @@ def preference_row(pair: Pair, include_messages: bool = False) -> dict[str, Any]
             f"{side}_ids": trajectory.completion_ids[cut:],
             f"{side}_action_mask": trajectory.action_mask[cut:],
             f"{side}_turn_calls": trajectory.turn_calls[pair.shared_turns :],
+            f"{side}_branches": trajectory.branches,
             f"{side}_reward": terminal_reward(trajectory),
             f"{side}_info": _info(trajectory),
         }
@@ -92,6 +96,11 @@ def preference_row(pair: Pair, include_messages: bool = False) -> dict[str, Any]
         row["prompt_messages"] = json.dumps(pair.chosen.prompt + pair.chosen.completion[:opening])
         row |= {f"{side}_messages": json.dumps(sides[side].completion[opening:]) for side in sides}
     return row
+
+
+def branches(pair: Pair) -> bool:
+    """Whether a side of a pair is more than one token sequence."""
+    return bool(pair.chosen.branches or pair.rejected.branches)
 
 
 def _opening_messages(trajectory: Trajectory, turns: int) -> int:
@@ -122,7 +131,8 @@ def build_unpaired_dataset(
         turns call tools, for `train_on_turns="answer"`), `label` (verdict `CORRECT`), `reward`, `behavior_logps` (left
         out where a trajectory has none), `turn_rewards` (where every trajectory has
         `info["turn_rewards"]`), `process_rewards` (aligned with `completion_ids`, where every trajectory has
-        `info["process_rewards"]`) and, as provenance, `prompt_index` (-1 where unknown), `info` (a JSON string).
+        `info["process_rewards"]`), `branches` (where a trajectory is more than one token sequence; see
+        `trl_multiturn.segments`) and, as provenance, `prompt_index` (-1 where unknown), `info` (a JSON string).
     """
     chosen = _selection(trajectories, config, (PairingConfig, UnpairedConfig)).trajectories
     brings = Counter(name for trajectory in chosen for name in optional_columns(trajectory))
@@ -130,17 +140,19 @@ def build_unpaired_dataset(
     return dataset_of([unpaired_row(trajectory) for trajectory in chosen], features)
 
 
-OPTIONAL_COLUMNS = ("behavior_logps", "turn_rewards", "process_rewards")
+OPTIONAL_COLUMNS = ("behavior_logps", "turn_rewards", "process_rewards", "branches")
 
 
 def optional_columns(trajectory: Trajectory) -> list[str]:
     """Those of `OPTIONAL_COLUMNS` for which a trajectory has values."""
     logps = ["behavior_logps"] if trajectory.logps is not None else []
-    return logps + [name for name in OPTIONAL_COLUMNS[1:] if name in trajectory.info]
+    in_info = [name for name in ("turn_rewards", "process_rewards") if name in trajectory.info]
+    return logps + in_info + (["branches"] if trajectory.branches else [])
 
 
 def common_columns(brings: Mapping[str, int], count: int) -> list[str]:
-    """The optional columns that `count` rows get: those that every trajectory brings; warns where some bring none.
+    """The optional columns that `count` rows get: those that every trajectory brings, and `branches` where one does;
+    warns where some bring no log-probabilities.
 
     Args:
         brings (`Mapping[str, int]`):
@@ -157,7 +169,8 @@ def common_columns(brings: Mapping[str, int], count: int) -> list[str]:
             count,
         )
     # An empty dataset has `behavior_logps`, which rollouts bring, and no other
-    return [n for n in OPTIONAL_COLUMNS if brings.get(n, 0) == count and (count or n == "behavior_logps")]
+    common = [n for n in OPTIONAL_COLUMNS[:-1] if brings.get(n, 0) == count and (count or n == "behavior_logps")]
+    return common + (["branches"] if brings.get("branches") else [])  # a plain trajectory has none
 
 
 def unpaired_features(optional: Iterable[str], include_messages: bool = False) -> dict[str, Any]:
@@ -171,7 +184,7 @@ def unpaired_features(optional: Iterable[str], include_messages: bool = False) -
         "reward": Value("float64"),
         **_PROVENANCE,
         "info": Value("string"),
-        **dict.fromkeys(optional, _FLOATS),
+        **{name: BRANCHES if name == "branches" else _FLOATS for name in optional},
     }
     if include_messages:
         features |= {"prompt_messages": Value("string"), "completion_messages": Value("string")}
@@ -192,6 +205,7 @@ def unpaired_row(trajectory: Trajectory) -> dict[str, Any]:
         "behavior_logps": trajectory.logps,
         "turn_rewards": trajectory.info.get("turn_rewards"),
         "process_rewards": _aligned(trajectory.info.get("process_rewards", []), len(trajectory.completion_ids)),
+        "branches": trajectory.branches,
         "prompt_messages": json.dumps(trajectory.prompt),
         "completion_messages": json.dumps(trajectory.completion),
     }

@@ -16,6 +16,7 @@ from ..distributed.checksums import DamagedFileError, find_damage, write_checksu
 from ..distributed.durable import put_in_place, writing
 from .pairing import (
     OPTIONAL_COLUMNS,
+    branches,
     common_columns,
     dataset_of,
     optional_columns,
@@ -48,7 +49,9 @@ def write_rows(selections: Iterable[Selection], folder: Path, row_format: Litera
         nonlocal count
         for selection in selections:
             if row_format == "preference":
-                yield from map(preference_row, selection.pairs)
+                for pair in selection.pairs:
+                    brings["branches"] += branches(pair)
+                    yield preference_row(pair)
                 continue
             for trajectory in selection.trajectories:
                 count += 1
@@ -57,7 +60,8 @@ def write_rows(selections: Iterable[Selection], folder: Path, row_format: Litera
 
     # Which columns all rows have is known at the end, so they are first written with every column
     found = folder.with_name(f"{folder.name}.found")
-    features = preference_features() if row_format == "preference" else unpaired_features(OPTIONAL_COLUMNS)
+    preference = row_format == "preference"
+    features = preference_features(branching=True) if preference else unpaired_features(OPTIONAL_COLUMNS)
     schema = Features(features).arrow_schema
     with writing(found):
         found.parent.mkdir(parents=True, exist_ok=True)
@@ -68,6 +72,8 @@ def write_rows(selections: Iterable[Selection], folder: Path, row_format: Litera
     if row_format == "unpaired":
         common = common_columns(brings, count)
         dataset = dataset.remove_columns([name for name in OPTIONAL_COLUMNS if name not in common])
+    elif not brings["branches"]:
+        dataset = dataset.remove_columns(["chosen_branches", "rejected_branches"])
     save_rows(dataset, folder)
     found.unlink()
 

@@ -121,6 +121,7 @@ class MultiTurnDPOTrainer(
             return self._fit(dataset, args, dataset_name)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        inputs = self.note_branches(inputs)
         if self.has_own_loss:
             self.install_packed_forwards()
             return self.own_loss(model, inputs, return_outputs)

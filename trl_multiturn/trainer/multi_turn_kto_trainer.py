@@ -53,7 +53,7 @@ class MultiTurnKTOTrainer(PackedTrainerMixin, IterativeTrainerMixin, PolicyMixin
     _text_formats: list[tuple[str, ...]] = [("chosen", "rejected"), ("prompt", "completion", "label")]
     args: KTOConfig
     _reference_columns: tuple[str, ...] = ("ref_logps", "ref_KL_logps")
-    _extra_signature_columns: tuple[str, ...] = ("KL_action_mask",)
+    _extra_signature_columns: tuple[str, ...] = ("KL_action_mask", "KL_branches")
     _upstream_collator = "DataCollatorForUnpairedPreference"
     _collator_class = DataCollatorForMultiTurnUnpairedPreference
 

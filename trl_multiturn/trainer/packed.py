@@ -10,10 +10,12 @@ from accelerate.logging import get_logger
 from torch import nn
 
 from ..packing.batching import PromptGroupedSampler, split_batch
-from ..packing.decoder import PackedDecoder
+from ..packing.decoder import PackedDecoder, without_adapters
 from ..packing.eligibility import reason_against_hooks, reason_against_packing, self_test
+from ..packing.expanded import expand_calls
 from ..packing.forward import PackedForward
 from ..packing.plan import PlanCache
+from ..packing.sequences import note_branches
 from .host import TrainerHost
 
 
@@ -44,6 +46,7 @@ class PackedTrainerMixin(TrainerHost):
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         self.install_packed_forwards()
+        inputs = self.note_branches(inputs)
         output: Any = super().compute_loss(model, inputs, *args, **kwargs)
         if not self._path_is_logged:
             self._path_is_logged = True
@@ -54,7 +57,23 @@ class PackedTrainerMixin(TrainerHost):
     def compute_ref_log_probs(self, model, inputs):
         # Precomputation asks for these inside the parent's constructor
         self.install_packed_forwards()
-        return super().compute_ref_log_probs(model, inputs)
+        return super().compute_ref_log_probs(model, self.note_branches(inputs))
+
+    def note_branches(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """A batch without `token_parents`, which says where its rows branch: that is noted for the models instead."""
+        noted = [prefix for prefix in ("", "KL_") if f"{prefix}token_parents" in inputs]
+        if not noted:
+            return inputs
+        inputs = dict(inputs)
+        for prefix in noted:
+            parents = inputs.pop(f"{prefix}token_parents")
+            note_branches(inputs[f"{prefix}input_ids"], inputs[f"{prefix}attention_mask"], parents)
+        for model, _ in self._packable_models():
+            expand_calls(model)
+        value_model = getattr(self.accelerator.unwrap_model(self.model), "value_model", None)
+        if getattr(value_model, "backbone", None) is not None:
+            expand_calls(without_adapters(value_model.backbone), scores=False)
+        return inputs
 
     def training_step(self, model, inputs, *args, **kwargs):
         budget = getattr(self.args, "max_tokens_per_batch", None)

@@ -26,6 +26,7 @@ from ...data.row_checks import find_format, first_row
 from ...data.value_rows import ALIGNED_COLUMNS, DataCollatorForTrajectories, finish_rows, outcome
 from ...formats import columns_read
 from ...losses import LMHead
+from ...packing.sequences import check_branches_were_read
 from ..multi_turn_kto_trainer import MultiTurnKTOTrainer
 from ..rows.token_reference import TokenReferenceMixin
 from .outcome_batch import OutcomeBatch
@@ -131,6 +132,7 @@ class OutcomeBasedTrainer(TokenReferenceMixin, MultiTurnKTOTrainer):
         )
         if dataset_name == "train" and statistics:
             self.row_statistics = statistics
+        self._warn_about_segments(statistics, args, dataset_name)
         dropped = statistics.get("data/rows_dropped_too_long", 0), statistics.get("data/rows_dropped_untrained", 0)
         if any(dropped):
             logger.warning(
@@ -160,8 +162,10 @@ class OutcomeBasedTrainer(TokenReferenceMixin, MultiTurnKTOTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         self.install_packed_forwards()
+        inputs = self.note_branches(inputs)
         ref_logps, ref_hidden, ref_head = self._reference(inputs)
         outputs = self._score(model, inputs, ref_hidden, ref_head)
+        check_branches_were_read(inputs["input_ids"])
         batch = self._batch_class(**self._batch_tensors(inputs, outputs), ref_logps=ref_logps)
         loss, metrics = self.loss(batch)
         loss = loss * self._part_weight

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,6 +42,7 @@ class TokenReferenceMixin(TokenRowsMixin):
     """One reference log-probability per token, where those of `TokenRowsMixin` are one number per row."""
 
     _row_source: Any  # of `IterativeTrainerMixin`
+    note_branches: Callable[[dict[str, Any]], dict[str, Any]]  # of `PackedTrainerMixin`
 
     # Whether the reference model differs from the one that a constructor would load
     _reference_moved = False
@@ -67,6 +68,7 @@ class TokenReferenceMixin(TokenRowsMixin):
 
     @torch.no_grad()
     def _score_by_reference(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, LMHead]:
+        batch = self.note_branches(batch)
         adapter = contextlib.nullcontext()
         policy = self.accelerator.unwrap_model(self.model)
         if self.ref_model is None and is_peft_model(policy):

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 from ... import _upstream
 from ...data.row_checks import check_column, check_logp
 from ...data.truncation import fit_rows
+from ...data.turns import branches_column
 from ..host import TrainerHost, trl_class
 
 
@@ -70,7 +71,8 @@ class TokenRowsMixin(TrainerHost):
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
-        columns = [*self._signature_columns, *(mask for _, mask in self._sides), *self._extra_signature_columns]
+        sides = (name for ids, mask in self._sides for name in (mask, branches_column(ids)))
+        columns = [*self._signature_columns, *sides, *self._extra_signature_columns]
         self._signature_columns = list(dict.fromkeys(columns))
 
     # Rows
@@ -109,7 +111,7 @@ class TokenRowsMixin(TrainerHost):
     def _check_given_reference(self, dataset: Any, statistics: dict[str, float], args: Any, dataset_name: str) -> None:
         """Sums of the user's reference are of whole completions, and are read only where they are asked for."""
         given = [column for column in self._reference_columns if column in (dataset.column_names or ())]
-        cut = statistics.get("data/rows_cut_at_turn", 0) + statistics.get("data/rows_cut_inside_turn", 0)
+        cut = sum(statistics.get(f"data/rows_cut_{where}", 0) for where in ("at_segment", "at_turn", "inside_turn"))
         if given and not args.precompute_ref_log_probs:
             logger.warning(
                 f"The {dataset_name} dataset has the columns {given}, which are not used: the reference scores each "
@@ -130,6 +132,7 @@ class TokenRowsMixin(TrainerHost):
                 f"`max_length={args.max_length}`, {statistics['data/rows_dropped_identical']} whose sides are "
                 "identical there."
             )
+        self._warn_about_segments(statistics, args, dataset_name)
         if args.max_length is not None and statistics.get("data/length_p95", 0) > args.max_length:
             logger.warning(
                 f"The 95th percentile of lengths in the {dataset_name} dataset is "
@@ -137,6 +140,14 @@ class TokenRowsMixin(TrainerHost):
                 f"{statistics['data/rows_cut_at_turn']} rows were cut at the end of a turn and "
                 f"{statistics['data/rows_cut_inside_turn']} inside one. Raise `max_length` to train on whole "
                 "trajectories."
+            )
+
+    def _warn_about_segments(self, statistics: dict[str, float], args: Any, dataset_name: str) -> None:
+        if statistics.get("data/rows_cut_at_segment"):
+            logger.warning(
+                f"{statistics['data/rows_cut_at_segment']} rows of the {dataset_name} dataset are longer than "
+                f"`max_length={args.max_length}` and lost their first segments: what the policy sampled there does "
+                "not train. Raise `max_length` to train on whole trajectories."
             )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -22,7 +22,9 @@ from transformers.utils import ModelOutput
 from ...losses import LMHead, full_vocab_kl
 from ...models.value_model import ValueModel, decoder
 from ...packing.decoder import capture_hidden_states
+from ...packing.expanded import expanded_arguments, gather_output, states_of
 from ...packing.forward import packed_forward_of
+from ...packing.sequences import sequences_of
 
 
 _ATTRIBUTE = "value_model"  # the name under which a policy holds its value model
@@ -78,7 +80,7 @@ def attach_value_model(policy: PreTrainedModel | PeftModel, value_model: ValueMo
         columns = labels.size(1)
         with capture_hidden_states(decoder(self)) as captured:
             if packed_forward_of(self) is None:
-                outputs = original_forward(*args, **kwargs, fused_lm_head=True)
+                outputs = _unpacked(self, original_forward, *args, **kwargs, fused_lm_head=True)
             else:
                 # Packed rows are computed by hooks on the module's call, which a call of its forward would pass by
                 with _forward_of(self, original_forward):
@@ -107,6 +109,15 @@ def attach_value_model(policy: PreTrainedModel | PeftModel, value_model: ValueMo
     vars(policy)["forward"] = types.MethodType(forward, policy)
     policy.register_state_dict_post_hook(_drop_value_model)
     policy.register_load_state_dict_post_hook(_ignore_missing_value_model)
+
+
+def _unpacked(module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """A module's forward pass on a padded batch: on its segments, where its rows branch."""
+    sequences = sequences_of(kwargs["input_ids"])
+    if sequences is None:
+        return forward(*args, **kwargs)
+    with states_of(sequences, module):
+        return gather_output(sequences, forward(*args, **expanded_arguments(sequences, kwargs)))
 
 
 @contextmanager
