@@ -99,3 +99,13 @@ def note_branches(input_ids: Tensor, attention_mask: Tensor, token_parents: Tens
 def sequences_of(input_ids: Any) -> Sequences | None:
     """The sequences of a batch whose rows branch; `None` for any other."""
     return _SEQUENCES.get(input_ids) if _SEQUENCES and isinstance(input_ids, Tensor) else None
+
+
+def check_branches_were_read(input_ids: Any) -> None:
+    """Raises `RuntimeError` where no model has read the segments of a batch that branches."""
+    sequences = sequences_of(input_ids)
+    if sequences is not None and not sequences.are_read:
+        raise RuntimeError(
+            "The rows of this batch are more than one token sequence, but the model was called with a copy of its "
+            "tokens, so it read them as one. Call the model with the batch's own `input_ids`."
+        )

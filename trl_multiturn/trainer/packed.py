@@ -15,7 +15,7 @@ from ..packing.eligibility import reason_against_hooks, reason_against_packing, 
 from ..packing.expanded import expand_calls
 from ..packing.forward import PackedForward
 from ..packing.plan import PlanCache
-from ..packing.sequences import note_branches
+from ..packing.sequences import check_branches_were_read, note_branches
 from .host import TrainerHost
 
 
@@ -48,6 +48,7 @@ class PackedTrainerMixin(TrainerHost):
         self.install_packed_forwards()
         inputs = self.note_branches(inputs)
         output: Any = super().compute_loss(model, inputs, *args, **kwargs)
+        check_branches_were_read(inputs["input_ids"])
         if not self._path_is_logged:
             self._path_is_logged = True
             plan = next((forward.last_plan for forward in self._causal_forwards()), None)
@@ -71,8 +72,9 @@ class PackedTrainerMixin(TrainerHost):
         for model, _ in self._packable_models():
             expand_calls(model)
         value_model = getattr(self.accelerator.unwrap_model(self.model), "value_model", None)
-        if getattr(value_model, "backbone", None) is not None:
-            expand_calls(without_adapters(value_model.backbone), scores=False)
+        backbone = getattr(value_model, "backbone", None)
+        if backbone is not None:
+            expand_calls(without_adapters(backbone), scores=False)
         return inputs
 
     def training_step(self, model, inputs, *args, **kwargs):

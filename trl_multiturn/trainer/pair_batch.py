@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..packing.sequences import check_branches_were_read
 from .host import TrainerHost
 
 
@@ -79,6 +80,7 @@ class OwnPairLossMixin(TrainerHost):
             labels=labels,
             fused_lm_head=True,
         )
+        check_branches_were_read(inputs["input_ids"])
         mask = inputs["completion_mask"][:, 1:].bool()
         chosen, rejected = outputs.log_probs[:, -mask.size(1) :].chunk(2)
         (chosen_mask, rejected_mask), (ref_chosen, ref_rejected) = mask.chunk(2), reference
