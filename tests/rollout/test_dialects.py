@@ -265,11 +265,9 @@ def test_auto_prefers_native_and_falls_back_to_the_fence():
     assert isinstance(choose_dialect("auto", byte_tokenizer("qwen2_5"), [PYTHON]), NativeDialect)
     without_tools = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     assert isinstance(choose_dialect("auto", byte_tokenizer(without_tools), [PYTHON]), FencedDialect)
-    unknown = byte_tokenizer("qwen2_5")
-    unknown.chat_template += " "  # edited: TRL knows no response template for it
-    assert isinstance(choose_dialect("auto", unknown, [PYTHON]), FencedDialect)
-    with pytest.raises(ValueError, match="no `response_template`"):
-        choose_dialect("native", unknown, [PYTHON])
+    edited = byte_tokenizer("qwen2_5")
+    edited.chat_template += " "  # TRL finds response templates by the text of the chat template
+    assert isinstance(choose_dialect("auto", edited, [PYTHON]), NativeDialect)
     with pytest.raises(ValueError, match="leaves out tool calls"):
         choose_dialect("auto", byte_tokenizer(without_tools), TOOLS)
 

@@ -12,7 +12,7 @@ from functools import partial
 
 import pytest
 
-from tests.support import TOOLS, assistant, byte_tokenizer, render_actions, user
+from tests.support import assistant, byte_tokenizer, render_actions, user
 from trl_multiturn import StopReason, Verdict
 from trl_multiturn.errors import TooManyRewardErrors
 from trl_multiturn.rollout import (
@@ -24,7 +24,6 @@ from trl_multiturn.rollout import (
     generate_trajectories,
     read_dataset,
 )
-from trl_multiturn.rollout.dialects import choose_dialect
 from trl_multiturn.rollout.provenance import fingerprint, version_of
 from trl_multiturn.templates import TurnTemplate
 from trl_multiturn.tools import PythonTool, SandboxConfig, ToolFailure, ToolResult, current_rollout
@@ -199,17 +198,17 @@ def strict_tokenizer(obstacle):
         "{% for c in m.tool_calls or [] %}<tool_call>{{ c.function | tojson }}</tool_call>{% endfor %}<|im_end|>"
         "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
-    tokenizer.response_template = choose_dialect("native", TOKENIZER, TOOLS)._tokenizer.response_template
     return tokenizer
 
 
-def test_two_calls_where_the_template_prints_one_are_answered_all_the_same():
+def test_two_calls_where_the_template_prints_one_are_answered_by_a_hint():
     tokenizer = strict_tokenizer("m.tool_calls and m.tool_calls | length > 1")  # such are Llama 3's
-    script = [tool_call(a=1, b=1) + "\n" + tool_call(a=2, b=2), "Done."]
-    (trajectory,), engine = roll(script, [add], dialect="native", tokenizer=tokenizer)
+    script = [tool_call(a=1, b=1) + "\n" + tool_call(a=2, b=2), tool_call(a=2, b=2), "Done."]
+    (trajectory,), _ = roll(script, [add], dialect="native", tokenizer=tokenizer)
     assert trajectory.stop_reason is StopReason.ANSWERED
-    observations = "<|im_end|><|im_start|>tool\n2<|im_end|><|im_start|>tool\n4<|im_end|><|im_start|>assistant\n"
-    assert engine.calls[1].prompt_text.endswith(observations)
+    assert trajectory.info["malformed_calls"] == 1 and trajectory.info["tool_calls"] == 1
+    hint = "{'error': 'Only one tool call per turn is possible, so none was run. Call one tool at a time.'}"
+    assert trajectory.completion[1] == user(hint)
 
 
 def test_observations_that_the_template_refuses_end_the_trajectory_not_the_run():

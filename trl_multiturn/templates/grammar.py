@@ -56,7 +56,8 @@ class Grammar:
         self._facts = known[key]
         self.form = self._facts.form
         self.endings = self._facts.endings
-        self.spans = SpanFinder(render, self.endings, TurnReader(render, self.form, self.endings))
+        self.reader = TurnReader(render, self.form, self.endings)
+        self.spans = SpanFinder(render, self.endings, self.reader)
 
     @property
     def training(self) -> str | None:

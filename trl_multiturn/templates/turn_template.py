@@ -139,6 +139,21 @@ class TurnTemplate:
             output["turn_ids"] = [turn for piece, turn in zip(ids[1:], turns, strict=True) for _ in piece]
         return output
 
+    def sampled_text(self, messages: Sequence[Message]) -> str | None:
+        """What a policy samples to say the last of `messages`, without what ends the turn.
+
+        `None` where the template cannot render it, or where it is unknown what of the rendering is sampled.
+        """
+        try:
+            fitted = self._grammar.form.fit(self.normalize(messages))
+            return self._grammar.reader.words(fitted, len(fitted) - 1)
+        except ValueError:
+            return None
+
+    def reasoning_keys(self, calls: bool) -> tuple[str, ...]:
+        """The keys under which the template shows a turn's reasoning, in a turn that calls a tool or in an answer."""
+        return self._grammar.form.reasoning_keys(calls)
+
     def observation_ids(self, messages: Sequence[Message], observations: Sequence[Message]) -> list[int]:
         """Ids between an assistant turn's end-of-turn token and the end of the next generation prompt.
 

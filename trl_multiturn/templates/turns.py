@@ -73,6 +73,19 @@ class TurnReader:
             raise _unprompted(prompt, alone, turn, index)
         return PolicyTurn(index, prompt, words, ending, trail)
 
+    def words(self, messages: Sequence[Message], index: int) -> str | None:
+        """What is sampled in the assistant turn at `index`, where no prompt need fit to it: all behind the header.
+
+        Raises:
+            `ValueError`: if the template cannot render the messages.
+        """
+        try:
+            return self.read(messages, index, 0).words
+        except TemplateMismatch:
+            body, _ = self._endings.split(self._render(messages[: index + 1]))
+            header = self._header(messages[:index])
+            return None if header is None else body[_shared_length(header, body) :]
+
     def _words(self, before: Sequence[Message], prompt: str, body: str) -> str | None:
         """What was sampled, where the finished turn does not continue its prompt but the difference is known.
 
@@ -109,6 +122,13 @@ class TurnReader:
             if text is not None and text.startswith(header + scaffold):
                 return False
         return shown
+
+
+def _shared_length(header: str, body: str) -> int:
+    """How much of a header a rendering begins with, without the beginning of a token or tag."""
+    shared = commonprefix([header, body])
+    opened = max(shared.rfind("<"), shared.rfind("["))
+    return opened if opened > max(shared.rfind(">"), shared.rfind("]")) else len(shared)
 
 
 def _same_after(words: str, first: str, second: str) -> bool:

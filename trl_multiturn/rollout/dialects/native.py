@@ -1,37 +1,39 @@
-"""The chat template's own tool calls, parsed by TRL."""
+"""The chat template's own tool calls."""
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Sequence
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
-from ... import _upstream
 from ...sandbox.result import ToolResult, encodable
 from ...tools.base import ToolCall
+from ..calls import CallReader, Reading, Sampled, UnreadableCallError, UnreadableTemplateError, choose_reader
 from .dialect import DialectSettings, Message, Turn
 
 
 _MOST_LEVELS = 64
+_UNREADABLE = str({"error": "The tool call could not be read."})
+_ONE_AT_A_TIME = str({"error": "Only one tool call per turn is possible, so none was run. Call one tool at a time."})
 
 
 class NativeCallsImpossible(ValueError):
-    """The chat template cannot render or parse tool calls."""
+    """The chat template cannot render tool calls, or what it renders cannot be read."""
 
 
 class NativeDialect:
-    """The chat template's own tool calls, read by TRL's `parse_response`; results are messages of role `tool`.
+    """The chat template's own tool calls; results are messages of role `tool`.
 
     Args:
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            With a `response_template`, unless there are no tools.
+        reader ([`CallReader`], *optional*):
+            Reads calls; not needed without tools.
         schemas (`list[dict]`):
             The tools.
         answer_pattern (`str`, *optional*):
             Regular expression of a final answer; any text without a call by default, as in [`~trl.GRPOTrainer`].
+        parallel (`bool`, *optional*, defaults to `True`):
+            Whether the chat template shows several calls in one turn. Where it does not, a turn with several is
+            answered by a hint.
     """
 
     name = "native"
@@ -39,67 +41,61 @@ class NativeDialect:
 
     def __init__(
         self,
-        tokenizer: PreTrainedTokenizerBase,
+        reader: CallReader | None,
         schemas: Sequence[dict[str, Any]],
         answer_pattern: str | None = None,
+        parallel: bool = True,
     ):
-        self._tokenizer = tokenizer
+        self.reader = reader
+        self.parallel = parallel
         self.template_tools = list(schemas) or None
         self._answer = re.compile(answer_pattern or r"\S")
-        self._opening = _call_opening(tokenizer) if schemas else None
 
     @classmethod
     def from_config(
         cls, processing_class: Any, schemas: Sequence[dict[str, Any]], config: DialectSettings
     ) -> NativeDialect:
-        """The dialect with the response template that TRL knows, where the tokenizer has none.
+        """The dialect with the reader that fits the chat template.
 
         Raises:
-            [`NativeCallsImpossible`]: if the chat template cannot render or parse tool calls.
+            [`NativeCallsImpossible`]: if the chat template cannot render tool calls, or no reader gives them back.
         """
-        tokenizer = getattr(processing_class, "tokenizer", processing_class)
         if not schemas:
-            return cls(tokenizer, schemas, config.answer_pattern)
-        obstacle = None
-        if not _upstream.supports_tool_calling(processing_class):
-            obstacle = "the chat template leaves out tool calls or tool results when it renders a conversation"
-        elif getattr(tokenizer, "response_template", None) is None:
-            tokenizer = copy.copy(tokenizer)  # the user's tokenizer stays as it is
-            try:
-                _upstream.add_response_schema(tokenizer)
-            except ValueError:
-                obstacle = "the tokenizer has no `response_template`, and TRL knows none for its chat template"
-        if obstacle is not None:
+            return cls(None, schemas, config.answer_pattern)
+        try:
+            fit = choose_reader(processing_class, getattr(config, "chat_template_kwargs", None))
+        except UnreadableTemplateError as error:
             raise NativeCallsImpossible(
-                f"Native tool calls are not possible: {obstacle}. Use a chat template with tool calls and set "
+                f"Native tool calls are not possible: {error}. Use a chat template with tool calls, set "
                 "`tokenizer.response_template`, or offer one tool with one text argument and `dialect='fenced'`."
-            )
-        return cls(tokenizer, schemas, config.answer_pattern)
+            ) from error
+        return cls(fit.reader, schemas, config.answer_pattern, fit.parallel)
 
     def read(self, text: str, sampled_ids: Sequence[int], prefix_ids: Sequence[int]) -> Turn:
         written = {"role": "assistant", "content": text}
-        if self._opening is None or not sampled_ids:
+        if self.reader is None or not sampled_ids:
             return Turn(written, [], answered=self._answer.search(text) is not None)
         try:
-            message = _plain(
-                _upstream.parse_response(
-                    self._tokenizer, list(sampled_ids), prefix=list(prefix_ids), tools=self.template_tools
-                )
+            reading = self._plainly(Sampled(text, sampled_ids, prefix_ids, self.template_tools or ()))
+        except UnreadableCallError:
+            return Turn(written, [], answered=False, problem=_UNREADABLE)
+        if len(reading.calls) > 1 and not self.parallel:
+            return Turn(written, [], answered=False, problem=_ONE_AT_A_TIME)
+        if reading.calls:
+            return Turn(reading.message(), [_tool_call(call) for call in reading.calls], answered=False)
+        answered = self._answer.search(reading.content) is not None
+        # Readers trim blanks; what they take apart (reasoning, channels) must stay apart to render again
+        return Turn(written if text.strip() == reading.content.strip() else reading.message(), [], answered)
+
+    def _plainly(self, turn: Sampled) -> Reading:
+        assert self.reader is not None
+        reading = self.reader.read(turn)
+        try:
+            return Reading(
+                encodable(reading.content), _plain(reading.calls), encodable(reading.reasoning), reading.reasoning_key
             )
-        except RecursionError:  # a policy that degenerates writes brackets in brackets
-            message = dict(written)
-        # Some parsers leave the end of a tool call's turn in the content
-        message["content"] = message["content"].removesuffix(self._tokenizer.decode(list(sampled_ids))[len(text) :])
-        opened = self._opening in text
-        if message.get("tool_calls") and opened:
-            return Turn(message, [_tool_call(call) for call in message["tool_calls"]], answered=False)
-        if message.get("tool_calls"):  # some response patterns also match prose, such as `, f(` for `[f(`
-            return Turn(written, [], answered=self._answer.search(text) is not None)
-        if opened:
-            return Turn(written, [], answered=False, problem=str({"error": "The tool call could not be read."}))
-        answered = self._answer.search(message["content"]) is not None
-        # The parser trims blanks; what it takes apart (reasoning, channels) must stay apart to render again
-        return Turn(written if text.strip() == message["content"].strip() else message, [], answered)
+        except RecursionError as error:
+            raise UnreadableCallError(str(error)) from error
 
     def observe(self, turn: Turn, results: Sequence[ToolResult]) -> list[Message]:
         if not results:  # strict templates accept a tool message only after a call
@@ -132,23 +128,3 @@ def _plain(value: Any, levels: int = _MOST_LEVELS) -> Any:
 def _tool_call(call: dict[str, Any]) -> ToolCall:
     function = call.get("function", call)
     return ToolCall(function["name"], function.get("arguments"), call.get("id"))
-
-
-def _call_opening(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The literal text that begins a tool call in this tokenizer's response template."""
-    field = (tokenizer.response_template or {}).get("fields", {}).get("tool_calls")
-    if not field:
-        raise ValueError(
-            "The tokenizer's `response_template` has no field `tool_calls`, so no call could ever be read. Add the "
-            "field, or use `dialect='fenced'`."
-        )
-    if "open" in field:
-        return field["open"]
-    pattern = field["open_pattern"]
-    match = re.match(r"(?:\\\W|[^\\()\[\]{}.*+?|^$])*", pattern)
-    literal = match[0] if match else ""
-    unescaped = re.sub(r"\\(\W)", r"\1", literal or pattern)
-    if literal:
-        return unescaped
-    # A pattern that begins with a choice: the special token in it, for its other branches may match prose
-    return next((token for token in tokenizer.get_added_vocab() if token in unescaped), "\0")
