@@ -64,6 +64,8 @@ if TYPE_CHECKING:
     from .trainer.multi_turn_kto_trainer import MultiTurnKTOTrainer as MultiTurnKTOTrainer
     from .trainer.oreo_config import OREOConfig as OREOConfig
     from .trainer.oreo_trainer import OREOTrainer as OREOTrainer
+    from .trainer.outcomes.group_regression_config import GroupRegressionConfig as GroupRegressionConfig
+    from .trainer.outcomes.group_regression_trainer import GroupRegressionTrainer as GroupRegressionTrainer
     from .trainer.values.value_model_config import ValueModelConfig as ValueModelConfig
     from .trainer.values.value_model_trainer import (
         ValueModelTrainer as ValueModelTrainer,
@@ -116,6 +118,8 @@ else:
             ".trainer.multi_turn_kto_trainer": ["MultiTurnKTOTrainer"],
             ".trainer.oreo_config": ["OREOConfig"],
             ".trainer.oreo_trainer": ["OREOTrainer"],
+            ".trainer.outcomes.group_regression_config": ["GroupRegressionConfig"],
+            ".trainer.outcomes.group_regression_trainer": ["GroupRegressionTrainer"],
             ".trainer.values.value_model_config": ["ValueModelConfig"],
             ".trainer.values.value_model_trainer": ["ValueModelTrainer", "train_value_model"],
             ".trajectory": ["StopReason", "Trajectory", "Verdict"],

@@ -103,6 +103,20 @@ def test_by_hand():
     assert len(coin.seeds) == 2 * 4  # one seed per trajectory and repetition; the trajectories are repeated once
 
 
+def test_unpaired_rows_get_their_own_surprise():
+    """The sides of the pair above, one row each."""
+    rows = [
+        {
+            "prompt_ids": rollout.prompt_ids,
+            "completion_ids": rollout.completion_ids,
+            "action_mask": rollout.action_mask,
+        }
+        for rollout in (trajectory([FLIP, ANSWER], [side]) for side in ("heads", "tails"))
+    ]
+    coin = Coin(lambda draw, number: "tails" if draw == 0 else "heads")
+    assert margins(rows, coin)["margin"] == pytest.approx([0.25, -0.75])
+
+
 def test_each_call_counts_and_sees_the_recorded_history():
     """Second flips: recorded tails, repetitions heads, heads, tails, tails: C = 0 - 1/2, on top of the first's 0."""
     flips = [["heads", "heads"], ["heads", "heads"], ["heads", "tails"], ["heads", "tails"]]

@@ -18,6 +18,7 @@ CONFIGS = EXAMPLES / "configs"
 SCRIPTS = {
     "dpo": "iterative_multi_turn_dpo",
     "evaluate": "evaluate",
+    "group": "iterative_group_regression",
     "kto": "iterative_multi_turn_kto",
     "oreo": "iterative_oreo",
 }

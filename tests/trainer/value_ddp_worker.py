@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from tests.support import save_tiny
-from tests.trainer.value_helpers import make_trainer, parameters, token_rows
-from trl_multiturn.trainer import DQOTrainer, OREOTrainer
+from tests.trainer.value_helpers import group_rows, make_trainer, parameters, token_rows
+from trl_multiturn.trainer import DQOTrainer, GroupRegressionTrainer, OREOTrainer
 
 
 CASES = {
@@ -18,6 +18,8 @@ CASES = {
     "oreo-lora-adapter": (OREOTrainer, {"value_model": "adapter", "lora": True, "precompute_ref_log_probs": True}),
     "oreo-head-checkpointing": (OREOTrainer, {"value_model": "head", "gradient_checkpointing": True}),
     "dqo-adapter": (DQOTrainer, {"value_model": "adapter", "horizon": "turn"}),
+    # the four rows of a group lie on both processes
+    "group-variance": (GroupRegressionTrainer, {"dataset": group_rows(), "eval_dataset": group_rows(1)}),
 }
 
 
@@ -31,18 +33,20 @@ def main(folder: Path) -> None:
             cls=cls,
             optim="sgd",
             max_steps=3,
-            value_learning_rate=1e-2,
             per_device_train_batch_size=4 // world_size,
+            per_device_eval_batch_size=4 // world_size,
             train_sampling_strategy="sequential",
-            eval_dataset=token_rows(4),
-            **settings,
+            **({} if cls is GroupRegressionTrainer else {"value_learning_rate": 1e-2}),
+            **{"eval_dataset": token_rows(4), **settings},
         )
         trainer.train()
         metrics = trainer.evaluate()
         result = {
             "weights": parameters(trainer.accelerator.unwrap_model(trainer.model)),
             "loss": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
-            "eval": {key: value for key, value in metrics.items() if key in ("eval_loss", "eval_value/mean")},
+            "eval": {
+                key: value for key, value in metrics.items() if key in ("eval_loss", "eval_value/mean", "eval_reward")
+            },
         }
         torch.save(result, folder / f"{name}.rank{rank}.pt")
 

@@ -11,7 +11,8 @@ from peft import LoraConfig
 
 from tests.support import byte_tokenizer, save_tiny
 from trl_multiturn.segments import split_segments
-from trl_multiturn.trainer import DQOConfig, OREOConfig, OREOTrainer
+from trl_multiturn.trainer import OREOTrainer
+from trl_multiturn.trainer.values.value_based import ValueBasedTrainer
 
 from .helpers import kto_config, move
 
@@ -41,21 +42,44 @@ def token_rows(n: int = 4, **columns: list) -> Dataset:
     return dataset
 
 
+def group_rows(prompts: int = 2, each: int = 4, **columns: list) -> Dataset:
+    """`each` trajectories of every prompt, of two turns, with rewards between 0 and 1."""
+    generator = torch.Generator().manual_seed(11)
+    rows = []
+    for i in range(prompts * each):
+        turns = [2 + i % each, 2, 3]
+        ids = torch.randint(60, 120, (sum(turns),), generator=generator).tolist()
+        rows.append(
+            {
+                "prompt_ids": [65 + i // each, 66, 67, 68],
+                "completion_ids": ids,
+                "action_mask": [1] * turns[0] + [0] * turns[1] + [1] * turns[2],
+                "reward": [1.0, 0.0, 0.25, 0.0][i % 4],
+                "prompt_id": i // each,
+            }
+        )
+    dataset = Dataset.from_list(rows)
+    for name, values in columns.items():
+        dataset = dataset.add_column(name, values)
+    return dataset
+
+
 def make_trainer(folder: Any, cls: type = OREOTrainer, dataset: Any = None, lora: bool = False, **settings: Any):
     """
     A trainer whose policy has left its reference and whose value model has left zero.
 
     Trains on `token_rows()`, or on `dataset`; on none with `dataset="rounds"`, for a callback that supplies rows.
     """
-    config_class = OREOConfig if cls is OREOTrainer else DQOConfig
+    has_values = issubclass(cls, ValueBasedTrainer)
     tokenizer = byte_tokenizer()
     path = f"{folder}/model"
     if not Path(path, "config.json").exists():
         save_tiny(path, tokenizer)
     passed = {key: settings.pop(key) for key in ("eval_dataset", "callbacks") if key in settings}
     trained = settings.pop("modules_to_save", None)
-    defaults = {"beta": BETA, "value_lora_rank": 4, "lr_scheduler_type": "constant", "warmup_steps": 0}
-    args = kto_config(f"{folder}/out", config_class, **{**defaults, **settings})
+    defaults = {"beta": BETA, "lr_scheduler_type": "constant", "warmup_steps": 0}
+    defaults |= {"value_lora_rank": 4} if has_values else {}
+    args = kto_config(f"{folder}/out", cls._config_class, **{**defaults, **settings})
     trainer = cls(
         model=path,
         args=args,
@@ -65,7 +89,8 @@ def make_trainer(folder: Any, cls: type = OREOTrainer, dataset: Any = None, lora
         **passed,
     )
     move(trainer.model)
-    torch.nn.init.normal_(trainer.value_model.head.weight, generator=torch.Generator().manual_seed(3))
+    if has_values:
+        torch.nn.init.normal_(trainer.value_model.head.weight, generator=torch.Generator().manual_seed(3))
     return trainer
 
 

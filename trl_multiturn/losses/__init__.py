@@ -8,6 +8,13 @@ outside the mask may hold anything, NaN included. `log_ratios` are in nats, `bet
 from ._masking import terminal_rewards
 from .dqo import dqo_policy_loss, dqo_value_loss, importance_weights
 from .dro import dro_policy_loss, dro_value_loss
+from .group_regression import (
+    adjusted_returns,
+    group_means,
+    group_regression_loss,
+    group_soft_means,
+    group_variance_loss,
+)
 from .kl import LMHead, full_vocab_kl, kl_loss
 from .oreo import oreo_policy_loss, oreo_value_loss
 from .outcomes import outcome_classification_loss, soft_value
@@ -18,11 +25,16 @@ from .segments import Segments, merge_segments, turn_ids
 __all__ = [
     "LMHead",
     "Segments",
+    "adjusted_returns",
     "dqo_policy_loss",
     "dqo_value_loss",
     "dro_policy_loss",
     "dro_value_loss",
     "full_vocab_kl",
+    "group_means",
+    "group_regression_loss",
+    "group_soft_means",
+    "group_variance_loss",
     "importance_weights",
     "kl_loss",
     "lambda_returns",

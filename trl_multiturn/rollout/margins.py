@@ -46,13 +46,14 @@ def observation_margins(
     seed: int = 0,
 ) -> Dataset:
     r"""
-    Write the `margin` column of preference rows: by how much luckier the chosen trajectory's tools were.
+    Write the `margin` column: by how much luckier a trajectory's tools were than was to be expected.
 
     With tools (or users) whose answers are not certain, a trajectory's log-ratios fall short of its reward by
     $C = \sum_h [V(s_{h+1}) - E_o V(s_{h+1})]$ (M-DPO, https://huggingface.co/papers/2409.02392, eq. 11), and M-DPO
     without it converges to another policy. The margin $C(\text{chosen}) - C(\text{rejected})$ inside the sigmoid
-    mends that. $E_o$ is the mean over `k` repetitions of the trajectory's own tool calls. The estimate's noise falls
-    with $\sqrt{k}$ and does harm of its own: see `tests/test_tabular_optimum.py` for sizes.
+    mends that. Unpaired rows get $C$ itself, which [`GroupRegressionTrainer`] takes from what the trajectory earned.
+    $E_o$ is the mean over `k` repetitions of the trajectory's own tool calls. The estimate's noise falls with
+    $\sqrt{k}$ and does harm of its own: see `tests/test_tabular_optimum.py` for sizes.
 
     Each repetition runs all calls of a trajectory in order in fresh sessions, so a session holds what the calls before
     it leave behind; a tool that draws random numbers from `current_rollout().seed` gets another seed. Where all
@@ -60,9 +61,10 @@ def observation_margins(
 
     Args:
         trajectories (`Dataset`): preference rows with `prompt_ids`, `chosen_ids`, `chosen_action_mask`,
-            `rejected_ids`, `rejected_action_mask`.
-        value_model: values prefixes in the units of the reward that the preferences stand for, learned at the β that
-            M-DPO is going to use; anything with `score(sequences) -> list[float]`.
+            `rejected_ids`, `rejected_action_mask`; or unpaired ones with `prompt_ids`, `completion_ids`,
+            `action_mask`.
+        value_model: values prefixes in the units of the reward (that the preferences stand for), learned at the β of
+            the policy's training; anything with `score(sequences) -> list[float]`.
         tools (`list`): the tools that the trajectories called.
         k (`int`, *optional*, defaults to `8`): repetitions.
         processing_class ([`~transformers.PreTrainedTokenizerBase`]): the tokenizer that wrote the rows.
@@ -70,18 +72,21 @@ def observation_margins(
         seed (`int`, *optional*, defaults to 0): of the repetitions.
 
     Returns:
-        `Dataset`: the rows with `margin` (float, in units of reward), which M-DPO adds inside σ.
+        `Dataset`: the rows with `margin` (float, in units of reward), which M-DPO adds inside σ and group regression
+        takes from the returns.
 
     Raises:
         `ValueError`: if columns are missing or `k` is not positive.
         [`ToolFailure`]: if the machine failed, also when tried again.
     """
     sides = [("chosen_ids", "chosen_action_mask"), ("rejected_ids", "rejected_action_mask")]
+    if "completion_ids" in trajectories.column_names:
+        sides = [("completion_ids", "action_mask")]
     missing = {"prompt_ids", *(name for side in sides for name in side)} - set(trajectories.column_names)
     if missing:
         raise ValueError(
             f"The rows lack {sorted(missing)}, so it is unknown what the policy sampled and what the tools answered. "
-            "Pass token rows, as `build_preference_dataset` writes them."
+            "Pass token rows, as `build_preference_dataset` and `build_unpaired_dataset` write them."
         )
     if k < 1:
         raise ValueError(f"`k={k}` repetitions give no expectation. Use at least 1.")
@@ -100,8 +105,8 @@ def observation_margins(
     surprises = _surprises(run_coroutine(replay.all(unique)), value_model, k)
     margins = []
     for row in trajectories:
-        chosen, rejected = (surprises[keys[(*row["prompt_ids"], -1, *row[ids])]] for ids, _ in sides)
-        margins.append(chosen - rejected)
+        first, *second = (surprises[keys[(*row["prompt_ids"], -1, *row[ids])]] for ids, _ in sides)
+        margins.append(first - sum(second))
     if "margin" in trajectories.column_names:
         trajectories = trajectories.remove_columns("margin")
     return trajectories.add_column("margin", margins)

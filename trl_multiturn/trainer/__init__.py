@@ -6,6 +6,8 @@ from .multi_turn_kto_config import MultiTurnKTOConfig
 from .multi_turn_kto_trainer import MultiTurnKTOTrainer
 from .oreo_config import OREOConfig
 from .oreo_trainer import OREOTrainer
+from .outcomes.group_regression_config import GroupRegressionConfig
+from .outcomes.group_regression_trainer import GroupRegressionTrainer
 from .values.value_model_config import ValueModelConfig
 from .values.value_model_trainer import ValueModelTrainer, train_value_model
 
@@ -13,6 +15,8 @@ from .values.value_model_trainer import ValueModelTrainer, train_value_model
 __all__ = [
     "DQOConfig",
     "DQOTrainer",
+    "GroupRegressionConfig",
+    "GroupRegressionTrainer",
     "MultiTurnDPOConfig",
     "MultiTurnDPOTrainer",
     "MultiTurnKTOConfig",

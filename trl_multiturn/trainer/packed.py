@@ -115,7 +115,11 @@ class PackedTrainerMixin(TrainerHost):
                 "neighbours. Order the rows by prompt yourself, or use `loss_type='apo_zero_unpaired'`."
             )
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return PromptGroupedSampler(dataset["prompt_ids"][:], self.args.per_device_train_batch_size, seed)
+        return PromptGroupedSampler(self._prompt_keys(dataset), self.args.per_device_train_batch_size, seed)
+
+    def _prompt_keys(self, dataset: Any) -> Any:
+        """What rows of one prompt have in common, one sequence of integers a row."""
+        return dataset["prompt_ids"][:]
 
     def _check_loss_is_a_mean_over_rows(self) -> None:
         whole_batch = sorted({"sft", "aot", "aot_unpaired"} & set(getattr(self, "loss_types", ())))
