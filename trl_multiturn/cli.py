@@ -17,6 +17,16 @@ _PAIRS = "Write pairs of a task's episodes, chosen so (see `PairingConfig.strate
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a sub-command; the exit status is 0 where it found nothing wrong."""
+    options = build_parser().parse_args(arguments)
+    try:
+        return options.run(options)
+    except (OSError, ValueError, _journal_error()) as error:  # what the user or the machine has to put right
+        print(visible(f"trl-multiturn {options.command}: {error}"), file=sys.stderr)
+        return 2
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The sub-commands and their options."""
     parser = argparse.ArgumentParser(prog="trl-multiturn", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
 
@@ -60,13 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     export.set_defaults(run=_export)
 
     _add_view(commands)
-
-    options = parser.parse_args(arguments)
-    try:
-        return options.run(options)
-    except (OSError, ValueError, _journal_error()) as error:  # what the user or the machine has to put right
-        print(visible(f"trl-multiturn {options.command}: {error}"), file=sys.stderr)
-        return 2
+    return parser
 
 
 def _add_view(commands: Any) -> None:
