@@ -110,6 +110,11 @@ def test_no_test_case_is_a_training_case(world):
     assert not cases[0] & cases[1]
 
 
+def test_a_world_without_enough_cases_says_so():
+    with pytest.raises(ValueError, match="no 5000 different prompts"):
+        WORLDS["tiny"].problems(5000, 0, "train")
+
+
 @pytest.mark.parametrize("name", ["noisy", "late"])
 def test_a_case_pays_only_where_every_action_was_right(name):
     world = WORLDS[name]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from scipy import stats
 
 from .arms import ARMS
 from .claims import CLAIMS, Claim
-from .results import UNDECIDED, Interval, by_seed, collect, difference, verdict
+from .results import NOT_RUN, REPRODUCED, REVERSED, UNDECIDED, Interval, difference, verdict
 
 
 BEGIN, END = "<!-- study: begin, written by `python -m benchmarks.study --docs` -->", "<!-- study: end -->"
@@ -37,7 +38,7 @@ def report(results: pd.DataFrame, page: Path | None = None) -> str:
         results (`pd.DataFrame`): of [`results.collect`].
         page (`Path`, *optional*): a page whose marked part becomes the tables; figures go into a folder of its name.
     """
-    text = "\n\n".join([claims_table(results), *world_tables(results), conditions(results)])
+    text = "\n\n".join([decided(results), claims_table(results), *world_tables(results), conditions(results)])
     if page is not None:
         from .figures import draw
 
@@ -49,7 +50,7 @@ def report(results: pd.DataFrame, page: Path | None = None) -> str:
 
 def claims_table(results: pd.DataFrame) -> str:
     """Claim by claim: the paper's numbers, the paired difference, its interval and the verdict."""
-    judged = [(claim, world, difference(results, claim, world)) for claim in CLAIMS for world in claim.worlds]
+    judged = [entry for entry in _comparisons(results) if entry[2].seeds]
     adjusted = _adjusted([interval.p_value for _, _, interval in judged])
     lines = [
         "| paper | claim | theirs | here | difference [95 %] | seeds | p, adjusted | verdict |",
@@ -63,12 +64,18 @@ def claims_table(results: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
-def decided(results: pd.DataFrame) -> int:
-    """How many of the papers' orderings are decided in one world at least."""
-    return sum(
-        any(verdict(claim, interval) != UNDECIDED and interval.seeds for interval in _intervals(results, claim))
-        for claim in CLAIMS
-    )
+def decided(results: pd.DataFrame) -> str:
+    """How many orderings are decided, and which were not run."""
+    judged = [
+        (claim, verdict(claim, interval), f"{claim.text} ({world})")
+        for claim, world, interval in _comparisons(results)
+    ]
+    some = {claim for claim, judgement, _ in judged if judgement in (REPRODUCED, REVERSED)}
+    counts = Counter(judgement for _, judgement, _ in judged)
+    missing = [text for _, judgement, text in judged if judgement == NOT_RUN]
+    summary = ", ".join(f"{counts[name]} {name}" for name in (REPRODUCED, REVERSED, UNDECIDED, NOT_RUN))
+    lines = [f"{len(some)} of {len(CLAIMS)} orderings are decided in one world at least. Comparisons: {summary}."]
+    return "\n".join([*lines, *(["", "Not run: " + "; ".join(missing) + "."] if missing else [])])
 
 
 def world_tables(results: pd.DataFrame) -> list[str]:
@@ -107,8 +114,9 @@ def write_between(page: Path, text: str) -> None:
     page.write_text(marked.sub(lambda _: f"{BEGIN}\n\n{text}\n\n{END}", old), encoding="utf-8")
 
 
-def _intervals(results: pd.DataFrame, claim: Claim) -> list[Interval]:
-    return [difference(results, claim, world) for world in claim.worlds]
+def _comparisons(results: pd.DataFrame) -> list[tuple[Claim, str, Interval]]:
+    """Every claim in every world that it is asked in."""
+    return [(claim, world, difference(results, claim, world)) for claim in CLAIMS for world in claim.worlds]
 
 
 def _adjusted(p_values: list[float]) -> np.ndarray:
@@ -130,9 +138,9 @@ def _names(claim: Claim) -> str:
 
 
 def _interval(interval: Interval, scale: float) -> str:
-    if interval.seeds == 0:
-        return ""
     digits = 1 if scale == 100 else 3
+    if interval.seeds < 2:
+        return f"{scale * interval.mean:+.{digits}f}"
     mean, low, high = (f"{scale * x:+.{digits}f}" for x in (interval.mean, interval.low, interval.high))
     return f"{mean} [{low}, {high}]"
 
@@ -153,6 +161,3 @@ def _order(arm: str) -> tuple[int, str]:
     """Arms in the order of their file."""
     names = list(ARMS)
     return (names.index(arm) if arm in names else len(names), arm)
-
-
-__all__ = ["by_seed", "collect", "decided", "report"]

@@ -87,17 +87,22 @@ class World:
             count (`int`): how many, different ones.
             seed (`int`): of the draw.
             split (`str`): `"train"` or `"test"`; a quarter of all is for tests.
+
+        Raises:
+            `ValueError`: if there are not so many.
         """
         rng = random.Random(f"{self.name} {seed} {split}")
         rows: dict[tuple[Any, ...], dict[str, Any]] = {}
-        while len(rows) < count:
+        for _ in range(100 * count):
+            if len(rows) == count:
+                return Dataset.from_list(list(rows.values()))
             errand, signs = rng.choice(ERRANDS[: self.errands]), [rng.choice(SIGNS) for _ in range(self.steps)]
             held_out = (ERRANDS.index(errand) + sum(map(SIGNS.index, signs))) % 4 == 0
             name = rng.randrange(100)  # so that there are enough different prompts where there are few signs
             if held_out == (split == "test"):
                 prompt = [{"role": "user", "content": f"case {name} {errand} {SHOWS} {signs[0]}"}]
                 rows[errand, name, *signs] = {"prompt": prompt, "errand": errand, "signs": signs}
-        return Dataset.from_list(list(rows.values()))
+        raise ValueError(f"The world {self.name!r} has no {count} different prompts. Ask for fewer.")
 
     def environment(self) -> Station:
         """One episode's environment; a factory for rollouts."""
@@ -114,7 +119,7 @@ WORLDS = {
         World("noisy", steps=3, noise=16),
         World("late", steps=4, noise=2),
         World("uncertain", steps=2, noise=1, errands=4, gamble=True),
-        World("tiny", steps=1, noise=0),  # decides nothing: for tests of the study itself
+        World("tiny", steps=1, noise=0, errands=4),  # decides nothing: for tests of the study itself
     )
 }
 
