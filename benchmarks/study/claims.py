@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 
-MDPO, OREO, DQO = "M-DPO", "OREO", "DQO"
+MDPO, OREO, DQO, OURS = "M-DPO", "OREO", "DQO", "ours"
 
 
 @dataclass(frozen=True)
@@ -14,7 +14,7 @@ class Claim:
     """One ordering.
 
     Attributes:
-        paper (`str`), where (`str`): the source.
+        paper (`str`), where (`str`): the source; `OURS` where no paper says so.
         text (`str`): the claim in words.
         theirs (`str`): the paper's numbers.
         better (`str`), worse (`str`): the arms; `arm:metric` where the metric is not `score`.
@@ -210,7 +210,7 @@ CLAIMS = (
         0.001,
     ),
     Claim(
-        OREO,
+        OURS,
         "section 3",
         "Token-level OREO finds the optimum with uncertain tools, too",
         "(implied by eqs. 6–9)",
@@ -221,7 +221,7 @@ CLAIMS = (
         0.001,
     ),
     Claim(
-        OREO,
+        OURS,
         "section 3",
         "… response-level OREO does not (distance to π*)",
         "(not discussed)",
@@ -230,7 +230,7 @@ CLAIMS = (
         ("tabular-uncertain",),
     ),
     Claim(
-        "both",
+        OURS,
         "–",
         "With uncertain tools, values earn more than preferences by outcome",
         "(not discussed)",

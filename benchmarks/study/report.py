@@ -11,7 +11,7 @@ import pandas as pd
 from scipy import stats
 
 from .arms import ARMS
-from .claims import CLAIMS, Claim
+from .claims import CLAIMS, OURS, Claim
 from .results import NOT_RUN, REPRODUCED, REVERSED, UNDECIDED, Interval, difference, verdict
 
 
@@ -66,16 +66,22 @@ def claims_table(results: pd.DataFrame) -> str:
 
 def decided(results: pd.DataFrame) -> str:
     """How many orderings are decided, and which were not run."""
-    judged = [
-        (claim, verdict(claim, interval), f"{claim.text} ({world})")
-        for claim, world, interval in _comparisons(results)
-    ]
-    some = {claim for claim, judgement, _ in judged if judgement in (REPRODUCED, REVERSED)}
-    counts = Counter(judgement for _, judgement, _ in judged)
-    missing = [text for _, judgement, text in judged if judgement == NOT_RUN]
+    judged = [(claim, world, verdict(claim, interval)) for claim, world, interval in _comparisons(results)]
+    of_papers = {claim for claim in CLAIMS if claim.paper != OURS}
+    some = {claim for claim, _, judgement in judged if judgement in (REPRODUCED, REVERSED)} & of_papers
+    counts = Counter(judgement for _, _, judgement in judged)
     summary = ", ".join(f"{counts[name]} {name}" for name in (REPRODUCED, REVERSED, UNDECIDED, NOT_RUN))
-    lines = [f"{len(some)} of {len(CLAIMS)} orderings are decided in one world at least. Comparisons: {summary}."]
-    return "\n".join([*lines, *(["", "Not run: " + "; ".join(missing) + "."] if missing else [])])
+    missing: dict[str, list[str]] = {}
+    for claim, world, judgement in judged:
+        if judgement == NOT_RUN:
+            missing.setdefault(claim.text, []).append(world)
+    lines = [
+        f"{len(some)} of {len(of_papers)} orderings of the papers are decided in one world at least. "
+        f"Comparisons of two arms in a world: {summary}."
+    ]
+    if missing:
+        lines += ["", "Not run: " + "; ".join(f"{text} ({', '.join(w)})" for text, w in missing.items()) + "."]
+    return "\n".join(lines)
 
 
 def world_tables(results: pd.DataFrame) -> list[str]:
