@@ -26,26 +26,29 @@ LAYERS = {
     **dict.fromkeys(GROUND, set()),
     "trajectory": {"segments"},
     "losses": set(),
-    "templates": {"_upstream", "errors", "messages"},
+    # what a vision-language model's processor makes of images
+    "images": {"messages"},
+    "templates": {"_upstream", "errors", "images", "messages"},
     # the interpreter, a package that could stand by itself
     "sandbox": {"_lazy", "errors"},
     "distributed": {"_upstream", "errors"},
     "models": {"_upstream", "steps", "trajectory", "verify"},
     "packing": {"_upstream", "precision"},
     # what the policy may call, what samples, what is kept
-    "tools": {"_lazy", "concurrency", "errors", "sandbox", "trajectory", "version"},
-    "engines": {"_lazy", "errors", "precision"},
+    "tools": {"_lazy", "concurrency", "errors", "messages", "sandbox", "trajectory", "version"},
+    "engines": {"_lazy", "errors", "images", "precision"},
     "journal": {"_lazy", "distributed", "errors", "trajectory"},
     "verify": {"_lazy", "concurrency", "messages", "steps", "trajectory", "version"},
     # rows as other tools write them
     "formats": {"messages"},
     # rows to batches; verdicts to rows
-    "data": {"_upstream", "errors", "formats", "messages", "segments", "steps", "templates", "trajectory", "version"},
-    "rows": {"_lazy", "data", "distributed", "trajectory", "verify"},
+    "data": {"_upstream", "errors", "formats", "images", "messages", "segments", "steps", "templates"}
+    | {"trajectory", "version"},
+    "rows": {"_lazy", "data", "distributed", "messages", "trajectory", "verify"},
     # files that other tools wrote
     "conversion": {"data", "distributed", "formats", "messages", "rows", "trajectory"},
     # the loop of turns
-    "rollout": GROUND | {"engines", "journal", "sandbox", "templates", "tools", "verify"},
+    "rollout": GROUND | {"engines", "formats", "journal", "sandbox", "templates", "tools", "verify"},
     # a few trajectories where people look for them
     "completions": {"_lazy", "messages", "trajectory"},
     # what the online loop rests on
@@ -65,7 +68,7 @@ LAYERS = {
     },
     # what there is to see of all that; nothing rests on it
     "viewer": {"data", "distributed", "journal", "messages", "models", "online", "rollout", "trajectory", "verify"}
-    | {"_lazy", "version"},
+    | {"_lazy", "formats", "version"},
     # never rows, rollouts, tools, engines or verifiers: offline training needs none of them
     "trainer": {
         "_upstream",
@@ -73,6 +76,7 @@ LAYERS = {
         "distributed",
         "errors",
         "formats",
+        "images",
         "losses",
         "models",
         "packing",

@@ -183,7 +183,7 @@ def test_keys_that_nobody_knows_are_counted_where_they_may_be_left_out():
         ({"role": "critic", "content": "x"}, "message 1 has the role 'critic', which is none that the chat template"),
         ({"role": "user", "content": None}, "message 1 .user. has neither `content` nor `tool_calls`"),
         ({"role": "user", "content": {"a": 1}}, "message 1 .user.: the content is {'a': 1}, which chat templates"),
-        ({"role": "user", "content": [{"type": "image", "url": "x"}]}, "part 0 of the content is of the type 'image'"),
+        ({"role": "user", "content": [{"type": "audio", "url": "x"}]}, "part 0 of the content is of the type 'audio'"),
         ({**ANSWER, "tool_plan": "first"}, "message 1 .assistant. has the key `tool_plan` .'first'., which the chat"),
         ({**QUESTION, "tool_calls": CALL["tool_calls"]}, "message 1 .user. calls a tool .tide_table., which only the"),
         ({**CALL, "function_call": FARE}, "has a `function_call` beside other `tool_calls`"),

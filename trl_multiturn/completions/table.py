@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ..messages.images import text_in
 from ..messages.terminal import visible
 from ..trajectory import Trajectory
 from .choice import PickedCompletion
@@ -47,8 +48,7 @@ def message_text(message: Mapping[str, Any]) -> str:
     """What a message says, and what it calls as `name(arguments)`."""
     calls = [call.get("function", call) for call in message.get("tool_calls") or []]
     lines = [f"{call.get('name')}({json.dumps(call.get('arguments'), ensure_ascii=False)})" for call in calls]
-    content = message.get("content") or ""
-    return "\n".join(filter(None, [content if isinstance(content, str) else json.dumps(content), *lines]))
+    return "\n".join(filter(None, [text_in(message, "[image]"), *lines]))
 
 
 def outcome(trajectory: Trajectory) -> str:

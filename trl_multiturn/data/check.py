@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Literal
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
 
 from .. import _upstream
 from ..formats import (
@@ -22,10 +23,13 @@ from ..formats import (
     conversation_column,
     describe,
     find_reward,
+    has_images,
     recognize,
 )
+from ..images.vision import vision_of
 from ..messages.terminal import visible
 from ..templates import TurnTemplate
+from .images.rows import read_token_row, tokenize_image_text
 from .loading import load_rows
 from .preview import MaskPreview, preview_masks
 from .row_checks import check_label, check_margin, holds_messages
@@ -74,7 +78,7 @@ class CheckReport:
 
 def check_dataset(
     dataset: Any,
-    model: str | PreTrainedTokenizerBase,
+    model: str | PreTrainedTokenizerBase | ProcessorMixin,
     config: str | None = None,
     split: str | None = None,
     max_length: int | None = None,
@@ -87,8 +91,8 @@ def check_dataset(
     Args:
         dataset (`str`, `Dataset` or `dict[str, Dataset]`):
             Name on the Hub, folder or file (see [`load_rows`]), or the dataset itself.
-        model (`str` or [`~transformers.PreTrainedTokenizerBase`]):
-            Tokenizer, or what `AutoTokenizer.from_pretrained` loads it from.
+        model (`str` or [`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]):
+            Tokenizer, or processor for rows with images, or what it is loaded from.
         config (`str`, *optional*), split (`str`, *optional*):
             Configuration on the Hub, and the only split to read.
         max_length (`int`, *optional*):
@@ -103,7 +107,6 @@ def check_dataset(
     Returns:
         [`CheckReport`]
     """
-    tokenizer = AutoTokenizer.from_pretrained(model) if isinstance(model, str) else model
     splits = load_rows(dataset, config) if isinstance(dataset, str) else dataset
     splits = dict(splits) if isinstance(splits, Mapping) else {"train": splits}
     if split is not None:
@@ -111,9 +114,10 @@ def check_dataset(
             raise ValueError(f"The dataset has the splits {sorted(splits)} but no `{split}`.")
         splits = {split: splits[split]}
 
+    tokenizer = _load_tokenizer(model, splits) if isinstance(model, str) else model
     report = CheckReport()
     _check_template(tokenizer, report)
-    cut, last_token = 0, max(tokenizer.get_vocab().values())
+    cut, last_token = 0, max(getattr(tokenizer, "tokenizer", tokenizer).get_vocab().values())
     for name, rows in splits.items():
         report.rows[name] = len(rows)
         shapes = column_shapes(rows)
@@ -130,7 +134,13 @@ def check_dataset(
     return report
 
 
-def _check_template(tokenizer: PreTrainedTokenizerBase, report: CheckReport) -> None:
+def _load_tokenizer(name: str, splits: Mapping[str, Any]) -> PreTrainedTokenizerBase | ProcessorMixin:
+    """A model's tokenizer, or its processor where rows hold images."""
+    images = any(has_images(row) for rows in splits.values() for row in islice(rows, 1))
+    return (AutoProcessor if images else AutoTokenizer).from_pretrained(name)
+
+
+def _check_template(tokenizer: PreTrainedTokenizerBase | ProcessorMixin, report: CheckReport) -> None:
     if tokenizer.chat_template is None:
         report.warnings.append(
             "The tokenizer has no chat template: rows of messages cannot be read, only plain text and token rows."
@@ -150,7 +160,7 @@ def _check_template(tokenizer: PreTrainedTokenizerBase, report: CheckReport) -> 
 
 def _read(
     row: dict[str, Any],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Any,
     shapes: Shapes,
     report: CheckReport,
     drop_reasoning: bool,
@@ -167,6 +177,8 @@ def _read(
     sides = PREFERENCE_SIDES if kind == "preference" else UNPAIRED_SIDES
     if sides[0][1] not in row:
         row = row | _tokenize(row, kind, tokenizer, shapes, drop_reasoning)
+    elif has_images(row):
+        row = row | read_token_row(row, sides, vision_of(tokenizer))
     for ids, mask in sides:
         if len(row[ids]) != len(row[mask] or []):
             raise ValueError(
@@ -238,11 +250,11 @@ def _inner_rows(row: Mapping[str, Any]) -> tuple[str, str] | None:
     return None
 
 
-def _tokenize(
-    row: dict[str, Any], kind: Kind, tokenizer: PreTrainedTokenizerBase, shapes: Shapes, drop_reasoning: bool
-) -> dict[str, Any]:
+def _tokenize(row: dict[str, Any], kind: Kind, tokenizer: Any, shapes: Shapes, drop_reasoning: bool) -> dict[str, Any]:
     sides = ("chosen", "rejected") if kind == "preference" else ("completion",)
     if conversation_column(row) is None and not holds_messages(row, sides):
+        if has_images(row):
+            return tokenize_image_text(row, PREFERENCE_SIDES if kind == "preference" else UNPAIRED_SIDES, tokenizer)
         if kind == "preference" and "prompt" not in row:
             row = row | _upstream.extract_prompt(row)
         encoded = {"prompt_ids": tokenizer(row["prompt"])["input_ids"]}

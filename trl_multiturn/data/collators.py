@@ -8,7 +8,10 @@ from typing import Any
 import torch
 
 from .. import _upstream
+from ..formats import sequence_images
+from ..images.vision import Vision
 from ..segments import branches_of
+from .images.fitting import fit_mismatched_images
 from .turns import branches_column
 
 
@@ -23,6 +26,9 @@ class DataCollatorForMultiTurnPreference(_upstream.DataCollatorForPreference):
     added to the argument of the sigmoid) becomes a tensor `(B,)`; a missing margin is 0. Where rows are more than one
     token sequence (`chosen_branches`, `rejected_branches`; see `trl_multiturn.segments`), `token_parents` of the shape
     of `input_ids` is the column that each token continues.
+
+    With `vision` the images of the rows (`images`, `chosen_images`, `rejected_images`), whose tokens the ids hold
+    already, become what the processor makes of them (`pixel_values`, …), those of chosen sequences first.
 
     Example:
 
@@ -47,6 +53,8 @@ class DataCollatorForMultiTurnPreference(_upstream.DataCollatorForPreference):
     ```
     """
 
+    vision: Vision | None = None
+
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         output = super().torch_call(examples)
         masks = [
@@ -60,6 +68,9 @@ class DataCollatorForMultiTurnPreference(_upstream.DataCollatorForPreference):
         output["completion_mask"] = _fill(output["completion_mask"], masks)
         rows = [(example, f"{side}_ids") for side in ("chosen", "rejected") for example in examples]
         _add_parents(output, "", rows, cuts_start=self.truncation_mode == "keep_end")
+        if self.vision is not None:
+            images = [sequence_images(row, f"{side}_ids") for side in ("chosen", "rejected") for row in examples]
+            output |= self.vision.inputs(output["input_ids"], images)
         if "margin" in examples[0]:
             output["margin"] = torch.tensor([float(example["margin"] or 0.0) for example in examples])
         return output
@@ -76,6 +87,10 @@ class DataCollatorForMultiTurnUnpairedPreference(_upstream.DataCollatorForUnpair
     columns are collated as TRL does. Where rows are more than one token sequence (`branches`, `KL_branches`),
     `token_parents` and `KL_token_parents` are the column that each token continues.
 
+    With `vision` the images of the rows (`images`, `completion_images`), whose tokens the ids hold already, become
+    what the processor makes of them (`pixel_values`, …). Where mismatched completions show images, too
+    (`KL_completion_images`), theirs follow under the same names with `KL_` before them.
+
     Example:
 
     ```python
@@ -88,7 +103,11 @@ class DataCollatorForMultiTurnUnpairedPreference(_upstream.DataCollatorForUnpair
     ```
     """
 
+    vision: Vision | None = None
+
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        if self.vision is not None and "KL_completion_ids" in examples[0]:
+            examples = [fit_mismatched_images(row, self.max_length, self.vision.token_ids) for row in examples]
         output = super().torch_call(examples)
         for prefix in ("", "KL_"):
             if f"{prefix}completion_mask" not in output:
@@ -97,7 +116,22 @@ class DataCollatorForMultiTurnUnpairedPreference(_upstream.DataCollatorForUnpair
             masks = [mask[: self.max_length] for mask in masks]
             output[f"{prefix}completion_mask"] = _fill(output[f"{prefix}completion_mask"], masks)
             _add_parents(output, prefix, [(example, f"{prefix}completion_ids") for example in examples])
+        if self.vision is not None:
+            output |= self._images(self.vision, output, examples)
         return output
+
+    @staticmethod
+    def _images(vision: Vision, output: dict[str, Any], examples: list[dict[str, Any]]) -> dict[str, Any]:
+        images = [sequence_images(row, "completion_ids") for row in examples]
+        added = vision.inputs(output["input_ids"], images)
+        if "KL_input_ids" not in output:
+            return added
+        others = [sequence_images(row, "KL_completion_ids") for row in examples]
+        if any(row.get("KL_completion_images") or row.get("completion_images") for row in examples):
+            mismatched = vision.inputs(output["KL_input_ids"], others)
+        else:  # only prompts show images: the same pixels
+            mismatched = vision.token_types(output["KL_input_ids"])
+        return added | {f"KL_{name}": value for name, value in mismatched.items()}
 
 
 def _mask(example: dict[str, Any], ids_column: str, mask_column: str) -> list[int]:

@@ -13,9 +13,10 @@ from rich.panel import Panel
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from ..formats import column_shapes, columns_read
+from ..formats import column_shapes, columns_read, sequence_images
 from ..messages.terminal import visible
 from ..trajectory import Trajectory
+from .images.shown import ImageDecoder, ShownImage
 from .tokenization import tokenize_preference_row, tokenize_unpaired_row
 from .truncation import PREFERENCE_SIDES, UNPAIRED_SIDES, completion_cut
 from .turns import choose_tokens
@@ -33,12 +34,14 @@ _CSS = {
 
 @dataclass(frozen=True)
 class Segment:
-    """Consecutive tokens with one fate; `turn` numbers the assistant turns from 1, 0 outside them."""
+    """Consecutive tokens with one fate; `turn` numbers the assistant turns from 1, 0 outside them. An image stands in
+    the text with its size and tokens, and in `images` with a thumbnail beside these words."""
 
     kind: Kind
     turn: int
     text: str
     num_tokens: int
+    images: tuple[ShownImage, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -103,8 +106,8 @@ def preview_masks(
     if hasattr(source, "train_dataset"):
         source = source.train_dataset
     sequences = [
-        (title, list(_segments(prompt, completion, mask, max_length, processing_class)))
-        for title, prompt, completion, mask in _sequences(source, num_rows, processing_class)
+        (title, list(_segments(prompt, completion, mask, max_length, ImageDecoder(processing_class, images))))
+        for title, prompt, completion, mask, images in _sequences(source, num_rows, processing_class)
     ]
     preview = MaskPreview(sequences)
     if show:
@@ -112,7 +115,7 @@ def preview_masks(
     return preview
 
 
-def _sequences(source: Any, num_rows: int, processing_class: Any) -> Iterator[tuple[str, list, list, list]]:
+def _sequences(source: Any, num_rows: int, processing_class: Any) -> Iterator[tuple[str, list, list, list, list]]:
     if isinstance(source, Trajectory):
         source = [source]
     rows = source.take(num_rows) if not isinstance(source, list) else source[:num_rows]
@@ -120,7 +123,7 @@ def _sequences(source: Any, num_rows: int, processing_class: Any) -> Iterator[tu
     for index, row in enumerate(rows):
         if isinstance(row, Trajectory):
             title = f"trajectory {index} · {row.stop_reason.value} · {row.verdict.value}"
-            yield title, row.prompt_ids, row.completion_ids, row.action_mask
+            yield title, row.prompt_ids, row.completion_ids, row.action_mask, []
             continue
         paired = "chosen_ids" in row or columns_read(row) >= {"chosen", "rejected"}
         sides = PREFERENCE_SIDES if paired else UNPAIRED_SIDES
@@ -130,11 +133,11 @@ def _sequences(source: Any, num_rows: int, processing_class: Any) -> Iterator[tu
             side = ids.removesuffix("_ids")
             label = f" · label {row['label']}" if "label" in row else ""
             trained = choose_tokens(row, ids, row[mask])
-            yield f"row {index} · {side}{label}", row["prompt_ids"], row[ids], trained
+            yield f"row {index} · {side}{label}", row["prompt_ids"], row[ids], trained, sequence_images(row, ids)
 
 
 def _segments(
-    prompt: list[int], completion: list[int], mask: list[int], max_length: int | None, processing_class: Any
+    prompt: list[int], completion: list[int], mask: list[int], max_length: int | None, decoder: ImageDecoder
 ) -> Iterator[Segment]:
     kept = len(completion) if max_length is None else completion_cut(mask, max_length - len(prompt))
     kinds = [("context", 0)] * len(prompt)
@@ -147,7 +150,7 @@ def _segments(
     tokens = zip(kinds, [*prompt, *completion], strict=True)
     for (kind, number), group in groupby(tokens, key=lambda item: item[0]):
         ids = [token for _, token in group]
-        yield Segment(kind, number, processing_class.decode(ids), len(ids))
+        yield Segment(kind, number, *decoder.decode(ids))
 
 
 def _text(segments: list[Segment]) -> Text:
@@ -175,7 +178,10 @@ def _count(segments: list[Segment]) -> str:
 
 def _span(segment: Segment) -> str:
     label = f'<sub style="color:#777">{_label(segment)} </sub>' if segment.turn else ""
-    return f'{label}<span style="{_CSS[segment.kind]}">{html.escape(visible(segment.text))}</span>'
+    text = html.escape(visible(segment.text))
+    for image in segment.images:
+        text = text.replace(html.escape(image.words), f'<img alt="{image.words}" src="{image.thumbnail}">', 1)
+    return f'{label}<span style="{_CSS[segment.kind]}">{text}</span>'
 
 
 def show_preview(preview: Any) -> None:

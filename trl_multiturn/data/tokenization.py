@@ -12,7 +12,7 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from ..errors import VanishedPartError
-from ..formats import Shapes, column_shapes, read_row
+from ..formats import Shapes, column_shapes, place_images, read_row
 from ..messages import normalize_tools, without_flags, without_reasoning
 from ..templates import TurnTemplate, tokenize_unproven
 from ..version import __version__
@@ -103,7 +103,7 @@ def read_messages(
             "such as `{'enable_thinking': False}`."
         )
     template = str(kwargs.get("chat_template") or processing_class.chat_template)
-    row = read_row(example, shapes=shapes, template=template)
+    row = place_images(read_row(example, shapes=shapes, template=template), example)
     if drop_reasoning:
         row |= {
             side: without_reasoning(row[side])
@@ -270,6 +270,9 @@ def tokenize_preference_row(
         output[f"{name}_ids"] = rest + side["completion_ids"]
         output[f"{name}_action_mask"] = [0] * len(rest) + side["action_mask"]
         output |= {f"{name}_{column}": side[column] for column in TURN_COLUMNS}
+        if "images" in side:
+            output["images"] = side["images"]
+            output |= {f"{name}_{kind}": side[f"completion_{kind}"] for kind in ("images", "image_tokens")}
     return output
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from datasets import Dataset, IterableDataset
 
 from ..errors import NoRowsLeftError as NoRowsLeftError
+from ..formats import images_of
 from .segments import TokenRow, drop_empty_branches, fit_segments
 from .turns import TrainOnTurns, branches_column, choose_tokens, columns_of_turns
 
@@ -145,7 +146,8 @@ def _fit_row(
         # The first token of a sequence is predicted from nothing, so it never enters a loss
         trains = any(([0] * len(prompt) + mask[:kept])[window][1:])
         statuses.append(status if trains else "untrained")
-        sequences.append(((prompt + ids[:kept])[window], mask[:kept], row.branches))
+        shown = images_of(example, ids_column.removesuffix("_ids"))
+        sequences.append(((prompt + ids[:kept])[window], mask[:kept], row.branches, shown))
         output[ids_column], output[mask_column] = ids[:kept], mask[:kept]
         output |= {name: values[:kept] for name, values in row.aligned.items()}
         if branches_column(ids_column) in example:

@@ -15,6 +15,10 @@ from .tokenization import row_tokenization_kwargs, tokenize_numbered_row, tokeni
 _MESSAGE_COLUMNS = {"prompt", "chosen", "rejected", "chat_template_kwargs", *CONVERSATIONS, *TOOLS, *NESTED}
 
 
+# What a completion takes with it to another prompt
+_ROTATED = ("completion_ids", "action_mask", "branches", "completion_images", "completion_image_tokens")
+
+
 def unpair_interleaved(
     dataset: Dataset | IterableDataset, desc: str | None = None, num_proc: int | None = None
 ) -> Dataset | IterableDataset:
@@ -82,7 +86,7 @@ def add_mismatched_completions(dataset: Dataset | IterableDataset, batch_size: i
     for start in range(0, count, batch_size):
         size = min(batch_size, count - start)
         order += [start + size - 1, *range(start, start + size - 1)] if size > 1 else [max(start - 1, 0)]
-    columns = ["completion_ids", "action_mask", *(["branches"] if branching else [])]
+    columns = [name for name in _ROTATED if name in dataset.column_names]
     dataset = dataset.remove_columns([name for name in map(_kl_name, columns) if name in dataset.column_names])
     rotated = dataset.select_columns(columns).select(order)
     renamed = rotated.rename_columns({name: _kl_name(name) for name in columns})
@@ -94,7 +98,7 @@ def add_mismatched_completions(dataset: Dataset | IterableDataset, batch_size: i
 
 
 def _rotate(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-    names = ["completion_ids", "action_mask", *(["branches"] if "branches" in batch else [])]
+    names = [name for name in _ROTATED if name in batch]
     rotated = {_kl_name(name): [batch[name][-1], *batch[name][:-1]] for name in names}
     if "branches" in batch:
         other = list(map(len, batch["prompt_ids"]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -130,6 +131,17 @@ class Forks(Protocol):
     def fork(self, session: str, new_session: str) -> None:
         """Keeps under `new_session`, too, what is kept under `session`. Nothing, if the cache was dropped meanwhile:
         then the prefix is read."""
+        ...
+
+
+@runtime_checkable
+class ReadsImages(Protocol):
+    """An engine that can sample after images."""
+
+    async def generate_with_images(
+        self, prompt_ids: list[int], images: Sequence[Any], sampling: SamplingParams
+    ) -> Generation:
+        """[`Engine.generate`] after `prompt_ids` that hold the tokens of `images` (PIL images, paths, data URLs)."""
         ...
 
 

@@ -4,6 +4,17 @@ Reads one row at a time and renders nothing; messages go through `messages`.
 """
 
 from .columns import CONVERSATIONS, SIDES, SYSTEM, TOOLS, conversation_column, listed, tools_column
+from .images import (
+    IMAGE_COLUMNS,
+    PROMPT_IMAGES,
+    SIDES_WITH_IMAGES,
+    has_images,
+    holds_image_parts,
+    holds_own_images,
+    images_of,
+    place_images,
+    sequence_images,
+)
 from .nested import NESTED, unfolded
 from .recognition import FORMATS, Format, describe, recognize
 from .rows import Shapes, begins_both_sides, columns_read, find_reward, find_tools, read_row
@@ -14,9 +25,12 @@ from .token_logs import read_token_log
 __all__ = [
     "CONVERSATIONS",
     "FORMATS",
+    "IMAGE_COLUMNS",
     "NESTED",
+    "PROMPT_IMAGES",
     "Format",
     "SIDES",
+    "SIDES_WITH_IMAGES",
     "SYSTEM",
     "Shapes",
     "TOOLS",
@@ -27,10 +41,16 @@ __all__ = [
     "describe",
     "find_reward",
     "find_tools",
+    "has_images",
+    "holds_image_parts",
+    "holds_own_images",
+    "images_of",
     "listed",
+    "place_images",
     "read_row",
     "read_token_log",
     "recognize",
+    "sequence_images",
     "shape_of",
     "tools_column",
     "unfolded",

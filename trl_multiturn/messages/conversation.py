@@ -16,7 +16,7 @@ from .calls import is_normal_call, normalize_calls, read_call
 from .flags import FLAGS, read_flag
 from .items import is_item, read_item
 from .nulls import EXACT, Shape, field_shape, item_shape
-from .text import brief, find_content, read_text
+from .text import brief, find_content, read_content, read_text
 
 
 Message = dict[str, Any]
@@ -139,7 +139,7 @@ class _Reader:
         if is_call:
             form["tool_calls"] = self._calls_of_text(content, field_shape(shape, key), where)
         else:
-            form["content"] = read_text(content, role, where)
+            form["content"] = read_content(content, role, where)
             form |= self._calls(message, role, shape, where)
         self._take_over(form, message, where)
         if self._thought:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from .images import is_image_part, read_image_part
 from .nulls import not_json
 
 
@@ -29,6 +30,21 @@ def find_content(message: Mapping[str, Any], where: str) -> tuple[Any, str]:
         )
     key = next((key for key in ("content", "value") if key in message), "content")
     return message.get(key), key
+
+
+def read_content(content: Any, role: str, where: str) -> str | list[dict[str, Any]]:
+    """As [`read_text`]; a content with images is a list of text and image parts (see `messages.images`)."""
+    if not isinstance(content, (list, tuple)) or not any(map(is_image_part, content)):
+        return read_text(content, role, where)
+    parts = []
+    for number, part in enumerate(part for part in content if part is not None):
+        if is_image_part(part):
+            parts.append(read_image_part(part, f"{where}: part {number}"))
+            continue
+        text = read_text([part], role, where)
+        if text:
+            parts.append({"type": "text", "text": text})
+    return parts
 
 
 def read_text(content: Any, role: str, where: str) -> str:
@@ -71,6 +87,6 @@ def _refuse_other_part(part: Any, number: int, where: str) -> None:
     kind = part.get("type") if isinstance(part, Mapping) else None
     if isinstance(kind, str) and kind.startswith(_OTHER_PARTS):
         raise ValueError(
-            f"{where}: part {number} of the content is of the type {kind!r} ({brief(dict(part))}), and only text can "
-            "be trained on here. Write what it says as text, or drop the row."
+            f"{where}: part {number} of the content is of the type {kind!r} ({brief(dict(part))}), and only text and "
+            "images can be read here. Write what it says as text, or drop the row."
         )

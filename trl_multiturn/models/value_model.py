@@ -83,13 +83,15 @@ class ValueModel(nn.Module):
         attention_mask: Tensor | None = None,
         hidden_states: Tensor | None = None,
         raw: bool = False,
+        **images: Tensor,
     ) -> Tensor:
         """
         Values in units of reward, float32, `(B, L)`: entry `t` is that of the state after token `t`.
 
         Either token ids `(B, L)` (with their padding mask) or a policy's last hidden states `(B, L, H)` are given; the
         latter are detached, so that a value loss never moves the policy. A value learned by classification is the
-        chance of the reward 1; with `raw=True` its log-odds are returned, which a loss needs.
+        chance of the reward 1; with `raw=True` its log-odds are returned, which a loss needs. What a processor made of
+        images goes beside token ids.
         """
         if hidden_states is not None:
             hidden_states = hidden_states.detach()
@@ -101,7 +103,7 @@ class ValueModel(nn.Module):
                 )
             # Below a head lies the policy, which no value loss may move
             with torch.set_grad_enabled(torch.is_grad_enabled() and self.kind != "head"):
-                outputs = self.backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+                outputs = self.backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **images)
             hidden_states = outputs.last_hidden_state
         # A regression: bfloat16 would round values near 1 to steps of 1/128
         with torch.autocast(hidden_states.device.type, enabled=False):

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..messages.images import text_in
 from ..messages.terminal import visible
 from ..rollout.config import RolloutConfig
 from ..trajectory import StopReason, Trajectory, Verdict
@@ -166,7 +167,7 @@ def transcript(trajectory: Trajectory) -> str:
 def _said(message: dict[str, Any]) -> str:
     calls = [json.dumps(call.get("function", call), ensure_ascii=False) for call in message.get("tool_calls") or []]
     content = message.get("content")
-    text = content if isinstance(content, str) else json.dumps(content or "", ensure_ascii=False)
+    text = text_in(message, "[image]") or ("" if isinstance(content, (str, list)) else json.dumps(content or ""))
     return "\n".join(part for part in (text, *calls) if part)
 
 

@@ -9,6 +9,7 @@ from functools import lru_cache
 from typing import Any
 
 from ..engines.engine import Generation
+from ..messages.images import images_in
 from ..sandbox.result import ToolResult
 from ..templates import TurnTemplate
 from ..tools.base import ToolCall
@@ -109,7 +110,7 @@ class Conversation:
         try:
             return self._observations_after(_stand_in(calls))(observations)
         except ValueError:
-            if len(calls) < 2:
+            if len(calls) < 2 or images_in(observations):
                 raise
             return self._observations_after(_stand_in(calls[:1]))(observations)
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from ..engines.arrivals import refuse_damaged, vocabulary_of
-from ..engines.engine import Engine, Generation, SamplingParams
+from ..engines.engine import Engine, Generation, ReadsImages, SamplingParams
+from ..errors import UnsupportedOutput
 from ..sandbox.result import ToolFailure
 from ..tools.base import RolloutContext, enter_rollout
 from ..tools.environments import append_observation
@@ -83,7 +84,8 @@ class Episode:
             prefix_ids, room = transcript.ids, transcript.room(self.config)
             seed = derive_seed(self.context.seed, len(transcript.turns))
             sampling, start = replace(alike, max_new_tokens=room, seed=seed), time.monotonic()
-            generation = await self.generate(prefix_ids, sampling, self.context.trajectory_id)
+            images = transcript.images
+            generation = await self.generate(prefix_ids, sampling, self.context.trajectory_id, images)
             transcript.add_sampled(generation, time.monotonic() - start)
             transcript.begun = self.conversation.within_turn(transcript.begun)
             turn = self.conversation.read(transcript.begun, transcript.last_read)
@@ -93,13 +95,24 @@ class Episode:
 
     # The steps of a conversation, for players of other kinds too
 
-    async def generate(self, prefix_ids: list[int], sampling: SamplingParams, session: str) -> Generation:
-        """Samples one turn, or a part of it.
+    async def generate(
+        self, prefix_ids: list[int], sampling: SamplingParams, session: str, images: Sequence[str] = ()
+    ) -> Generation:
+        """Samples one turn, or a part of it, after ids that hold the tokens of `images`.
 
         Raises:
             [`EngineError`]: if the engine's answer cannot be what a policy sampled.
+            [`UnsupportedOutput`]: if there are images, and the engine reads text alone.
         """
-        generation = await self.engine.generate(prefix_ids, sampling, session=session)
+        if not images:
+            generation = await self.engine.generate(prefix_ids, sampling, session=session)
+        elif isinstance(self.engine, ReadsImages):
+            generation = await self.engine.generate_with_images(prefix_ids, images, sampling)
+        else:
+            raise UnsupportedOutput(
+                f"The conversation shows {len(images)} images, but a `{type(self.engine).__name__}` reads text alone. "
+                "Sample with a `TransformersEngine`, or have prompts and tools give text."
+            )
         refuse_damaged(generation, self.engine, vocabulary_of(self.engine, self.conversation.vocab_size))
         return generation
 
@@ -149,7 +162,12 @@ class Episode:
         observations = self.conversation.dialect.observe(turn, results)
         try:
             ids = self.conversation.answer_ids(turn, transcript.unanswered_ids, observations)
-        except ValueError as error:  # the policy's doing: the template did render an ordinary call's answer
+        except ValueError as error:
+            if any(result.images for result in results):
+                raise UnsupportedOutput(
+                    f"An image that a tool returned cannot be shown to the policy: {error}"
+                ) from error
+            # The policy's doing: the template did render an ordinary call's answer
             transcript.unrenderable = str(error)
             return StopReason.ENDED
         if len(transcript) + len(ids) >= self.config.max_trajectory_tokens:

@@ -13,7 +13,10 @@ from tqdm.auto import tqdm
 
 from ..engines.engine import Engine
 from ..errors import TooManyToolFailures
+from ..formats import PROMPT_IMAGES, place_images
 from ..journal.journal import Journal
+from ..messages import normalize_messages
+from ..messages.images import with_portable_images
 from ..tools.base import RolloutContext
 from ..tools.environments import EnvironmentType
 from ..tools.toolbox import ToolLimits, Toolset
@@ -241,7 +244,9 @@ class Rollouts:
 
     def _prompt(self, row: Mapping[str, Any], conversation: Conversation) -> list[Message]:
         messages = row.get("prompt") or [{"role": "user", "content": ""}]
-        messages = conversation.template.normalize(messages, "prompt")
+        if any(name in row for name in PROMPT_IMAGES):
+            messages = place_images({"prompt": normalize_messages(messages, "prompt")}, row)["prompt"]
+        messages = with_portable_images(conversation.template.normalize(messages, "prompt"))
         if self.config.system_prompt is not None and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": self.config.system_prompt})
         return messages

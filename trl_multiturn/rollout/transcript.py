@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..engines.engine import Generation
+from ..messages.images import images_in
 from ..sandbox.result import ToolResult
 from ..tools.base import RolloutContext
 from ..trajectory import StopReason, Trajectory
@@ -59,6 +60,11 @@ class Transcript:
     def ids(self) -> list[int]:
         """All that the policy reads before the next token."""
         return self.prompt_ids + self.completion_ids + self.begun.token_ids
+
+    @property
+    def images(self) -> list[str]:
+        """The images that the policy has seen, in order."""
+        return images_in([*self.prompt, *self.completion])
 
     @property
     def last_read(self) -> list[int]:

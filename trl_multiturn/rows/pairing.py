@@ -13,6 +13,7 @@ from typing import Any
 
 from datasets import Dataset, Features, List, Value
 
+from ..messages.images import images_in
 from ..trajectory import Trajectory, Verdict
 from .selection import Pair, PairingConfig, Selection, UnpairedConfig, check_pairing, select, terminal_reward
 
@@ -30,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 _IDS, _MASK, _FLOATS = List(Value("int32")), List(Value("int8")), List(Value("float32"))
 BRANCHES = List(List(Value("int32")))
+_IMAGES = List(Value("string"))  # as data URLs
 _PROVENANCE = {"prompt_index": Value("int64")}
 
 
@@ -53,19 +55,20 @@ def build_preference_dataset(
         `Dataset` with the columns `prompt_ids`, `chosen_ids`, `chosen_action_mask`, `chosen_turn_calls`,
         `rejected_ids`, `rejected_action_mask`, `rejected_turn_calls` and, as provenance, `prompt_index` (-1 where
         unknown), `chosen_reward`, `rejected_reward`, `chosen_info`, `rejected_info` (JSON strings); where a trajectory
-        is more than one token sequence, `chosen_branches` and `rejected_branches`. One row per pair, possibly none.
+        is more than one token sequence, `chosen_branches` and `rejected_branches`; where one shows images, `images`,
+        `chosen_images` and `rejected_images`. One row per pair, possibly none.
     """
     pairs = _selection(trajectories, pairing, PairingConfig).pairs
     features = preference_features(include_messages, branching=any(map(branches, pairs)))
-    return dataset_of([preference_row(pair, include_messages) for pair in pairs], features)
+    return without_unseen_images(dataset_of([preference_row(pair, include_messages) for pair in pairs], features))
 
 
 def preference_features(include_messages: bool = False, branching: bool = False) -> dict[str, Any]:
     """The columns of preference rows; with those of branches, where a trajectory is more than one token sequence."""
-    features = {"prompt_ids": _IDS, **_PROVENANCE}
+    features = {"prompt_ids": _IDS, "images": _IMAGES, **_PROVENANCE}
     for side in ("chosen", "rejected"):
         features |= {f"{side}_ids": _IDS, f"{side}_action_mask": _MASK, f"{side}_turn_calls": _MASK}
-        features |= {f"{side}_reward": Value("float64")}
+        features |= {f"{side}_images": _IMAGES, f"{side}_reward": Value("float64")}
         features |= {f"{side}_info": Value("string")}
     if branching:
         features |= {f"{side}_branches": BRANCHES for side in ("chosen", "rejected")}
@@ -91,8 +94,10 @@ def preference_row(pair: Pair, include_messages: bool = False) -> dict[str, Any]
             f"{side}_reward": terminal_reward(trajectory),
             f"{side}_info": _info(trajectory),
         }
+    opening = _opening_messages(pair.chosen, pair.shared_turns)
+    row["images"] = images_in([*pair.chosen.prompt, *pair.chosen.completion[:opening]])
+    row |= {f"{side}_images": images_in(trajectory.completion[opening:]) for side, trajectory in sides.items()}
     if include_messages:
-        opening = _opening_messages(pair.chosen, pair.shared_turns)
         row["prompt_messages"] = json.dumps(pair.chosen.prompt + pair.chosen.completion[:opening])
         row |= {f"{side}_messages": json.dumps(sides[side].completion[opening:]) for side in sides}
     return row
@@ -137,7 +142,15 @@ def build_unpaired_dataset(
     chosen = _selection(trajectories, config, (PairingConfig, UnpairedConfig)).trajectories
     brings = Counter(name for trajectory in chosen for name in optional_columns(trajectory))
     features = unpaired_features(common_columns(brings, len(chosen)), include_messages)
-    return dataset_of([unpaired_row(trajectory) for trajectory in chosen], features)
+    return without_unseen_images(dataset_of([unpaired_row(trajectory) for trajectory in chosen], features))
+
+
+def without_unseen_images(rows: Dataset) -> Dataset:
+    """Rows without the columns of images, where no row has one."""
+    columns = [name for name in rows.column_names if name == "images" or name.endswith("_images")]
+    if any(any(rows[name][:]) for name in columns):
+        return rows
+    return rows.remove_columns(columns)
 
 
 OPTIONAL_COLUMNS = ("behavior_logps", "turn_rewards", "process_rewards", "branches")
@@ -180,6 +193,8 @@ def unpaired_features(optional: Iterable[str], include_messages: bool = False) -
         "completion_ids": _IDS,
         "action_mask": _MASK,
         "turn_calls": _MASK,
+        "images": _IMAGES,
+        "completion_images": _IMAGES,
         "label": Value("bool"),
         "reward": Value("float64"),
         **_PROVENANCE,
@@ -200,6 +215,8 @@ def unpaired_row(trajectory: Trajectory) -> dict[str, Any]:
         "turn_calls": trajectory.turn_calls,
         "label": trajectory.verdict is Verdict.CORRECT,
         "reward": terminal_reward(trajectory),
+        "images": images_in(trajectory.prompt),
+        "completion_images": images_in(trajectory.completion),
         "prompt_index": _prompt_index(trajectory),
         "info": _info(trajectory),
         "behavior_logps": trajectory.logps,

@@ -24,6 +24,7 @@ from .pairing import (
     preference_row,
     unpaired_features,
     unpaired_row,
+    without_unseen_images,
 )
 from .selection import Selection
 
@@ -74,7 +75,7 @@ def write_rows(selections: Iterable[Selection], folder: Path, row_format: Litera
         dataset = dataset.remove_columns([name for name in OPTIONAL_COLUMNS if name not in common])
     elif not brings["branches"]:
         dataset = dataset.remove_columns(["chosen_branches", "rejected_branches"])
-    save_rows(dataset, folder)
+    save_rows(without_unseen_images(dataset), folder)
     found.unlink()
 
 

@@ -24,11 +24,14 @@ class ToolResult:
             [`ToolFailure`].
         seconds (`float`):
             Wall-clock time of the call, counted from the moment it was admitted to a core.
+        images (`tuple[str, ...]`):
+            Images that the policy sees before the text, as data URLs.
     """
 
     output: str
     status: str = "ok"
     seconds: float = 0.0
+    images: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.status not in STATUSES:

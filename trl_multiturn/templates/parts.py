@@ -1,7 +1,7 @@
 """The parts of messages, and whether a rendering shows each of them: no word of a conversation is lost in silence.
 
-A part that stands in the rendering as it was written is shown. Another may be escaped, or left out: then it is
-changed, and where the rendering stays the same, it was left out. Since a short word can stand in a rendering by
+A part that stands in the rendering as it was written is shown. Another may be escaped, an image, or left out: then it
+is changed, and where the rendering stays the same, it was left out. Since a short word can stand in a rendering by
 chance, each kind of message in each surrounding is once rendered with words that stand nowhere else.
 """
 
@@ -15,7 +15,7 @@ from typing import Any, Literal
 from ..messages import REASONING, Message
 
 
-Kind = Literal["content", "reasoning", "name", "argument"]
+Kind = Literal["content", "image", "reasoning", "name", "argument"]
 Path = tuple[str | int, ...]
 
 
@@ -29,6 +29,8 @@ class Part:
 
     def describe(self) -> str:
         """The part as an error names it."""
+        if self.kind == "image":
+            return f"the image in part {self.path[-1]} of its content"
         text = repr(self.value)
         text = text if len(text) <= 70 else f"{text[:69]}…"
         if self.kind == "argument":
@@ -43,6 +45,8 @@ def parts_of(message: Message) -> Iterator[Part]:
     content = message.get("content")
     if isinstance(content, str) and content.strip():
         yield Part("content", content, ("content",))
+    elif isinstance(content, list):
+        yield from _content_parts(content)
     if message["role"] != "assistant":
         return
     for key in REASONING:
@@ -55,9 +59,20 @@ def parts_of(message: Message) -> Iterator[Part]:
             yield Part("argument", value, path)
 
 
+def _content_parts(content: list[Message]) -> Iterator[Part]:
+    """Text and images of a content in parts (see `messages.images`)."""
+    for number, part in enumerate(content):
+        if part.get("type") == "image":
+            yield Part("image", part, ("content", number))
+        elif str(part.get("text") or "").strip():
+            yield Part("content", part["text"], ("content", number, "text"))
+
+
 def is_verbatim(part: Part, text: str) -> bool:
     """Whether a part stands in a text as it was written, or as JSON or Python write it."""
     value = part.value
+    if part.kind == "image":
+        return False
     if isinstance(value, str):
         stripped = value.strip()
         if stripped in text:
@@ -74,6 +89,8 @@ def replaced(message: Message, part: Part, value: Any) -> Message:
 def changes(part: Part) -> list[Any]:
     """Other values for a part, of its type: a rendering that stays the same with one of them leaves something out."""
     value = part.value
+    if part.kind == "image":
+        return [{"type": "text", "text": ""}]
     if isinstance(value, bool):
         return [not value]
     if isinstance(value, (int, float)):
@@ -115,7 +132,9 @@ def _features(message: Message) -> tuple[Any, ...]:
         for call in message.get("tool_calls") or ()
     )
     keys = tuple(key for key in REASONING if message.get(key))
-    return message["role"], bool(str(message.get("content") or "").strip()), keys, calls
+    content = message.get("content") or ""
+    images = isinstance(content, list) and sum(part.get("type") == "image" for part in content)
+    return message["role"], bool(str(content).strip()), images, keys, calls
 
 
 def _leaves(value: Any, path: Path) -> Iterator[tuple[Path, Any]]:

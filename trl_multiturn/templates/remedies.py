@@ -75,7 +75,8 @@ def _rewritten(messages: Sequence[Message], first: int) -> Iterator[tuple[str, l
     if any(len(message.get("tool_calls") or ()) > 1 for message in messages):
         split, at = _one_call_a_turn(messages, first)
         yield "write one call per turn, each followed by its result", split, at
-    if messages[0]["role"] in ("system", "developer") and len(messages) > 1 and first > 1:
+    words = all(isinstance(message.get("content"), str) for message in messages[:2])
+    if words and messages[0]["role"] in ("system", "developer") and len(messages) > 1 and first > 1:
         joined = f"{messages[0]['content']}\n\n{messages[1].get('content') or ''}"
         yield (
             f"write the {messages[0]['role']} message into the first user message",
@@ -118,7 +119,11 @@ def _one_call_a_turn(messages: Sequence[Message], first: int) -> tuple[list[Mess
 
 def _as_text(message: Message) -> Message:
     if message["role"] == "tool":
-        return {"role": "user", "content": f"```output\n{message.get('content') or ''}\n```"}
+        content = message.get("content") or ""
+        if isinstance(content, list):
+            before, after = ({"type": "text", "text": text} for text in ("```output\n", "\n```"))
+            return {"role": "user", "content": [before, *content, after]}
+        return {"role": "user", "content": f"```output\n{content}\n```"}
     if not message.get("tool_calls"):
         return message
     calls = "\n".join(

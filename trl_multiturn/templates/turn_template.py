@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from os.path import commonprefix
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
+from ..images.vision import Vision, refuse_unseen_images, vision_of
 from ..messages import Message, normalize_messages, normalize_tools, without_flags, without_reasoning
+from ..messages.images import images_in
 from .encoding import encode, encode_pieces
 from .grammar import Grammar
 from .probes import ANSWER, USER
@@ -85,7 +87,8 @@ class TurnTemplate:
             self._grammar.check_rendering(messages, text)
         except ValueError as error:
             raise self._grammar.with_remedy(error, messages, len(messages)) from error
-        return self._encode(text)
+        images = images_in(messages)
+        return self._encode(self._vision.expand([text], images).pieces[0] if images else text)
 
     def normalize(
         self, messages: Sequence[Message], column: str = "messages", after: Sequence[Message] = ()
@@ -93,7 +96,12 @@ class TurnTemplate:
         """Messages in TRL's form, as everything here renders them (see [`normalize_messages`])."""
         template = str(self.processing_class.chat_template)
         messages = normalize_messages(messages, column, after=after, schemas=self.tools, template=template)
+        refuse_unseen_images(messages, self.processing_class, column)
         return without_reasoning(messages) if self.drop_reasoning else messages
+
+    @cached_property
+    def _vision(self) -> Vision:
+        return vision_of(self.processing_class)
 
     def tokenize(
         self, prompt: Sequence[Message], completion: Sequence[Message], *, with_turns: bool = False
@@ -111,6 +119,8 @@ class TurnTemplate:
 
         Returns:
             `dict[str, list[int]]`: `prompt_ids`, `completion_ids` and `action_mask` (aligned with `completion_ids`).
+            Of messages with images, which have all their tokens in the ids, also `images` (the prompt's),
+            `completion_images`, and `completion_image_tokens`, how many image tokens each of the latter has.
 
         Raises:
             `ValueError`: if the template's rendering does not show what the policy sampled; the message names the
@@ -127,14 +137,23 @@ class TurnTemplate:
         else:
             boundary = len(commonprefix([grammar.render(grammar.form.fit(prompt)), measured.text]))
         pieces, turns = measured.split(boundary)
-        ids = encode_pieces(self._tokenizer, pieces)
+        images = images_in([*prompt, *completion])
+        expansion = self._vision.expand(pieces, images) if images else None
+        ids = encode_pieces(self._tokenizer, pieces if expansion is None else expansion.pieces)
         trains = [flag for flag, message in zip(flags, completion, strict=True) if message["role"] == "assistant"]
         bits = [int(turn >= 0 and trains[turn]) for turn in turns]
-        output = {
+        output: dict[str, list[Any]] = {
             "prompt_ids": ids[0],
             "completion_ids": [token for piece in ids[1:] for token in piece],
             "action_mask": [bit for piece, bit in zip(ids[1:], bits, strict=True) for _ in piece],
         }
+        if expansion is not None:
+            seen = len(images_in(prompt))
+            output |= {
+                "images": images[:seen],
+                "completion_images": images[seen:],
+                "completion_image_tokens": expansion.tokens[seen:],
+            }
         if with_turns:
             output["turn_ids"] = [turn for piece, turn in zip(ids[1:], turns, strict=True) for _ in piece]
         return output
@@ -180,6 +199,8 @@ class TurnTemplate:
             answers = self.normalize(observations, "observations", messages)
             text = render(fit(messages + answers), generation_prompt=True)
             end = self._grammar.spans.turn_end(text, messages, alone)
+            if images := images_in(answers):
+                return encode_pieces(self._tokenizer, self._vision.expand([text[:end], text[end:]], images).pieces)[1]
             head, whole = encode_head(text[:end]), self._encode(text)
             if whole[: len(head)] == head:  # what `encode_pieces` finds in this case, with less work
                 return whole[len(head) :]
@@ -260,15 +281,27 @@ def tokenize_unproven(
     own = kwargs.pop("chat_template", None) or template_text(processing_class, tools)
     grammar = Grammar(_own_renderer(processing_class, own, tools, kwargs), processing_class)
     messages = [*prompt, *completion]
+    refuse_unseen_images(messages, processing_class)
     text = grammar.render(grammar.form.fit(messages))
     header = grammar.render(grammar.form.fit(prompt), generation_prompt=True)
     try:
         grammar.check_rendering(messages, text)
     except ValueError as error:
         raise grammar.with_remedy(error, messages, len(prompt)) from error
+    images, more = images_in(messages), {}
+    if images:
+        seen, vision = len(images_in(prompt)), vision_of(processing_class)
+        expansion = vision.expand([text], images)
+        header, text = "".join(vision.expand([header], images[:seen]).pieces), "".join(expansion.pieces)
+        more = {
+            "images": images[:seen],
+            "completion_images": images[seen:],
+            "completion_image_tokens": expansion.tokens[seen:],
+        }
     prompt_ids, ids = (encode(grammar.render.tokenizer, each) for each in (header, text))
     start = len(commonprefix([prompt_ids, ids]))
-    return {"prompt_ids": ids[:start], "completion_ids": ids[start:], "action_mask": [1] * (len(ids) - start)}
+    mask = [1] * (len(ids) - start)
+    return {"prompt_ids": ids[:start], "completion_ids": ids[start:], "action_mask": mask, **more}
 
 
 def _grammars(

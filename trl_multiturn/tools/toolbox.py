@@ -20,6 +20,7 @@ from typing import Any
 
 from ..concurrency import run_in_thread
 from ..errors import ToolFailure, UnsupportedOutput as UnsupportedOutput
+from ..messages.images import is_image_part, is_picture, portable, read_image_part
 from ..sandbox.result import ToolResult, encodable
 from .base import (
     ClosesAsync,
@@ -350,14 +351,37 @@ def _text(output: Any) -> ToolResult | str:
         return output if output.output.isascii() else replace(output, output=encodable(output.output))
     if isinstance(output, str):
         return encodable(output)
+    if is_picture(output):
+        output = [output]
+    if isinstance(output, (list, tuple)) and any(map(is_picture, output)):
+        output = [_block(each) for each in output]
     if isinstance(output, list) and output and all(isinstance(block, dict) and "type" in block for block in output):
-        kinds = {block["type"] for block in output}
-        if kinds != {"text"}:
-            raise UnsupportedOutput(
-                f"The tool returned blocks of types {sorted(kinds)}, but rollouts carry text only. Return text."
-            )
-        output = "".join(block["text"] for block in output)
+        return _blocks(output)
     return _text(str(output))
+
+
+def _block(value: Any) -> dict[str, Any]:
+    """A part of what a tool returned beside a picture."""
+    if is_picture(value):
+        return {"type": "image", "image": value}
+    return value if isinstance(value, dict) and "type" in value else {"type": "text", "text": str(value)}
+
+
+def _blocks(blocks: Sequence[dict[str, Any]]) -> ToolResult | str:
+    """Blocks of text and images, as messages hold them."""
+    kinds = {block["type"] for block in blocks if not is_image_part(block)}
+    if kinds - {"text"}:
+        raise UnsupportedOutput(
+            f"The tool returned blocks of types {sorted(kinds)}, but rollouts carry text and images alone. Return "
+            "these."
+        )
+    text = encodable("".join(block["text"] for block in blocks if block["type"] == "text"))
+    try:
+        images = [read_image_part(block, "A tool's result") for block in blocks if is_image_part(block)]
+        urls = tuple(portable(image["image"]) for image in images)
+    except (KeyError, ValueError) as error:
+        raise UnsupportedOutput(f"The tool returned an image that cannot be read: {error}") from error
+    return ToolResult(text, images=urls) if urls else text
 
 
 def _error(message: str, seconds: float = 0.0) -> ToolResult:

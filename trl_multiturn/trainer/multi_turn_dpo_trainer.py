@@ -12,8 +12,9 @@ from trl import DPOConfig, DPOTrainer
 from .. import _upstream
 from ..data.collators import DataCollatorForMultiTurnPreference
 from ..data.row_checks import check_column, check_margin, find_format, first_row
-from ..data.tokenization import row_tokenization_kwargs, tokenize_numbered_row, tokenize_preference_row
+from ..data.tokenization import tokenize_preference_row
 from ..data.truncation import PREFERENCE_SIDES
+from ..formats import IMAGE_COLUMNS
 from .loop.iterative import IterativeTrainerMixin
 from .packed import PackedTrainerMixin
 from .pair_batch import OwnPairLossMixin
@@ -83,7 +84,7 @@ class MultiTurnDPOTrainer(
     _sides = PREFERENCE_SIDES
     args: DPOConfig
     _reference_columns: tuple[str, ...] = ("ref_chosen_logps", "ref_rejected_logps")
-    _extra_signature_columns: tuple[str, ...] = ("margin",)
+    _extra_signature_columns: tuple[str, ...] = ("margin", *IMAGE_COLUMNS)
     _upstream_collator = "DataCollatorForPreference"
     _collator_class = DataCollatorForMultiTurnPreference
 
@@ -104,21 +105,25 @@ class MultiTurnDPOTrainer(
         if isinstance(dataset, Dataset):  # an IterableDataset takes neither
             map_kwargs = {"num_proc": args.dataset_num_proc, "desc": f"Tokenizing {dataset_name} dataset"}
         first = first_row(dataset, dataset_name)
+        images = self._find_images(first, processing_class, args, dataset_name)
         row_format = find_format(first, [("chosen", "rejected")], self._sides, dataset_name)
         if "margin" in first and isinstance(dataset, Dataset):
             check_column(dataset["margin"], check_margin)
         if row_format == "messages":
             options = not self._needs_turns(args), getattr(args, "drop_reasoning", False)
-            fn_kwargs = row_tokenization_kwargs(dataset, processing_class, tokenize_preference_row, *options)
+            arguments = tokenize_preference_row, processing_class, options, images, map_kwargs
             with _upstream.global_then_local_main_first():
-                dataset = dataset.map(tokenize_numbered_row, with_indices=True, fn_kwargs=fn_kwargs, **map_kwargs)
+                dataset = self._tokenize_rows(dataset, *arguments)
+        elif images:
+            dataset = self._read_images(dataset, processing_class, row_format == "tokens", map_kwargs)
         elif row_format != "tokens":
             # Plain text has no turns: the parent tokenizes, and every token counts
             dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
             with _upstream.global_then_local_main_first():
                 dataset = dataset.map(_add_full_masks, **map_kwargs)
         with _upstream.global_then_local_main_first():
-            return self._fit(dataset, args, dataset_name)
+            dataset = self._fit(dataset, args, dataset_name)
+            return self._fit_images(dataset) if images else dataset
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs = self.note_branches(inputs)

@@ -11,14 +11,15 @@ from trl import KTOConfig, KTOTrainer
 from .. import _upstream
 from ..data.collators import DataCollatorForMultiTurnUnpairedPreference
 from ..data.row_checks import check_column, check_label, find_format, first_row
-from ..data.tokenization import row_tokenization_kwargs, tokenize_numbered_row, tokenize_unpaired_row
+from ..data.tokenization import tokenize_unpaired_row
 from ..data.truncation import UNPAIRED_SIDES
 from ..data.unpaired import add_mismatched_completions, tokenize_interleaved, unpair_interleaved
-from ..formats import columns_read
+from ..formats import IMAGE_COLUMNS, columns_read
 from .loop.iterative import IterativeTrainerMixin
 from .multi_turn_dpo_trainer import MultiTurnDPOTrainer
 from .packed import PackedTrainerMixin
 from .policy import PolicyMixin
+from .rows.image_rows import ModelWithImages
 from .rows.token_rows import TokenRowsMixin
 
 
@@ -53,9 +54,18 @@ class MultiTurnKTOTrainer(PackedTrainerMixin, IterativeTrainerMixin, PolicyMixin
     _text_formats: list[tuple[str, ...]] = [("chosen", "rejected"), ("prompt", "completion", "label")]
     args: KTOConfig
     _reference_columns: tuple[str, ...] = ("ref_logps", "ref_KL_logps")
-    _extra_signature_columns: tuple[str, ...] = ("KL_action_mask", "KL_branches")
+    _extra_signature_columns: tuple[str, ...] = (
+        "KL_action_mask",
+        "KL_branches",
+        "KL_completion_images",
+        "KL_completion_image_tokens",
+        *IMAGE_COLUMNS,
+    )
     _upstream_collator = "DataCollatorForUnpairedPreference"
     _collator_class = DataCollatorForMultiTurnUnpairedPreference
+
+    # What the collator made of the images of a batch's mismatched completions
+    _mismatched_images: dict[str, Any] = {}
 
     if not TYPE_CHECKING:  # checkers read the parent's signature
         # Help and completion show the parent's arguments, which are passed on as they are
@@ -70,37 +80,64 @@ class MultiTurnKTOTrainer(PackedTrainerMixin, IterativeTrainerMixin, PolicyMixin
         args: KTOConfig,
         dataset_name: str,
     ) -> Dataset | IterableDataset:
+        first = first_row(dataset, dataset_name)
+        images = self._find_images(first, processing_class, args, dataset_name)
+        dataset = self._read_rows(dataset, first, processing_class, args, images, dataset_name)
+        with _upstream.global_then_local_main_first():
+            dataset = self._fit(dataset, args, dataset_name)
+            dataset = self._fit_images(dataset) if images else dataset
+            if self.calculate_KL:
+                dataset = add_mismatched_completions(dataset, args.per_device_train_batch_size)
+        return dataset
+
+    def _read_rows(
+        self,
+        dataset: Dataset | IterableDataset,
+        first: dict[str, Any],
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin,
+        args: KTOConfig,
+        images: bool,
+        dataset_name: str,
+    ) -> Dataset | IterableDataset:
+        """Token rows, of whatever the rows are."""
         map_kwargs: dict[str, Any] = {}
         if isinstance(dataset, Dataset):  # an IterableDataset takes neither
             map_kwargs = {"num_proc": args.dataset_num_proc, "desc": f"Tokenizing {dataset_name} dataset"}
-        first = first_row(dataset, dataset_name)
         row_format = find_format(first, self._text_formats, self._sides, dataset_name)
-        token_rows = row_format == "tokens"
-        if token_rows and "label" not in first:
+        if row_format == "tokens" and "label" not in first:
             raise ValueError(
                 f"The token rows of the {dataset_name} dataset have no `label`, so nothing says which completions are "
                 "good. Add the column, with True or False in each row."
             )
-        with _upstream.global_then_local_main_first():
-            if row_format == "messages":
-                dataset = self._tokenize_messages(dataset, first, processing_class, args, map_kwargs)
-                token_rows = True
-            elif not token_rows and {"chosen", "rejected"} <= first.keys():
+        if row_format == "text" and not images:
+            return self._tokenize_text(dataset, first, processing_class, args, dataset_name, map_kwargs)
+        if row_format == "messages":
+            with _upstream.global_then_local_main_first():
+                dataset = self._tokenize_messages(dataset, first, processing_class, args, images, map_kwargs)
+        elif images:
+            dataset = self._read_images(dataset, processing_class, row_format == "tokens", map_kwargs)
+        if dataset_name == "train" and isinstance(dataset, Dataset):
+            self._warn_about_balance(dataset)  # as the parent does
+        return dataset
+
+    def _tokenize_text(
+        self,
+        dataset: Dataset | IterableDataset,
+        first: dict[str, Any],
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin,
+        args: KTOConfig,
+        dataset_name: str,
+        map_kwargs: dict[str, Any],
+    ) -> Dataset | IterableDataset:
+        """Plain text has no turns: the parent tokenizes, and every token counts."""
+        if {"chosen", "rejected"} <= first.keys():
+            with _upstream.global_then_local_main_first():
                 if "prompt" not in first:
                     dataset = dataset.map(_upstream.extract_prompt, **map_kwargs)
                 dataset = unpair_interleaved(dataset, **map_kwargs)
-        if not token_rows:
-            # Plain text has no turns: the parent tokenizes, and every token counts
-            dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
-        elif dataset_name == "train" and isinstance(dataset, Dataset):
-            self._warn_about_balance(dataset)  # as the parent does
+        dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         with _upstream.global_then_local_main_first():
-            if not token_rows:
-                dataset = dataset.map(_add_full_mask, **map_kwargs)
-            dataset = self._fit(dataset, args, dataset_name)
-            if self.calculate_KL:
-                dataset = add_mismatched_completions(dataset, args.per_device_train_batch_size)
-        return dataset
+            return dataset.map(_add_full_mask, **map_kwargs)
 
     def _tokenize_messages(
         self,
@@ -108,13 +145,35 @@ class MultiTurnKTOTrainer(PackedTrainerMixin, IterativeTrainerMixin, PolicyMixin
         first: dict[str, Any],
         processing_class: PreTrainedTokenizerBase | ProcessorMixin,
         args: KTOConfig,
+        images: bool,
         map_kwargs: dict[str, Any],
     ) -> Dataset | IterableDataset:
         options = not self._needs_turns(args), getattr(args, "drop_reasoning", False)
         if columns_read(first) >= {"chosen", "rejected"}:
-            return tokenize_interleaved(dataset, processing_class, *options, **map_kwargs)
-        fn_kwargs = row_tokenization_kwargs(dataset, processing_class, tokenize_unpaired_row, *options)
-        return dataset.map(tokenize_numbered_row, with_indices=True, fn_kwargs=fn_kwargs, **map_kwargs)
+            if not images:
+                return tokenize_interleaved(dataset, processing_class, *options, **map_kwargs)
+            raise ValueError(
+                "Pairs with images are not taken apart here, which would copy every image. Unpair your dataset first "
+                "(`unpair_preference_dataset`), so that each row has a `completion`, a `label` and its own images."
+            )
+        return self._tokenize_rows(dataset, tokenize_unpaired_row, processing_class, options, images, map_kwargs)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if self.vision is not None:
+            # The parent passes what it does not know on to the model
+            self._mismatched_images = self.vision.select(inputs, "KL_")
+            known = ("KL_token_type_ids", "KL_mm_token_type_ids")
+            unknown = {f"KL_{name}" for name in self._mismatched_images}.difference(known)
+            inputs = {name: value for name, value in inputs.items() if name not in unknown}
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def _compute_kl_logps(self, model, batch):
+        return super()._compute_kl_logps(model, {**batch, **self._mismatched_images})
+
+    def compute_ref_log_probs(self, model, inputs):
+        if self.vision is not None:
+            model = ModelWithImages(model, inputs, self.vision)  # the parent passes ids and masks alone
+        return super().compute_ref_log_probs(model, inputs)
 
     def _warn_about_balance(self, dataset: Dataset) -> None:
         labels = dataset["label"][:]

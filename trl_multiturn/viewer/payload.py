@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ..data.images.shown import with_thumbnails
 from ..online.report import explain_reasons
 from ..version import __version__
 from .record import LAYERS, PairRecord, Record, Source, turn_spans
@@ -119,7 +120,7 @@ class _Builder:
         for name in record.layers:
             self.layers[name] += 1
         self.ids.update(record.prompt_ids, record.completion_ids)
-        self.texts.add(record.prompt, _text(record))
+        self.texts.add(with_thumbnails(record.prompt), _text(record))
         self.tokens.add(record.prompt_ids, _tokens(record))
 
     def finish(self, created: str, selection: dict[str, Any]) -> Payload:
@@ -262,7 +263,7 @@ _COLUMNS: dict[str, Callable[[Record], Any]] = {
 def _text(record: Record) -> dict[str, Any]:
     info = {name: value for name, value in record.info.items() if name not in (*_SHARED, *_ELSEWHERE)}
     timing = info.pop("timing", None)
-    entry: dict[str, Any] = {"completion": record.completion, "info": info}
+    entry: dict[str, Any] = {"completion": with_thumbnails(record.completion), "info": info}
     if timing:
         entry["timing"] = {
             name: [_rounded(x) for x in value] if isinstance(value, list) else _rounded(value)

@@ -10,8 +10,10 @@ from typing import Any
 from datasets import DatasetDict, load_from_disk
 
 from ..data.tokenization import tokenize_preference_row, tokenize_unpaired_row
+from ..formats import images_of
 from ..journal.journal import Journal
 from ..messages import normalize_messages
+from ..messages.images import before_first_user_turn, fill_placeholders, images_in, with_portable_images
 from ..trajectory import Trajectory, Verdict
 from .record import PairRecord, Record, Source, prompt_key, token_rewards
 
@@ -192,10 +194,19 @@ def _messages(row: Mapping[str, Any], name: str, notes: list[str]) -> list[dict[
     if isinstance(value, Mapping):
         value = [value]
     try:
-        return normalize_messages(value or [], name)
+        return with_portable_images(_with_images(normalize_messages(value or [], name), row, name))
     except ValueError as error:
         notes.append(f"Some messages are shown as they were written, first because: {error}")
         return [dict(message) for message in value if isinstance(message, Mapping)]
+
+
+def _with_images(messages: list[dict[str, Any]], row: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
+    """Messages with the images that their row has for them, where these fit."""
+    images = images_of(row, "" if name == "prompt" else name)
+    places = images_in(messages).count(None)
+    if len(images) == places:
+        return fill_placeholders(messages, images)
+    return before_first_user_turn(messages, images) if images and not places else messages
 
 
 def _trajectory(row: Mapping[str, Any]) -> Trajectory:

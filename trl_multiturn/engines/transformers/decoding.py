@@ -6,6 +6,7 @@ import inspect
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -36,6 +37,7 @@ class DecodingRequest:
         sampling ([`SamplingParams`]): how to sample.
         session (`str`, *optional*): name under which the cache is kept when the turn is over.
         rng (`random.Random`): the request's own source of uniform numbers.
+        images (`tuple`): what the image tokens of the prompt show.
         cancelled (`bool`): nobody waits for the result any more.
         token_ids, logps (`list`): what was sampled so far.
         finish_reason (`str`, *optional*): set when the turn is over.
@@ -45,6 +47,7 @@ class DecodingRequest:
     sampling: SamplingParams
     session: str | None
     rng: random.Random
+    images: tuple[Any, ...] = ()
     cancelled: bool = False
     token_ids: list[int] = field(default_factory=list)
     logps: list[float] = field(default_factory=list)

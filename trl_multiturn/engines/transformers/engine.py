@@ -6,7 +6,7 @@ import asyncio
 import random
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal, cast
 
@@ -19,8 +19,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import is_peft_available
 
 from ...errors import EngineError as EngineError
+from ...images.vision import vision_of
 from ..engine import Generation, SamplingParams
 from .decoding import DecodingBatch, DecodingRequest
+from .images import sample_after_images
 from .kv_cache import RetainedCaches
 from .slot_attention import attention_for_sampling
 from .stop_strings import StopStringMatcher
@@ -90,24 +92,26 @@ class TransformersEngine:
         self.processing_class = processing_class
         self.max_batch_size = max_batch_size
         self.model = model
-        shell, self._policy = unwrap_policy(model)
+        self._shell, self._policy = unwrap_policy(model)
         if device is not None:
             model.to(device)
         self._architecture = type(self._policy).__name__  # now, as sharding (FSDP2) changes the class
         self._vocab_size = int(cast(nn.Embedding, self._policy.get_input_embeddings()).num_embeddings)
         self._retained = RetainedCaches(cache_memory_limit_mb * 2**20)
+        self._matcher = StopStringMatcher(processing_class)
         self._batch = DecodingBatch(
-            shell,
+            self._shell,
             self._policy,
-            StopStringMatcher(processing_class),
+            self._matcher,
             self._retained,
             max_prefill_tokens=max_prefill_tokens,
             max_batch_size=max_batch_size,
         )
         self._seeds = random.Random(seed)
-        # Guards the three fields below, which the event loop's thread and the worker share.
+        # Guards the four fields below, which the event loop's thread and the worker share.
         self._lock = threading.Lock()
         self._inbox: deque[DecodingRequest] = deque()
+        self._with_images: deque[DecodingRequest] = deque()
         self._worker: threading.Thread | None = None
         self._in_flight: dict[DecodingRequest, asyncio.Future[Generation]] = {}
 
@@ -120,6 +124,26 @@ class TransformersEngine:
             ValueError: if `prompt_ids` is empty or holds an id that the model's embedding does not have.
             EngineError: if the model failed.
         """
+        return await self._sample(prompt_ids, sampling, session)
+
+    async def generate_with_images(
+        self, prompt_ids: list[int], images: Sequence[Any], sampling: SamplingParams
+    ) -> Generation:
+        """Samples one turn after ids that hold the tokens of `images`; see [`ReadsImages`].
+
+        Such turns are sampled one at a time, by the model's own `generate`, and every turn reads its conversation from
+        the start.
+
+        Raises:
+            ValueError: as in [`generate`], or if `processing_class` is no processor of images.
+            EngineError: if the model failed.
+        """
+        vision_of(self.processing_class)
+        return await self._sample(prompt_ids, sampling, None, tuple(images))
+
+    async def _sample(
+        self, prompt_ids: list[int], sampling: SamplingParams, session: str | None, images: tuple[Any, ...] = ()
+    ) -> Generation:
         if not prompt_ids:
             raise ValueError("`prompt_ids` is empty: there is nothing to continue. Pass at least one token.")
         if min(prompt_ids) < 0 or max(prompt_ids) >= self._vocab_size:
@@ -128,11 +152,11 @@ class TransformersEngine:
                 "read. Use the tokenizer that belongs to the model, or resize the model's embeddings."
             )
         seed = self._seeds.getrandbits(64) if sampling.seed is None else sampling.seed
-        request = DecodingRequest(list(prompt_ids), sampling, session, random.Random(seed))
+        request = DecodingRequest(list(prompt_ids), sampling, session, random.Random(seed), images)
         future = asyncio.get_running_loop().create_future()
         with self._lock:
             self._in_flight[request] = future
-            self._inbox.append(request)
+            (self._with_images if images else self._inbox).append(request)
             if self._worker is None:
                 self._worker = threading.Thread(target=self._work, name="TransformersEngine")
                 self._worker.start()
@@ -213,19 +237,34 @@ class TransformersEngine:
         """Serves until nothing is pending. The last results go out only once the model is back in its own mode."""
         while True:
             try:
-                with sampling_mode(self.model, self._policy):
-                    outcomes = self._serve()
+                outcomes = self._serve_images()
+                if self._inbox:
+                    with sampling_mode(self.model, self._policy):
+                        outcomes += self._serve()
             except BaseException as error:  # whatever it is, every caller has to hear of it
                 outcomes = self._fail(error)
             if not self._retained:
                 self._batch.drop_buffers()
             with self._lock:
-                idle = not self._inbox
+                idle = not (self._inbox or self._with_images)
                 if idle:
                     self._worker = None
             self._deliver(outcomes)
             if idle:
                 return
+
+    def _serve_images(self) -> list[Outcome]:
+        """Samples the turns that follow images, one after another. Returns the results that are not delivered yet."""
+        with self._lock:
+            requests = [self._with_images.popleft() for _ in range(len(self._with_images))]
+        outcomes: list[Outcome] = []
+        if requests:
+            vision = vision_of(self.processing_class)
+            with sampling_mode(self.model, self._policy, own_attention=True):
+                for request in requests:
+                    if not self._is_abandoned(request):
+                        outcomes.append((request, sample_after_images(self._shell, vision, request, self._matcher)))
+        return outcomes
 
     def _serve(self) -> list[Outcome]:
         """Decodes until every request is done. Returns the results that are not delivered yet."""
@@ -261,6 +300,7 @@ class TransformersEngine:
         self._retained.clear()
         with self._lock:
             self._inbox.clear()
+            self._with_images.clear()
             requests = list(self._in_flight)
         what, config = f"{type(error).__name__}: {error}", self._policy.config.get_text_config(decoder=True)
         longest = max((len(request.prompt_ids) + len(request.token_ids) for request in requests), default=0)
@@ -342,9 +382,9 @@ def _is_sharded(parameter: nn.Parameter) -> bool:
 
 
 @contextmanager
-def sampling_mode(model: nn.Module, policy: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode without gradients, on an attention implementation that takes a mask; undone on exit, module by
-    module.
+def sampling_mode(model: nn.Module, policy: PreTrainedModel, own_attention: bool = False) -> Iterator[None]:
+    """Evaluation mode without gradients, on an attention implementation that takes a mask (or the model's own); undone
+    on exit, module by module.
 
     `no_grad` rather than inference mode: tensors that a model caches for itself (rotary tables) must stay usable in
     training. Gradient checkpointing needs no switch, as it acts in training mode only.
@@ -367,7 +407,8 @@ def sampling_mode(model: nn.Module, policy: PreTrainedModel) -> Iterator[None]:
         stack.enter_context(torch.no_grad())
         if policy.device.type == "cuda":
             stack.enter_context(torch.cuda.device(policy.device))
-        stack.enter_context(attention_for_sampling(policy))
+        if not own_attention:
+            stack.enter_context(attention_for_sampling(policy))
         stack.callback(_set_training, training)
         model.eval()
         yield

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from ...messages.images import content_of
 from ...sandbox.result import ToolResult
 from ...tools.base import ToolCall
 from .dialect import DialectSettings, Message, Turn, text_parameter
@@ -71,7 +72,8 @@ class ActionDialect:
         return line if line and _unmarked(line["action"]) and not line["action"].startswith("Observation:") else None
 
     def observe(self, turn: Turn, results: Sequence[ToolResult]) -> list[Message]:
-        return [{"role": "user", "content": results[0].output if results else turn.problem}]
+        content = content_of(results[0].output, results[0].images) if results else turn.problem
+        return [{"role": "user", "content": content}]
 
 
 def _action_pattern(prefix: str) -> re.Pattern[str]:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from ...messages.images import content_of
 from ...sandbox.result import ToolResult
 from ...tools.base import ToolCall
 from ...verify.answers import boxed_answers
@@ -76,4 +77,5 @@ class FencedDialect:
     def observe(self, turn: Turn, results: Sequence[ToolResult]) -> list[Message]:
         outputs = [result.output for result in results] or [turn.problem or ""]
         blocks = [f"```output\n{output.rstrip()}\n```" for output in outputs]
-        return [{"role": "user", "content": "\n".join(blocks)}]
+        images = [image for result in results for image in result.images]
+        return [{"role": "user", "content": content_of("\n".join(blocks), images)}]

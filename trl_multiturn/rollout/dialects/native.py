@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from ...messages.images import content_of
 from ...sandbox.result import ToolResult, encodable
 from ...tools.base import ToolCall
 from ..calls import CallReader, Reading, Sampled, UnreadableCallError, UnreadableTemplateError, choose_reader
@@ -102,7 +103,7 @@ class NativeDialect:
             return [{"role": "user", "content": turn.problem}]
         messages = []
         for call, result in zip(turn.calls, results, strict=True):
-            message = {"role": "tool", "name": call.name, "content": result.output}
+            message = {"role": "tool", "name": call.name, "content": content_of(result.output, result.images)}
             messages.append({**message, "tool_call_id": call.id} if call.id else message)
         return messages
 

@@ -24,7 +24,7 @@ from transformers import (
 
 from ...data.row_checks import find_format, first_row
 from ...data.value_rows import ALIGNED_COLUMNS, DataCollatorForTrajectories, finish_rows, outcome
-from ...formats import columns_read
+from ...formats import IMAGE_COLUMNS, columns_read
 from ...losses import LMHead
 from ...packing.sequences import check_branches_were_read
 from ..multi_turn_kto_trainer import MultiTurnKTOTrainer
@@ -58,7 +58,7 @@ class OutcomeBasedTrainer(TokenReferenceMixin, MultiTurnKTOTrainer):
         ("prompt", "completion", "label"),
         ("chosen", "rejected"),
     ]
-    _extra_signature_columns = ("reward", "length", *ALIGNED_COLUMNS)
+    _extra_signature_columns = ("reward", "length", *ALIGNED_COLUMNS, *IMAGE_COLUMNS)
     _collator_class = DataCollatorForTrajectories
 
     def __init__(
@@ -193,6 +193,7 @@ class OutcomeBasedTrainer(TokenReferenceMixin, MultiTurnKTOTrainer):
             "attention_mask": inputs["attention_mask"],
             "labels": inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100),
             "use_cache": False,
+            **self._image_inputs(inputs),
             **router,
         }
 

@@ -86,6 +86,7 @@ class TokenReferenceMixin(TokenRowsMixin):
                 attention_mask=batch["attention_mask"],
                 labels=labels,
                 fused_lm_head=True,
+                **self._image_inputs(batch),
             ).log_probs
             head = lm_head(scorer)  # in here: a head that the adapter trains (`modules_to_save`) is switched with it
         length = labels.size(1)  # prompt-learning adapters prepend positions

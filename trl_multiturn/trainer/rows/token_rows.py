@@ -23,13 +23,13 @@ from ... import _upstream
 from ...data.row_checks import check_column, check_logp
 from ...data.truncation import fit_rows
 from ...data.turns import branches_column
-from ..host import TrainerHost, trl_class
+from .image_rows import ImageRowsMixin
 
 
 logger = get_logger(__name__)
 
 
-class TokenRowsMixin(TrainerHost):
+class TokenRowsMixin(ImageRowsMixin):
     """Rows with ids and masks for a TRL preference trainer; mixed in before the trainer class.
 
     A trainer names the columns of its completions, its collator and its reference columns; the rest is common.
@@ -53,14 +53,8 @@ class TokenRowsMixin(TrainerHost):
 
     @data_collator.setter
     def data_collator(self, collator):
-        if getattr(self, "_is_vision_dataset", False):
-            raise NotImplementedError(
-                f"{type(self).__name__} cannot train on images: the tokens that an image expands to are known only "
-                f"while a batch is collated, after the masks. Use "
-                f"`trl.{trl_class(type(self)).__name__}` for vision data, or drop the image columns."
-            )
         if type(collator) is getattr(_upstream, self._upstream_collator):
-            collator = self._collator_class(**vars(collator))
+            collator = self._collator_class(**vars(collator), vision=self.vision)
         elif not isinstance(collator, self._collator_class):
             logger.warning(
                 f"You passed a `{type(collator).__name__}` as `data_collator`. Unless it copies the mask columns "

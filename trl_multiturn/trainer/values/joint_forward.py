@@ -29,6 +29,9 @@ from ...packing.sequences import sequences_of
 
 _ATTRIBUTE = "value_model"  # the name under which a policy holds its value model
 
+# What only a language-modelling head, or the call of one, reads
+_OF_THE_HEAD = ("labels", "use_cache", "output_router_logits")
+
 
 @dataclass
 class PolicyValueOutput(ModelOutput):
@@ -90,7 +93,8 @@ def attach_value_model(policy: PreTrainedModel | PeftModel, value_model: ValueMo
         if critic.kind == "head":
             state_values = critic(hidden_states=hidden, raw=True)
         else:
-            state_values = critic(kwargs["input_ids"], kwargs.get("attention_mask"), raw=True)
+            others = {name: value for name, value in kwargs.items() if name not in _OF_THE_HEAD}
+            state_values = critic(**others, raw=True)
         kl = None
         if ref_hidden is not None:
             mask = labels != -100

@@ -52,7 +52,14 @@ function contentText(content) {
   if (typeof content === "string") return content;
   if (content === null || content === undefined) return "";
   if (!Array.isArray(content)) return JSON.stringify(content, null, 2);
-  return content.map((part) => (typeof part === "string" ? part : part.text ?? JSON.stringify(part))).join("");
+  const words = content.filter((part) => part.type !== "image");
+  return words.map((part) => (typeof part === "string" ? part : part.text ?? JSON.stringify(part))).join("");
+}
+
+// The images of a message, small
+function imageParts(content) {
+  const images = Array.isArray(content) ? content.filter((part) => part.type === "image") : [];
+  return images.map((part) => ({ kind: "image", label: "image", text: "", source: String(part.image ?? "") }));
 }
 
 // The parts of a message: what it says, what it calls, what it was answered
@@ -60,6 +67,7 @@ function messageParts(message) {
   const text = contentText(message.content);
   const thought = message.reasoning_content || message.thinking || message.reasoning;
   const parts = thought ? [{ kind: "thought", label: "reasoning", text: contentText(thought) }] : [];
+  parts.push(...imageParts(message.content));
   if (message.role === "tool") parts.push({ kind: "output", label: message.name || "", text });
   else parts.push(...fencedParts(text));
   for (const call of message.tool_calls || []) {

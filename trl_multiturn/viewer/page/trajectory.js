@@ -161,7 +161,8 @@ function messageView(message, who, { statuses = [], part: differing, at, tail })
 }
 
 // A part; where two trajectories differ from one character to another, what is between is marked
-function partView({ kind, label, text }, status, differing) {
+function partView({ kind, label, text, source }, status, differing) {
+  if (kind === "image") return source.startsWith("data:") ? h("img", { class: "seen", src: source, alt: "image" }) : h("p", { class: "quiet" }, "[image]");
   const failed = status !== undefined && status !== "ok";
   const [start, stop] = differing || [];
   const content = differing ? [visible(text.slice(0, start)), h("mark", {}, visible(text.slice(start, stop))), visible(text.slice(stop))] : visible(text);

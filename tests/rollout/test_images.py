@@ -1,0 +1,139 @@
+"""Rollouts that see images: in prompts, and from tools."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from datasets import Dataset
+
+from tests.support import byte_tokenizer
+from tests.vision import PROCESSORS, picture, tiny_vision_model
+from trl_multiturn import (
+    RolloutConfig,
+    ScriptedEngine,
+    TransformersEngine,
+    Verdict,
+    build_preference_dataset,
+    build_unpaired_dataset,
+    generate_trajectories,
+)
+from trl_multiturn.errors import UnsupportedOutput
+from trl_multiturn.messages.images import open_image
+
+
+def camera(code: str):
+    """Takes a picture.
+
+    Args:
+        code: Where to look.
+    """
+    return [picture("blue", (8, 8)), "taken"]
+
+
+camera.__name__ = "python"
+CONFIG = dict(dialect="fenced", num_generations=2, max_turn_tokens=24, max_tool_calling_iterations=1, seed=3)
+ASK = [{"prompt": [{"role": "user", "content": "Which color?"}]}]
+CALL = "```python\nlook\n```"
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return PROCESSORS["chatml"]()
+
+
+class Looks:
+    """An engine whose first turn takes a picture, and whose others are sampled after it."""
+
+    weights = "shared"
+
+    def __init__(self, engine, processor):
+        self.engine, self.processing_class = engine, processor
+        self.release, self.refresh, self.describe = engine.release, engine.refresh, engine.describe
+
+    async def generate(self, prompt_ids, sampling, *, session=None):
+        generation = await self.engine.generate(prompt_ids, sampling, session=session)
+        ids = self.processing_class.tokenizer(CALL + "<|im_end|>")["input_ids"]
+        return type(generation)(ids, [-1.0] * len(ids), "stop")
+
+    async def generate_with_images(self, prompt_ids, images, sampling):
+        return await self.engine.generate_with_images(prompt_ids, images, sampling)
+
+
+def roll_out(processor, rows, engine):
+    config = RolloutConfig(**CONFIG)
+    return generate_trajectories(Dataset.from_list(rows), engine, [camera], config, processing_class=processor)
+
+
+@pytest.fixture(scope="module")
+def model(processor):
+    return tiny_vision_model(processor).eval()
+
+
+@pytest.fixture(scope="module")
+def trajectories(processor, model):
+    return roll_out(processor, ASK, Looks(TransformersEngine(model, processor), processor))
+
+
+@pytest.fixture(scope="module")
+def trajectory(trajectories):
+    return trajectories[0]
+
+
+def scored(model, processor, trajectory, images):
+    """Log-probabilities of a completion's tokens."""
+    ids = torch.tensor([trajectory.prompt_ids + trajectory.completion_ids])
+    pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=pixels).logits
+    logps = logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+    return logps[len(trajectory.prompt_ids) - 1 :]
+
+
+def test_a_turn_after_an_image_is_sampled_from_what_the_trainer_scores(model, processor, trajectory):
+    logps = scored(model, processor, trajectory, [picture("blue", (8, 8))])
+    _, (start, end) = trajectory.turn_spans()
+    assert trajectory.logps[start:end] == pytest.approx(logps[start:end].tolist(), abs=1e-4)
+
+
+def test_an_image_of_a_tool_is_context_with_its_tokens(processor, trajectory):
+    context = [t for t, bit in zip(trajectory.completion_ids, trajectory.action_mask, strict=True) if not bit]
+    assert processor.tokenizer.decode(context) == (
+        "\n<|im_start|>user\n" + "<image>" * 16 + "```output\ntaken\n```<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+def test_trajectories_with_images_are_json(trajectory):
+    again = type(trajectory).from_dict(json.loads(json.dumps(trajectory.to_dict())))
+    [part] = [part for part in again.completion[1]["content"] if part["type"] == "image"]
+    assert open_image(part["image"]).size == (8, 8) and again == trajectory
+
+
+def test_rows_of_trajectories_bring_the_images(trajectories):
+    won, lost = trajectories[0].judged(Verdict.CORRECT, 1.0), trajectories[1].judged(Verdict.INCORRECT, 0.0)
+    row = build_unpaired_dataset([won, lost])[0]
+    assert row["images"] == [] and [open_image(image).size for image in row["completion_images"]] == [(8, 8)]
+    pairs = build_preference_dataset([won, lost])
+    assert [len(pairs[name][0]) for name in ("images", "chosen_images", "rejected_images")] == [0, 1, 1]
+
+
+def test_prompts_show_the_images_of_their_rows(processor, model):
+    rows = [{"prompt": [{"role": "user", "content": "Which?"}], "images": [picture("red")]}]
+    engine = TransformersEngine(model, processor)
+    trajectory = roll_out(processor, rows, engine)[0]
+    assert processor.tokenizer.decode(trajectory.prompt_ids).count("<image>") == 16
+    start, end = next(trajectory.turn_spans())
+    logps = scored(model, processor, trajectory, [picture("red")])
+    assert trajectory.logps[start:end] == pytest.approx(logps[start:end].tolist(), abs=1e-4)
+
+
+def test_an_engine_that_reads_text_alone_is_refused(processor):
+    with pytest.raises(UnsupportedOutput, match="`ScriptedEngine` reads text alone"):
+        roll_out(processor, ASK, ScriptedEngine([CALL, "done"], processor.tokenizer))
+
+
+def test_a_tokenizer_alone_cannot_show_an_image():
+    tokenizer = byte_tokenizer()
+    with pytest.raises(UnsupportedOutput, match="image that a tool returned cannot be shown"):
+        roll_out(tokenizer, ASK, ScriptedEngine([CALL, "done"], tokenizer))

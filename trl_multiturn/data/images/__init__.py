@@ -1,0 +1,1 @@
+"""Rows with images: images into columns of their own, and into batches."""
