@@ -19,7 +19,7 @@ Exception
 └── TRLMultiturnError
     ├── NoRowsLeftError (ValueError)             user     no row fits `max_length` and trains something
     ├── VanishedPartError (ValueError)           user     a chat template leaves out a part of a row
-    ├── UnsupportedOutput (TypeError)            user     a tool returned what a text rollout cannot carry
+    ├── UnsupportedOutput (TypeError)            user     a tool returned what a rollout cannot carry
     ├── JournalError (RuntimeError)              user     the journal is another run's, or
     │                                            machine  it is damaged, or cannot be written
     ├── DivergedError (RuntimeError)             user     training diverged: weights are NaN or infinite
@@ -50,7 +50,7 @@ class VanishedPartError(TRLMultiturnError, ValueError):
 
 
 class UnsupportedOutput(TRLMultiturnError, TypeError):
-    """A tool returned what a text rollout cannot carry: the user's mistake, which stops the run."""
+    """A tool returned what a rollout cannot carry: the user's mistake, which stops the run."""
 
 
 class JournalError(TRLMultiturnError, RuntimeError):

@@ -192,15 +192,6 @@ def test_a_shared_first_turn_becomes_context(folder, tmp_path):
     assert byte_tokenizer().decode(prepared["prompt_ids"]).count("<tool_call>") == 1
 
 
-def test_images_are_refused(folder, tmp_path):
-    from trl.trainer import dpo_trainer
-
-    trainer = make(folder, tmp_path)
-    trainer._is_vision_dataset = True
-    with pytest.raises(NotImplementedError, match="cannot train on images.*Use `trl.DPOTrainer`"):
-        trainer.data_collator = dpo_trainer.DataCollatorForVisionPreference(processor=None)
-
-
 # Truncation
 
 

@@ -114,7 +114,7 @@ def check_dataset(
             raise ValueError(f"The dataset has the splits {sorted(splits)} but no `{split}`.")
         splits = {split: splits[split]}
 
-    tokenizer = _load_tokenizer(model, splits) if isinstance(model, str) else model
+    tokenizer: Any = _load_tokenizer(model, splits) if isinstance(model, str) else model
     report = CheckReport()
     _check_template(tokenizer, report)
     cut, last_token = 0, max(getattr(tokenizer, "tokenizer", tokenizer).get_vocab().values())

@@ -101,8 +101,10 @@ class Vision:
                 "(`return_text_replacement_offsets`), so turns after it cannot be masked. Use rows that carry token "
                 "ids, or update transformers."
             )
-        replaced = [(*map(int, place["span"]), str(place["replacement"])) for place in offsets[0]]
-        return Expansion(list(_with_replacements(pieces, replaced)), [self.count(new) for *_, new in replaced])
+        replaced: list[tuple[int, int, str]] = [
+            (int(place["span"][0]), int(place["span"][1]), str(place["replacement"])) for place in offsets[0]
+        ]
+        return Expansion(list(_with_replacements(pieces, replaced)), [self.count(new) for _, _, new in replaced])
 
     def count(self, text: str) -> int:
         """How many image tokens an expanded text holds."""
