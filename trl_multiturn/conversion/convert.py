@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from ..formats import is_trace, read_trace
 from ..messages import normalize_tools
 from ..rows.selection import PairingConfig
 from .pairs import EpisodePairs
@@ -38,7 +39,8 @@ def convert_rows(
 
     Messages come into TRL's form as at the trainers' own door. A row with one completion has `prompt` (all before the
     policy's first turn that trains), `completion`, `tools`, and `reward` and `label` where the input has them; a pair
-    has `prompt`, `chosen`, `rejected`; a log with token ids becomes a token row. Other columns stay as they are.
+    has `prompt`, `chosen`, `rejected`; a log with token ids becomes a token row, a trace of `verifiers` one for each
+    path through it. Other columns stay as they are.
 
     Rows are read and written one after another. What cannot be read is left out and told by number in the report;
     nothing else is.
@@ -117,15 +119,16 @@ def _converted(
         try:
             if isinstance(row, ValueError):
                 raise row
-            found, output = converter.convert(row)
-            if pairs is not None:
-                pairs.add(number, output)
+            read = [converter.convert(each) for each in (read_trace(row) if is_trace(row) else (row,))]
+            for _, output in read:
+                if pairs is not None:
+                    pairs.add(number, output)
         except ValueError as error:
             report.unreadable.append((number, str(error)))
             continue
-        report.formats[found] += 1
+        report.formats.update([found for found, _ in read])
         if pairs is None:
-            yield output
+            yield from (output for _, output in read)
     if pairs is not None:
         yield from pairs.rows(report)
 

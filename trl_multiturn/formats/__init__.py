@@ -20,6 +20,7 @@ from .recognition import FORMATS, Format, describe, recognize
 from .rows import Shapes, begins_both_sides, columns_read, find_reward, find_tools, read_row
 from .shapes import column_shapes, shape_of
 from .token_logs import read_token_log
+from .traces import is_trace, read_trace
 
 
 __all__ = [
@@ -45,10 +46,12 @@ __all__ = [
     "holds_image_parts",
     "holds_own_images",
     "images_of",
+    "is_trace",
     "listed",
     "place_images",
     "read_row",
     "read_token_log",
+    "read_trace",
     "recognize",
     "sequence_images",
     "shape_of",

@@ -64,6 +64,12 @@ class ALFWorldEnvironment(TextWorldEnvironment):
         self._wrappers = [_demangler()]
         return super().reset(game, **row)
 
+    def _prepare(self, game: Any) -> None:
+        # The engine spells out every possible command after every step, which is two thirds of its work
+        logic = getattr(game.unwrapped, "_logic", None)
+        if logic is not None and hasattr(logic, "grammar"):
+            logic.grammar = _words_once(logic.grammar)
+
     def _opening(self, state: Any) -> str:
         text: str = state["feedback"]
         return text.split("\n\n", 1)[-1] if text.startswith("-=") else text  # the banner
@@ -218,6 +224,28 @@ def _demangler() -> Any:
     from alfworld.agents.environment.alfred_tw_env import AlfredDemangler
 
     return AlfredDemangler()
+
+
+def _words_once(grammar: Any) -> Any:
+    """A game's grammar that spells out each command once: its words depend on what it names, which never changes."""
+    from textworld.envs.pddl.textgen import ContextSensitiveGrammar
+
+    class WordsOnce(ContextSensitiveGrammar):
+        def __init__(self) -> None:
+            super().__init__()
+            self._known: dict[Any, str] = {}
+
+        def derive(self, start: str, context: Any = {}) -> str:  # noqa: B006  (the signature is the parent's)
+            if start.startswith("#"):  # what is seen, which does change
+                return super().derive(start, context)
+            key = (start, frozenset((name, entity.id) for name, entity in context["variables"].items()))
+            if key not in self._known:
+                self._known[key] = super().derive(start, context)
+            return self._known[key]
+
+    words = WordsOnce()
+    words.update(grammar)
+    return words
 
 
 def _alfworld() -> None:

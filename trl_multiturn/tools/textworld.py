@@ -87,6 +87,7 @@ class TextWorldEnvironment:
         )
         try:
             self._game = textworld.start(game, wanted, wrappers=self._wrappers)
+            self._prepare(self._game)
             state = self._game.reset()
         except OSError as error:
             self._close()
@@ -117,6 +118,9 @@ class TextWorldEnvironment:
     def get_reward(self) -> float:
         """1.0 for a won game, else 0.0."""
         return float(self.won)
+
+    def _prepare(self, game: Any) -> None:
+        """What is done with a game that was loaded, before it begins."""
 
     def _opening(self, state: Any) -> str:
         # The first feedback opens with a banner; games of other engines come without the other two

@@ -1,0 +1,276 @@
+# /// script
+# dependencies = ["trl-multiturn[alfworld]"]
+# ///
+
+"""
+OREO on ALFWorld beside behavior cloning, rejection sampling, M-DPO and M-KTO (OREO paper, 2412.16145, section 4.2).
+
+Players who know the solution play household tasks in ALFWorld's engine: the planner at once, others with detours, of
+which many never arrive. A policy imitates them all; then it learns from what was won and what was lost, in each of
+four ways. The end is the share of tasks done in rooms that nobody has seen, greedily, and for OREO also by the best
+of K sampled commands by value.
+
+The rooms are made up and not those of AI2-THOR, so these numbers are no numbers on ALFWorld. With ALFWorld's data
+(`alfworld-download`, ALFWORLD_DATA set), `--data alfworld` plays its games.
+
+# The embedded default: a CPU, no download
+```bash
+pip install "trl-multiturn[alfworld]"
+python examples/alfworld_oreo.py --seed 0
+```
+It takes about half an hour on two cores, most of it ALFWorld's engine; further seeds reuse the episodes. Results:
+`benchmarks/results/alfworld.md`.
+
+# A pretrained policy, the embedded episodes or ALFWorld's data
+```bash
+accelerate launch examples/alfworld_oreo.py \
+    --model_name_or_path Qwen/Qwen2.5-1.5B-Instruct --data alfworld \
+    --max_commands 40 --max_length 8192 --max_turn_tokens 64 \
+    --value_model full --learning_rate 5e-6 --per_device_train_batch_size 1 --gradient_accumulation_steps 64 \
+    --output_dir Qwen2.5-1.5B-ALFWorld-OREO
+```
+"""
+
+import argparse
+import functools
+import json
+import random
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from trl import ScriptArguments
+
+
+# What the embedded default uses in place of the defaults of TRL and of the paper
+EMBEDDED = {
+    "output_dir": "outputs/alfworld_oreo",
+    "num_train_epochs": 3,
+    "learning_rate": 3e-4,
+    "value_model": "full",
+    "value_learning_rate": 1e-3,
+    "per_device_train_batch_size": 8,
+    "max_length": 1024,
+    "logging_steps": 10,
+    "save_strategy": "no",
+    "report_to": "none",
+    "bf16": False,
+    "use_cpu": True,
+    "gradient_checkpointing": False,
+}
+INSTRUCTION = "Do the task.\n\n"  # ALFWorld's own words would cost a small policy more than the task's
+SHARED = (
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "num_train_epochs", "max_length"),
+    *("seed", "bf16", "use_cpu", "save_strategy", "report_to", "logging_steps", "gradient_checkpointing"),
+)
+METHODS = ("rejection_sampling", "dpo", "kto", "oreo")
+
+
+@dataclass
+class ALFWorldScriptArguments(ScriptArguments):
+    dataset_name: str | None = field(default=None, metadata={"help": "Not used: games are played."})
+    data: str = field(default="made_up", metadata={"help": "`made_up` rooms, or `alfworld`: its data."})
+    games_folder: str = field(default="outputs/alfworld_games", metadata={"help": "Where games and episodes stay."})
+    num_games: int = field(default=48, metadata={"help": "Games to train on."})
+    num_eval_games: int = field(default=24, metadata={"help": "Games in unseen rooms to evaluate on."})
+    num_rooms: int = field(default=6, metadata={"help": "Made-up rooms of each kind and split."})
+    num_things: int = field(default=6, metadata={"help": "Things in a made-up room."})
+    furniture: float = field(default=0.4, metadata={"help": "Furniture of a made-up room, as a share of the usual."})
+    max_commands: int = field(default=20, metadata={"help": "Commands after which a game is lost (40 in the paper)."})
+    max_turn_tokens: int = field(default=24, metadata={"help": "Most tokens of one command."})
+    astray: list[float] = field(
+        default_factory=lambda: [0.0, 0.3, 0.5, 0.6, 0.7],
+        metadata={
+            "help": "The players of each game: how often they play a command of no use. The planner never does."
+        },
+    )
+    imitation_epochs: int = field(default=12, metadata={"help": "Epochs of behavior cloning."})
+    methods: list[str] = field(default_factory=lambda: [*METHODS], metadata={"help": f"Among {', '.join(METHODS)}."})
+    best_of: int = field(default=5, metadata={"help": "Commands among which the value model chooses (K)."})
+
+
+def main(script_args, training_args, model_args):
+    games, unseen = load_games(script_args)
+    rows = load_episodes(games, script_args)
+    won = sum(row["reward"] for group in rows for row in group)
+    print(f"{won:.0f} of {sum(map(len, rows))} episodes of the players are won.")
+    folder = Path(training_args.output_dir, f"seed_{training_args.seed}")
+    results = {}
+    cloned = clone_behavior([row for group in rows for row in group], folder, script_args, training_args, model_args)
+    with player_pool(script_args) as pool:
+        results["behavior_cloning"] = evaluate(cloned, unseen, pool, script_args, training_args)
+        for method in script_args.methods:
+            trained = train(method, cloned, rows, folder, training_args)
+            results[method] = evaluate(trained, unseen, pool, script_args, training_args)
+        if "oreo" in script_args.methods:
+            oreo, by_value = Path(folder, "oreo"), f"oreo_best_of_{script_args.best_of}"
+            results[by_value] = evaluate(oreo, unseen, pool, script_args, training_args, oreo / "value_model")
+    Path(folder, "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+
+
+def load_games(script_args):
+    """Games to train on, and games in rooms that those do not know."""
+    from trl_multiturn.tools import alfworld_games, make_alfworld_games
+
+    if script_args.data == "alfworld":
+        rng = random.Random(0)
+        splits = zip(("train", "valid_unseen"), (script_args.num_games, script_args.num_eval_games), strict=True)
+        return tuple(rng.sample(alfworld_games(split), count) for split, count in splits)
+    size = {name: getattr(script_args, name) for name in ("num_rooms", "num_things", "furniture")}
+    make = functools.partial(make_alfworld_games, script_args.games_folder, instruction=INSTRUCTION, **size)
+    return make(range(script_args.num_games)), make(range(script_args.num_eval_games), "valid_unseen")
+
+
+def load_episodes(games, script_args):
+    """The players' episodes, game by game; played once and kept."""
+    from embedded.household import episodes
+
+    path = Path(script_args.games_folder, "episodes.json")
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(episodes(games, script_args.astray, script_args.max_commands)), encoding="utf-8")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def player_pool(script_args):
+    """The environments that all evaluations share."""
+    from trl_multiturn import EnvironmentPool
+    from trl_multiturn.tools import ALFWorldEnvironment
+
+    factory = functools.partial(ALFWorldEnvironment, max_steps=script_args.max_commands)
+    return EnvironmentPool(factory, max_environments=script_args.num_eval_games)
+
+
+def clone_behavior(rows, folder, script_args, training_args, model_args):
+    """Imitates all episodes, won and lost; the folder of the policy."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = Path(folder, "behavior_cloning")
+    if model_args.model_name_or_path is None:
+        from embedded.tiny_policy import build_policy, build_tokenizer
+
+        texts = {message["content"] for row in rows for message in row["prompt"] + row["completion"]}
+        tokenizer = build_tokenizer(sorted(texts))
+        model = build_policy(tokenizer, seed=training_args.seed)
+        options = {"learning_rate": 3e-3, "num_train_epochs": script_args.imitation_epochs}
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path)
+        model = AutoModelForCausalLM.from_pretrained(model_args.model_name_or_path, dtype="float32")
+        options = {}
+    imitate(model, tokenizer, rows, folder, training_args, **options)
+    return folder
+
+
+def shared(training_args):
+    """The settings that all methods share."""
+    return {name: getattr(training_args, name) for name in SHARED}
+
+
+def imitate(model, tokenizer, rows, folder, training_args, **options):
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    from trl_multiturn.data.supervised import supervised_rows
+
+    settings = shared(training_args) | options
+    dataset = Dataset.from_list([{name: row[name] for name in ("prompt", "completion")} for row in rows])
+    config = SFTConfig(output_dir=str(folder), lr_scheduler_type="cosine", warmup_steps=10, **settings)
+    SFTTrainer(model, config, train_dataset=supervised_rows(dataset, tokenizer), processing_class=tokenizer).train()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def train(method, cloned, rows, folder, training_args):
+    """Trains the policy that imitates by one method; the folder of the result."""
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from trl_multiturn import (
+        MultiTurnDPOConfig,
+        MultiTurnDPOTrainer,
+        MultiTurnKTOConfig,
+        MultiTurnKTOTrainer,
+        OREOTrainer,
+    )
+
+    target, tokenizer = Path(folder, method), AutoTokenizer.from_pretrained(cloned)
+    flat = [row for group in rows for row in group]
+    if method == "rejection_sampling":
+        model = AutoModelForCausalLM.from_pretrained(cloned)
+        imitate(model, tokenizer, [row for row in flat if row["reward"]], target, training_args)
+        return target
+    if method == "oreo":
+        kind, config, dataset = OREOTrainer, training_args, flat
+        config.output_dir = str(target)
+    else:
+        settings = shared(training_args) | {"output_dir": str(target)}
+        if method == "dpo":
+            kind, config = MultiTurnDPOTrainer, MultiTurnDPOConfig(**settings)
+            dataset = pairs(rows, random.Random(training_args.seed))
+        else:
+            kind, config = MultiTurnKTOTrainer, MultiTurnKTOConfig(**settings)
+            dataset = [{**row, "label": bool(row["reward"])} for row in flat]
+            random.Random(training_args.seed).shuffle(dataset)
+    columns = {"oreo": ("prompt", "completion", "reward"), "kto": ("prompt", "completion", "label")}
+    if method in columns:
+        dataset = [{name: row[name] for name in columns[method]} for row in dataset]
+    trainer = kind(str(cloned), args=config, train_dataset=Dataset.from_list(dataset), processing_class=tokenizer)
+    trainer.train()
+    trainer.save_model(str(target))
+    return target
+
+
+def pairs(rows, rng):
+    """Of each game every lost episode beside a won one."""
+    found = []
+    for group in rows:
+        won, lost = ([row for row in group if row["reward"] == reward] for reward in (1.0, 0.0))
+        for loser in lost if won else ():
+            chosen = rng.choice(won)["completion"]
+            found.append({"prompt": loser["prompt"], "chosen": chosen, "rejected": loser["completion"]})
+    return found
+
+
+def evaluate(folder, games, pool, script_args, training_args, values=None):
+    """The share of games that a policy wins, and its standard error; by value where a value model is named."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from trl_multiturn import RolloutConfig, TransformersEngine, ValueModel, evaluate_policy, value_guided_search
+
+    config = RolloutConfig(
+        dialect="action",
+        max_tool_calling_iterations=script_args.max_commands,
+        max_turn_tokens=script_args.max_turn_tokens,
+        max_trajectory_tokens=training_args.max_length,
+        tool_timeout_seconds=300.0,
+        seed=training_args.seed,
+    )
+    engine = TransformersEngine(AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder))
+    search = None
+    if values is not None:
+        score = ValueModel.from_pretrained(values).score
+        search = functools.partial(value_guided_search, score=score, beam=1, candidates=script_args.best_of)
+    result = evaluate_policy(games, engine, config=config, search=search, environment_factory=pool)
+    name = f"{Path(folder).name}{'' if values is None else f', best of {script_args.best_of} by value'}"
+    print(f"unseen rooms, {name}: {result.greedy} of {result.greedy.num_prompts} done.", flush=True)
+    commands = [trajectory.num_turns for trajectory in result.trajectories]
+    return {"done": result.greedy.value, "standard_error": result.greedy.standard_error, "commands": commands}
+
+
+def make_parser(subparsers: argparse._SubParsersAction | None = None, prog: str | None = None):
+    from trl import ModelConfig, TrlParser
+
+    from trl_multiturn import OREOConfig
+
+    dataclass_types = (ALFWorldScriptArguments, OREOConfig, ModelConfig)
+    if subparsers is not None:
+        return subparsers.add_parser("alfworld-oreo", help="Run OREO on ALFWorld", dataclass_types=dataclass_types)
+    return TrlParser(dataclass_types, prog=prog)
+
+
+if __name__ == "__main__":
+    parser = make_parser()
+    if not any(argument.startswith(("--model_name_or_path", "--config")) for argument in sys.argv[1:]):
+        parser.set_defaults(**EMBEDDED)
+    script_args, training_args, model_args = parser.parse_args_and_config()
+    main(script_args, training_args, model_args)
