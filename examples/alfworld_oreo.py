@@ -18,7 +18,7 @@ The rooms are made up and not those of AI2-THOR, so these numbers are no numbers
 pip install "trl-multiturn[alfworld]"
 python examples/alfworld_oreo.py --seed 0
 ```
-It takes about half an hour on two cores, most of it ALFWorld's engine; further seeds reuse the episodes. Results:
+Most of the time is ALFWorld's engine's; further seeds reuse its games and episodes. Results:
 `benchmarks/results/alfworld.md`.
 
 # A pretrained policy, the embedded episodes or ALFWorld's data
@@ -45,7 +45,7 @@ from trl import ScriptArguments
 # What the embedded default uses in place of the defaults of TRL and of the paper
 EMBEDDED = {
     "output_dir": "outputs/alfworld_oreo",
-    "num_train_epochs": 3,
+    "num_train_epochs": 2,
     "learning_rate": 3e-4,
     "value_model": "full",
     "value_learning_rate": 1e-3,
@@ -63,7 +63,7 @@ SHARED = (
     *("per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "num_train_epochs", "max_length"),
     *("seed", "bf16", "use_cpu", "save_strategy", "report_to", "logging_steps", "gradient_checkpointing"),
 )
-METHODS = ("rejection_sampling", "dpo", "kto", "oreo")
+METHODS = ("rejection_sampling", "dpo", "oreo", "kto")
 
 
 @dataclass
@@ -72,19 +72,21 @@ class ALFWorldScriptArguments(ScriptArguments):
     data: str = field(default="made_up", metadata={"help": "`made_up` rooms, or `alfworld`: its data."})
     games_folder: str = field(default="outputs/alfworld_games", metadata={"help": "Where games and episodes stay."})
     num_games: int = field(default=48, metadata={"help": "Games to train on."})
-    num_eval_games: int = field(default=24, metadata={"help": "Games in unseen rooms to evaluate on."})
+    num_eval_games: int = field(default=18, metadata={"help": "Games in unseen rooms to evaluate on."})
     num_rooms: int = field(default=6, metadata={"help": "Made-up rooms of each kind and split."})
     num_things: int = field(default=6, metadata={"help": "Things in a made-up room."})
     furniture: float = field(default=0.4, metadata={"help": "Furniture of a made-up room, as a share of the usual."})
     max_commands: int = field(default=20, metadata={"help": "Commands after which a game is lost (40 in the paper)."})
     max_turn_tokens: int = field(default=24, metadata={"help": "Most tokens of one command."})
     astray: list[float] = field(
-        default_factory=lambda: [0.0, 0.3, 0.5, 0.6, 0.7],
+        default_factory=lambda: [0.0, 0.3, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9],
         metadata={
             "help": "The players of each game: how often they play a command of no use. The planner never does."
         },
     )
-    imitation_epochs: int = field(default=12, metadata={"help": "Epochs of behavior cloning."})
+    won_per_game: int = field(default=3, metadata={"help": "Episodes of a game to learn from, of those won."})
+    lost_per_game: int = field(default=2, metadata={"help": "And of those lost."})
+    imitation_epochs: int = field(default=6, metadata={"help": "Epochs of behavior cloning."})
     methods: list[str] = field(default_factory=lambda: [*METHODS], metadata={"help": f"Among {', '.join(METHODS)}."})
     best_of: int = field(default=5, metadata={"help": "Commands among which the value model chooses (K)."})
 
@@ -95,17 +97,21 @@ def main(script_args, training_args, model_args):
     won = sum(row["reward"] for group in rows for row in group)
     print(f"{won:.0f} of {sum(map(len, rows))} episodes of the players are won.")
     folder = Path(training_args.output_dir, f"seed_{training_args.seed}")
-    results = {}
-    cloned = clone_behavior([row for group in rows for row in group], folder, script_args, training_args, model_args)
+    results, cloned = {}, Path(folder, "behavior_cloning")
+    clone_behavior([row for group in rows for row in group], cloned, script_args, training_args, model_args)
     with player_pool(script_args) as pool:
-        results["behavior_cloning"] = evaluate(cloned, unseen, pool, script_args, training_args)
+
+        def compare(name, policy, values=None):
+            results[name] = evaluate(name, policy, unseen, pool, script_args, training_args, values)
+            Path(folder, "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+
+        compare("behavior_cloning", cloned)
         for method in script_args.methods:
-            trained = train(method, cloned, rows, folder, training_args)
-            results[method] = evaluate(trained, unseen, pool, script_args, training_args)
-        if "oreo" in script_args.methods:
-            oreo, by_value = Path(folder, "oreo"), f"oreo_best_of_{script_args.best_of}"
-            results[by_value] = evaluate(oreo, unseen, pool, script_args, training_args, oreo / "value_model")
-    Path(folder, "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+            trained = Path(folder, method)
+            train(method, cloned, rows, trained, training_args)
+            compare(method, trained)
+            if method == "oreo":
+                compare(f"oreo_best_of_{script_args.best_of}", trained, trained / "value_model")
 
 
 def load_games(script_args):
@@ -129,7 +135,15 @@ def load_episodes(games, script_args):
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(episodes(games, script_args.astray, script_args.max_commands)), encoding="utf-8")
-    return json.loads(path.read_text(encoding="utf-8"))
+    return [choose(group, script_args) for group in json.loads(path.read_text(encoding="utf-8"))]
+
+
+def choose(group, script_args):
+    """Of a game the planner's episode and a few others, won and lost."""
+    rng = random.Random(group[0]["prompt"][-1]["content"])
+    won, lost = ([row for row in group[1:] if row["reward"] == reward] for reward in (1.0, 0.0))
+    won = rng.sample(won, min(len(won), script_args.won_per_game - 1))
+    return [group[0], *won, *rng.sample(lost, min(len(lost), script_args.lost_per_game))]
 
 
 def player_pool(script_args):
@@ -142,10 +156,9 @@ def player_pool(script_args):
 
 
 def clone_behavior(rows, folder, script_args, training_args, model_args):
-    """Imitates all episodes, won and lost; the folder of the policy."""
+    """Imitates all episodes, won and lost; writes the policy into `folder`."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = Path(folder, "behavior_cloning")
     if model_args.model_name_or_path is None:
         from embedded.tiny_policy import build_policy, build_tokenizer
 
@@ -158,7 +171,6 @@ def clone_behavior(rows, folder, script_args, training_args, model_args):
         model = AutoModelForCausalLM.from_pretrained(model_args.model_name_or_path, dtype="float32")
         options = {}
     imitate(model, tokenizer, rows, folder, training_args, **options)
-    return folder
 
 
 def shared(training_args):
@@ -181,7 +193,7 @@ def imitate(model, tokenizer, rows, folder, training_args, **options):
 
 
 def train(method, cloned, rows, folder, training_args):
-    """Trains the policy that imitates by one method; the folder of the result."""
+    """Trains the policy that imitates by one method; writes the result into `folder`."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -193,17 +205,17 @@ def train(method, cloned, rows, folder, training_args):
         OREOTrainer,
     )
 
-    target, tokenizer = Path(folder, method), AutoTokenizer.from_pretrained(cloned)
+    tokenizer = AutoTokenizer.from_pretrained(cloned)
     flat = [row for group in rows for row in group]
     if method == "rejection_sampling":
         model = AutoModelForCausalLM.from_pretrained(cloned)
-        imitate(model, tokenizer, [row for row in flat if row["reward"]], target, training_args)
-        return target
+        imitate(model, tokenizer, [row for row in flat if row["reward"]], folder, training_args)
+        return
     if method == "oreo":
         kind, config, dataset = OREOTrainer, training_args, flat
-        config.output_dir = str(target)
+        config.output_dir = str(folder)
     else:
-        settings = shared(training_args) | {"output_dir": str(target)}
+        settings = shared(training_args) | {"output_dir": str(folder)}
         if method == "dpo":
             kind, config = MultiTurnDPOTrainer, MultiTurnDPOConfig(**settings)
             dataset = pairs(rows, random.Random(training_args.seed))
@@ -216,8 +228,7 @@ def train(method, cloned, rows, folder, training_args):
         dataset = [{name: row[name] for name in columns[method]} for row in dataset]
     trainer = kind(str(cloned), args=config, train_dataset=Dataset.from_list(dataset), processing_class=tokenizer)
     trainer.train()
-    trainer.save_model(str(target))
-    return target
+    trainer.save_model(str(folder))
 
 
 def pairs(rows, rng):
@@ -231,7 +242,7 @@ def pairs(rows, rng):
     return found
 
 
-def evaluate(folder, games, pool, script_args, training_args, values=None):
+def evaluate(name, folder, games, pool, script_args, training_args, values=None):
     """The share of games that a policy wins, and its standard error; by value where a value model is named."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -251,7 +262,6 @@ def evaluate(folder, games, pool, script_args, training_args, values=None):
         score = ValueModel.from_pretrained(values).score
         search = functools.partial(value_guided_search, score=score, beam=1, candidates=script_args.best_of)
     result = evaluate_policy(games, engine, config=config, search=search, environment_factory=pool)
-    name = f"{Path(folder).name}{'' if values is None else f', best of {script_args.best_of} by value'}"
     print(f"unseen rooms, {name}: {result.greedy} of {result.greedy.num_prompts} done.", flush=True)
     commands = [trajectory.num_turns for trajectory in result.trajectories]
     return {"done": result.greedy.value, "standard_error": result.greedy.standard_error, "commands": commands}

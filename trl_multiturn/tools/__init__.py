@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     from .environment_pool import EnvironmentPool as EnvironmentPool
     from .environments import EnvironmentType as EnvironmentType
     from .python_tool import PythonTool as PythonTool
+    from .scienceworld import (
+        ScienceWorldEnvironment as ScienceWorldEnvironment,
+        scienceworld_rows as scienceworld_rows,
+    )
     from .textworld import TextWorldEnvironment as TextWorldEnvironment, make_games as make_games
     from .toolbox import Toolbox as Toolbox, ToolLimits as ToolLimits, Toolset as Toolset
 else:
@@ -40,6 +44,7 @@ else:
             ".environment_pool": ["EnvironmentPool"],
             ".environments": ["EnvironmentType"],
             ".python_tool": ["PythonTool"],
+            ".scienceworld": ["ScienceWorldEnvironment", "scienceworld_rows"],
             ".textworld": ["TextWorldEnvironment", "make_games"],
             ".toolbox": ["Toolbox", "ToolLimits", "Toolset"],
             "..sandbox.config": ["SandboxConfig"],

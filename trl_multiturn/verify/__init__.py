@@ -28,6 +28,7 @@ from .process_rewards import (
     turn_totals,
 )
 from .reading.numerals import exact_number
+from .reasoning_gym import ReasoningGymReward, reasoning_gym_prompts, reasoning_gym_reward
 from .rewards import judge, judge_async, resolve_reward_funcs, reward_name
 
 
@@ -39,6 +40,7 @@ __all__ = [
     "Filter",
     "FilterResult",
     "MathVerifier",
+    "ReasoningGymReward",
     "Segment",
     "apply_filters",
     "canonical_answer",
@@ -58,6 +60,8 @@ __all__ = [
     "math_verify_reward",
     "message_text",
     "min_utility",
+    "reasoning_gym_prompts",
+    "reasoning_gym_reward",
     "over_length",
     "paper_reward",
     "prefix_rewards",
