@@ -21,7 +21,13 @@ COMMON = (
     r"loss|grad_norm|learning_rate|epoch|step|total_flos|(train|eval)_(loss|runtime|samples_per_second|"
     r"steps_per_second)"
 )
-TRAINERS = {"dpo": "MultiTurnDPO", "kto": "MultiTurnKTO", "oreo": "OREO", "dqo": "DQO"}
+TRAINERS = {
+    "dpo": "MultiTurnDPO",
+    "kto": "MultiTurnKTO",
+    "oreo": "OREO",
+    "dqo": "DQO",
+    "group_regression": "GroupRegression",
+}
 
 
 def documented(*pages: str) -> set[str]:
@@ -70,3 +76,9 @@ def test_each_configuration_of_the_package_has_its_table_of_fields():
         c for c in ours if any("help" in f.metadata for f in dataclasses.fields(c) if f.name in c.__annotations__)
     ]
     assert {f"{config.__module__}.{config.__qualname__}" for config in with_help} - tables == set()
+
+
+def test_each_public_name_is_in_the_reference():
+    pages = "".join(page.read_text("utf-8") for page in (DOCS / "reference").glob("*.md"))
+    documented_names = set(re.findall(r"^::: trl_multiturn\.(\w+)$", pages, re.MULTILINE))
+    assert set(trl_multiturn.__all__) - {"__version__"} - documented_names == set()
