@@ -32,7 +32,7 @@ LAYERS = {
     # the interpreter, a package that could stand by itself
     "sandbox": {"_lazy", "errors"},
     "distributed": {"_upstream", "errors"},
-    "models": {"_upstream", "steps", "trajectory", "verify"},
+    "models": {"_upstream", "images", "steps", "trajectory", "verify"},
     "packing": {"_upstream", "precision"},
     # what the policy may call, what samples, what is kept
     "tools": {"_lazy", "concurrency", "errors", "messages", "sandbox", "trajectory", "version"},
@@ -78,6 +78,7 @@ LAYERS = {
         "formats",
         "images",
         "losses",
+        "messages",
         "models",
         "packing",
         "templates",

@@ -14,6 +14,7 @@ from trl_multiturn import (
     RolloutConfig,
     ScriptedEngine,
     TransformersEngine,
+    ValueModel,
     Verdict,
     build_preference_dataset,
     build_unpaired_dataset,
@@ -21,6 +22,7 @@ from trl_multiturn import (
 )
 from trl_multiturn.errors import UnsupportedOutput
 from trl_multiturn.messages.images import open_image
+from trl_multiturn.trainer.values.value_rows import trajectory_rows
 
 
 def camera(code: str):
@@ -137,3 +139,16 @@ def test_a_tokenizer_alone_cannot_show_an_image():
     tokenizer = byte_tokenizer()
     with pytest.raises(UnsupportedOutput, match="image that a tool returned cannot be shown"):
         roll_out(tokenizer, ASK, ScriptedEngine([CALL, "done"], tokenizer))
+
+
+def test_what_scores_ids_alone_refuses_those_of_images(model, trajectory):
+    ids = [trajectory.prompt_ids + trajectory.completion_ids]
+    value_model = ValueModel.from_policy(model, "full")
+    with pytest.raises(ValueError, match="holds image tokens, but what is to score it is given no images"):
+        value_model.score(ids)
+    assert len(value_model.score([trajectory.prompt_ids])) == 1
+
+
+def test_a_value_model_alone_is_not_trained_on_images(trajectory):
+    with pytest.raises(ValueError, match="A trajectory shows images"):
+        trajectory_rows([trajectory.judged(Verdict.CORRECT, 1.0)], binary_outcomes=True)

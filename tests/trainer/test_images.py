@@ -11,6 +11,7 @@ from tests.trainer.helpers import _settings
 from tests.vision import PROCESSORS, picture, tiny_vision_model
 from trl_multiturn import preview_masks
 from trl_multiturn.data.check import check_dataset
+from trl_multiturn.data.supervised import supervised_rows
 from trl_multiturn.trainer import (
     DQOConfig,
     DQOTrainer,
@@ -215,3 +216,9 @@ def test_a_preview_shows_size_and_thumbnail_of_an_image(tmp_path):
     text = " ".join(str(preview).replace("│", " ").split())
     assert "[image 1: 24×16, 16 tokens]" in text and "[image 2: 8×8, 16 tokens]" in text and "<image>" not in text
     assert preview._repr_html_().count('src="data:image/png;base64,') == 4
+
+
+def test_rows_for_imitation_cannot_hold_images():
+    rows = [{name: row[name] for name in row if name != "label"} for row in unpaired_rows()]
+    with pytest.raises(ValueError, match="Row 0: it shows images"):
+        supervised_rows(Dataset.from_list(rows), PROCESSORS["chatml"]())

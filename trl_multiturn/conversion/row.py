@@ -20,6 +20,7 @@ from ..formats import (
     tools_column,
     unfolded,
 )
+from ..messages.images import images_in
 
 
 _FIRST = ("prompt", "completion", *SIDES, "prompt_ids", "completion_ids", "action_mask", "tools", "reward", "label")
@@ -75,6 +76,11 @@ class RowConverter:
 
     def _read_messages(self, row: Mapping[str, Any]) -> dict[str, Any]:
         read = read_row(row, shapes=self.shapes, left_out=self.left_out)
+        if any(images_in(read[side]) for side in ("prompt", "completion", *SIDES) if side in read):
+            raise ValueError(
+                "the conversation shows images, and text alone is converted. Rows with images train as they are, if "
+                "their messages have TRL's form."
+            )
         if not read["prompt"]:
             raise ValueError("the conversation begins with the policy's turn, so there is no prompt.")
         read["tools"] = read["tools"] or self.tools

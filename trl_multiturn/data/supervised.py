@@ -61,6 +61,11 @@ def supervised_row(
         mask = choose_tokens(tokens, "completion_ids", tokens["action_mask"])
     except ValueError as error:
         raise ValueError(f"Row {index}: {error}") from error
+    if any(tokens.get(name) for name in ("images", "completion_images")):
+        raise ValueError(
+            f"Row {index}: it shows images, which rows of `input_ids` and `labels` cannot hold. Train with "
+            "`SFTTrainer` on the messages themselves, or drop the row."
+        )
     prompt_ids, completion_ids = tokens["prompt_ids"], tokens["completion_ids"]
     labels = [token if bit else IGNORED for token, bit in zip(completion_ids, mask, strict=True)]
     return {"input_ids": prompt_ids + completion_ids, "labels": [IGNORED] * len(prompt_ids) + labels}

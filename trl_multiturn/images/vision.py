@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
@@ -39,6 +39,16 @@ def refuse_unseen_images(
                 f"{where} has an image part without an image. Give it one (`{{'type': 'image', 'image': …}}`), or a "
                 "column of the row (`images`)."
             )
+
+
+def refuse_missing_images(config: Any, sequences: Iterable[Sequence[int]]) -> None:
+    """Raises `ValueError` for token sequences of conversations with images, where a model is given the ids alone."""
+    token = getattr(config, "image_token_id", None) or getattr(config, "image_token_index", None)
+    if token is not None and any(token in ids for ids in sequences):
+        raise ValueError(
+            "A sequence holds image tokens, but what is to score it is given no images, so it would score another "
+            "conversation. Leave such sequences out; the trainers score them in their batches."
+        )
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ from datasets import Dataset, Features, List, Value
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForTokenClassification, PreTrainedModel
 
+from ..images.vision import refuse_missing_images
 from ..steps import StepDelimiter
 from ..trajectory import Trajectory, Verdict
 from ..verify.process_rewards import min_utility, segments
@@ -199,6 +200,7 @@ class RewardModel:
         """The reward at every token of each sequence."""
         if not all(sequences):
             raise ValueError("A sequence has no token, so there is nothing to reward. Pass the prompt's at least.")
+        refuse_missing_images(self.model.config, sequences)
         was_training = self.model.training
         self.model.eval()
         collator = DataCollatorForRewardModel(pad_token_id=0)  # hidden by the attention mask

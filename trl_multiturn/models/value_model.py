@@ -26,6 +26,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
+from ..images.vision import refuse_missing_images
+
 
 ValueModelKind = Literal["adapter", "full", "head"]
 ValueObjective = Literal["regression", "classification"]
@@ -128,6 +130,7 @@ class ValueModel(nn.Module):
             raise ValueError(
                 "A sequence has no token, so there is no state to value. Pass the prompt's tokens at least."
             )
+        refuse_missing_images(self.backbone.config, sequences)
         was_training = self.training
         self.eval()
         order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from ..engines.arrivals import refuse_damaged, vocabulary_of
 from ..engines.engine import Engine, Generation, ReadsImages, SamplingParams
 from ..errors import UnsupportedOutput
+from ..messages.images import with_portable_images
 from ..sandbox.result import ToolFailure
 from ..tools.base import RolloutContext, enter_rollout
 from ..tools.environments import append_observation
@@ -122,7 +123,7 @@ class Episode:
         Raises:
             `ValueError`: if the prompt leaves no room for a turn.
         """
-        transcript.prompt = append_observation(transcript.prompt, observation)
+        transcript.prompt = with_portable_images(append_observation(transcript.prompt, observation))
         transcript.prompt_ids = self.conversation.prompt_ids(transcript.prompt)
         refuse_long_prompt(len(transcript), self.context.prompt_index, self.config)
 

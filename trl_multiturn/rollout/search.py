@@ -343,7 +343,7 @@ class _Search:
             room = transcript.room(self.episode.config)
             seed = derive_seed(self.episode.context.seed, len(transcript.turns), *place)
             sampling = replace(alike, max_new_tokens=room, seed=seed)
-            transcript.add_sampled(await self.episode.generate(transcript.ids, sampling, session))
+            transcript.add_sampled(await self.episode.generate(transcript.ids, sampling, session, transcript.images))
             sampled, transcript.begun = transcript.begun, conversation.within_turn(transcript.begun)
             if transcript.begun is not sampled or self._turn_ended(transcript):
                 turn = conversation.read(transcript.begun, transcript.last_read)

@@ -14,6 +14,7 @@ from ...data.truncation import UNPAIRED_SIDES
 from ...data.unpaired import tokenize_interleaved
 from ...data.value_rows import finish_rows
 from ...formats import columns_read
+from ...messages.images import images_in
 from ...trajectory import Trajectory, Verdict
 
 
@@ -35,6 +36,11 @@ def trajectory_rows(trajectories: Sequence[Trajectory], binary_outcomes: bool) -
     for trajectory in trajectories:
         if trajectory.verdict is Verdict.UNDECIDED or not any(trajectory.action_mask):
             continue
+        if images_in([*trajectory.prompt, *trajectory.completion]):
+            raise ValueError(
+                "A trajectory shows images, which a value model that is trained alone is not given. Leave such "
+                "trajectories out; `OREOTrainer` and `DQOTrainer` read them."
+            )
         correct = trajectory.verdict is Verdict.CORRECT
         outcome = float(correct) if binary_outcomes or trajectory.reward is None else trajectory.reward
         rows.append(
