@@ -231,7 +231,8 @@ def test_a_tool_knows_its_rollout_also_in_its_thread():
         current_rollout()
 
 
-def test_text_blocks_are_text_and_images_are_refused():
+@pytest.mark.parametrize(("kind", "error"), [("audio", "text and images alone"), ("image", "no image in it")])
+def test_text_blocks_are_text_and_what_cannot_be_shown_is_refused(kind, error):
     def blocks(kind: str) -> list:
         """
         Returns blocks.
@@ -243,8 +244,8 @@ def test_text_blocks_are_text_and_images_are_refused():
 
     (result,) = run(Toolset([blocks]), [ToolCall("blocks", {"kind": "text"})])
     assert result.output == "seen: a cat"
-    with pytest.raises(TypeError, match="text only"):
-        run(Toolset([blocks]), [ToolCall("blocks", {"kind": "image"})])
+    with pytest.raises(TypeError, match=error):
+        run(Toolset([blocks]), [ToolCall("blocks", {"kind": kind})])
 
 
 def test_versions_change_with_the_source():

@@ -39,6 +39,7 @@ def has_images(row: Mapping[str, Any]) -> bool:
 
 
 def holds_image_parts(messages: Any) -> bool:
+    """Whether a value is messages of which one has an image part."""
     if not isinstance(messages, (list, tuple)):
         return False
     contents = (message.get("content") for message in messages if isinstance(message, Mapping))

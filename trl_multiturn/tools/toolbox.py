@@ -378,8 +378,10 @@ def _blocks(blocks: Sequence[dict[str, Any]]) -> ToolResult | str:
     text = encodable("".join(block["text"] for block in blocks if block["type"] == "text"))
     try:
         images = [read_image_part(block, "A tool's result") for block in blocks if is_image_part(block)]
+        if any("image" not in image for image in images):
+            raise ValueError("a block of the type 'image' has no image in it")
         urls = tuple(portable(image["image"]) for image in images)
-    except (KeyError, ValueError) as error:
+    except ValueError as error:
         raise UnsupportedOutput(f"The tool returned an image that cannot be read: {error}") from error
     return ToolResult(text, images=urls) if urls else text
 
