@@ -28,7 +28,7 @@ LAYERS = {
     "losses": set(),
     # what a vision-language model's processor makes of images
     "images": {"messages"},
-    "templates": {"_upstream", "errors", "images", "messages"},
+    "templates": {"_upstream", "errors", "images", "messages", "segments"},
     # the interpreter, a package that could stand by itself
     "sandbox": {"_lazy", "errors"},
     "distributed": {"_upstream", "errors"},

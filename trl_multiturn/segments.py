@@ -131,13 +131,9 @@ class RowBuilder:
                 "A segment has no context, so the first token sampled in it is predicted from nothing. Give it at "
                 "least one token to continue."
             )
-        shared, ids, columns = max(
-            ((common_prefix(ids, context), ids, columns) for ids, columns in reversed(self._paths)),
-            key=lambda found: found[0],
-        )
-        shared = min(shared, len(context) - 1)  # a segment begins with a token that was not sampled
-        self.branches.append([len(self.ids), columns[shared - 1] if shared else -1])
-        self._paths.append((ids[:shared], columns[:shared]))
+        columns = _read_before(self._paths, context)
+        self.branches.append([len(self.ids), columns[-1] if columns else -1])
+        self._paths.append((context[: len(columns)], columns))
 
     def _append(self, ids: Sequence[int], mask: Sequence[int], logps: Sequence[float]) -> None:
         path_ids, columns = self._paths[-1]
@@ -146,6 +142,29 @@ class RowBuilder:
         self.ids.extend(ids)
         self.action_mask.extend(mask)
         self.logps.extend(logps)
+
+
+def _read_before(paths: Sequence[tuple[list[int], list[int]]], context: list[int]) -> list[int]:
+    """Columns of the longest beginning of a context that one of the paths (ids and columns) has.
+
+    Without the context's last token, as a segment begins with a token that was not sampled.
+    """
+    shared, columns = max(
+        ((common_prefix(ids, context), columns) for ids, columns in reversed(paths)), key=lambda found: found[0]
+    )
+    return columns[: min(shared, len(context) - 1)]
+
+
+def find_parent(ids: Sequence[int], branches: Branches, context: list[int]) -> tuple[int, int]:
+    """Where a sequence with this context leaves the row: its parent's column, and the tokens up to there.
+
+    Args:
+        ids (`list[int]`), branches (`list[list[int]]`): the row.
+        context (`list[int]`): what the policy reads next; not empty.
+    """
+    paths = [path(branches, stop) for _, stop in own_columns(branches, len(ids))]
+    columns = _read_before([([ids[column] for column in each], each) for each in paths], context)
+    return (columns[-1] if columns else -1), len(columns)
 
 
 def join_segments(segments: Sequence[Segment]) -> RowBuilder:

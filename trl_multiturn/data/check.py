@@ -28,14 +28,16 @@ from ..formats import (
 )
 from ..images.vision import vision_of
 from ..messages.terminal import visible
+from ..segments import branches_of
 from ..templates import TurnTemplate
 from .images.rows import read_token_row, tokenize_image_text
 from .loading import load_rows
 from .preview import MaskPreview, preview_masks
 from .row_checks import check_label, check_margin, holds_messages
+from .segments import TokenRow, fit_segments
 from .tokenization import tokenize_preference_row, tokenize_unpaired_row
 from .truncation import PREFERENCE_SIDES, UNPAIRED_SIDES, completion_cut
-from .turns import choose_tokens, columns_of_turns
+from .turns import branches_column, choose_tokens, columns_of_turns
 
 
 Kind = Literal["preference", "unpaired", "trajectory", "supervised"]
@@ -61,6 +63,7 @@ class CheckReport:
         errors (`list[str]`): one per malformed row, with split, number, reason and remedy; defects of the template.
         warnings (`list[str]`): what trains, but perhaps not as meant.
         lengths, trained (`list[int]`): tokens, and trained tokens, of each sequence.
+        segments (`list[int]`): token sequences of each trajectory that is more than one.
         previews (`list[MaskPreview]`): the first rows, with their masks.
         notes (`list[str]`): what the rows were taken for, where they are not written in TRL's form.
     """
@@ -71,6 +74,7 @@ class CheckReport:
     errors: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
+    segments: list[int] = field(default_factory=list)
     trained: list[int] = field(default_factory=list)
     previews: list[MaskPreview] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -130,6 +134,7 @@ def check_dataset(
             except (ValueError, TypeError, KeyError) as error:
                 report.errors.append(f"{name}, row {index}: {_reason(error)}")
     _warn(report, cut, max_length)
+    _note_segments(report)
     _note_formats(report, dataset if isinstance(dataset, str) else "IN")
     return report
 
@@ -193,6 +198,12 @@ def _check_row(row: dict[str, Any], kind: Kind, last_token: int, max_length: int
     """Adds the counts of a row's tokens, and returns how many of its sides `max_length` cuts."""
     cut, sequences = 0, []
     for ids, mask in PREFERENCE_SIDES if kind == "preference" else UNPAIRED_SIDES:
+        if branches_of(row.get(branches_column(ids))):
+            side = TokenRow.read(row, ids, row[mask], {})
+            report.segments.append(len(side.branches) + 1)
+            side, dropped = (side, 0) if max_length is None else fit_segments(side, max_length)
+            cut += bool(dropped)
+            row = row | {"prompt_ids": side.prompt_ids, ids: side.completion_ids, mask: side.action_mask}
         length = len(row["prompt_ids"]) + len(row[ids])
         kept = len(row[ids]) if max_length is None else completion_cut(row[mask], max_length - len(row["prompt_ids"]))
         if not any(row[mask][: max(kept, 0)]):
@@ -276,6 +287,15 @@ def _warn(report: CheckReport, cut: int, max_length: int | None) -> None:
         report.warnings.append(
             f"`max_length={max_length}` cuts {cut} of {len(report.lengths)} sequences. Raise it to train on whole "
             "trajectories."
+        )
+
+
+def _note_segments(report: CheckReport) -> None:
+    if report.segments:
+        report.notes.append(
+            f"{len(report.segments)} trajectories are more than one token sequence, {np.mean(report.segments):.1f} on "
+            "average: the chat template rewrites earlier turns, and each turn is read as the policy saw it. "
+            "`training_template=True` prefers TRL's training template, where there is one."
         )
 
 

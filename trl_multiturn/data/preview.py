@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import accumulate, groupby
 from typing import Any, Literal
 
 from rich.console import Console, Group
@@ -15,27 +15,34 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from ..formats import column_shapes, columns_read, sequence_images
 from ..messages.terminal import visible
+from ..segments import Branches, branches_of, segment_changes
 from ..trajectory import Trajectory
 from .images.shown import ImageDecoder, ShownImage
+from .segments import TokenRow, fit_segments
 from .tokenization import tokenize_preference_row, tokenize_unpaired_row
 from .truncation import PREFERENCE_SIDES, UNPAIRED_SIDES, completion_cut
-from .turns import choose_tokens
+from .turns import branches_column, choose_tokens
 
 
-Kind = Literal["context", "trained", "truncated"]
+Kind = Literal["context", "trained", "truncated", "rewritten"]
 
-_TERMINAL = {"context": "dim", "trained": "bold green", "truncated": "strike red"}
+_TERMINAL = {"context": "dim", "trained": "bold green", "truncated": "strike red", "rewritten": "strike yellow"}
 _CSS = {
     "context": "color:#777",
     "trained": "background:#b7e4c7;color:#081c15;font-weight:600",
     "truncated": "color:#c1121f;text-decoration:line-through",
+    "rewritten": "color:#b08900;text-decoration:line-through",
 }
 
 
 @dataclass(frozen=True)
 class Segment:
     """Consecutive tokens with one fate; `turn` numbers the assistant turns from 1, 0 outside them. An image stands in
-    the text with its size and tokens, and in `images` with a thumbnail beside these words."""
+    the text with its size and tokens, and in `images` with a thumbnail beside these words.
+
+    `"rewritten"` holds no tokens of the row: it begins a token sequence that does not continue the one before, and its
+    text is what the policy had read or written until then and no longer reads.
+    """
 
     kind: Kind
     turn: int
@@ -106,8 +113,11 @@ def preview_masks(
     if hasattr(source, "train_dataset"):
         source = source.train_dataset
     sequences = [
-        (title, list(_segments(prompt, completion, mask, max_length, ImageDecoder(processing_class, images))))
-        for title, prompt, completion, mask, images in _sequences(source, num_rows, processing_class)
+        (
+            title,
+            list(_segments(prompt, completion, mask, branches, max_length, ImageDecoder(processing_class, images))),
+        )
+        for title, prompt, completion, mask, branches, images in _sequences(source, num_rows, processing_class)
     ]
     preview = MaskPreview(sequences)
     if show:
@@ -115,7 +125,9 @@ def preview_masks(
     return preview
 
 
-def _sequences(source: Any, num_rows: int, processing_class: Any) -> Iterator[tuple[str, list, list, list, list]]:
+def _sequences(
+    source: Any, num_rows: int, processing_class: Any
+) -> Iterator[tuple[str, list, list, list, Branches, list]]:
     if isinstance(source, Trajectory):
         source = [source]
     rows = source.take(num_rows) if not isinstance(source, list) else source[:num_rows]
@@ -123,7 +135,7 @@ def _sequences(source: Any, num_rows: int, processing_class: Any) -> Iterator[tu
     for index, row in enumerate(rows):
         if isinstance(row, Trajectory):
             title = f"trajectory {index} · {row.stop_reason.value} · {row.verdict.value}"
-            yield title, row.prompt_ids, row.completion_ids, row.action_mask, []
+            yield title, row.prompt_ids, row.completion_ids, row.action_mask, row.branches, []
             continue
         paired = "chosen_ids" in row or columns_read(row) >= {"chosen", "rejected"}
         sides = PREFERENCE_SIDES if paired else UNPAIRED_SIDES
@@ -133,24 +145,52 @@ def _sequences(source: Any, num_rows: int, processing_class: Any) -> Iterator[tu
             side = ids.removesuffix("_ids")
             label = f" · label {row['label']}" if "label" in row else ""
             trained = choose_tokens(row, ids, row[mask])
-            yield f"row {index} · {side}{label}", row["prompt_ids"], row[ids], trained, sequence_images(row, ids)
+            branches = branches_of(row.get(branches_column(ids)))
+            yield (
+                f"row {index} · {side}{label}",
+                row["prompt_ids"],
+                row[ids],
+                trained,
+                branches,
+                sequence_images(row, ids),
+            )
 
 
 def _segments(
-    prompt: list[int], completion: list[int], mask: list[int], max_length: int | None, decoder: ImageDecoder
+    prompt: list[int],
+    completion: list[int],
+    mask: list[int],
+    branches: Branches,
+    max_length: int | None,
+    decoder: ImageDecoder,
 ) -> Iterator[Segment]:
-    kept = len(completion) if max_length is None else completion_cut(mask, max_length - len(prompt))
-    kinds = [("context", 0)] * len(prompt)
+    begins = {start for start, _ in branches}
+    removed = [change.removed for change in segment_changes(branches, mask, len(prompt) + len(completion))]
+    kept, first = len(completion), 0  # of the completion, what stands before `kept` and not before `first`
+    if max_length is not None and branches:
+        row = TokenRow(prompt, completion, mask, [list(branch) for branch in branches], {})
+        dropped = fit_segments(row, max_length)[1]
+        first = branches[dropped - 1][0] - len(prompt) if dropped else 0
+    elif max_length is not None:
+        kept = completion_cut(mask, max_length - len(prompt))
+    shown: list[str] = []
+    kinds: list[tuple[Kind, int]] = [("context", 0)] * len(prompt)
     turn, before = 0, 0
     for position, bit in enumerate(mask):
         turn += bit and not before
         before = bit
-        kind = "truncated" if position >= kept else "trained" if bit else "context"
-        kinds.append((kind, turn if bit else 0))
-    tokens = zip(kinds, [*prompt, *completion], strict=True)
-    for (kind, number), group in groupby(tokens, key=lambda item: item[0]):
-        ids = [token for _, token in group]
-        yield Segment(kind, number, *decoder.decode(ids))
+        kind: Kind = "trained" if bit else "context"
+        kinds.append((kind if first <= position < kept else "truncated", turn if bit else 0))
+    ids = [*prompt, *completion]
+    numbers = list(accumulate(int(column in begins) for column in range(len(ids))))
+    tokens = zip(numbers, kinds, ids, strict=True)
+    for (begun, (kind, number)), group in groupby(tokens, key=lambda item: item[:2]):
+        if begun > len(shown):
+            gone, _, images = decoder.decode([ids[column] for column in removed[begun - 1]])
+            shown.append(gone)
+            yield Segment("rewritten", 0, gone, 0, images)
+        part = [token for _, _, token in group]
+        yield Segment(kind, number, *decoder.decode(part))
 
 
 def _text(segments: list[Segment]) -> Text:
@@ -168,6 +208,8 @@ def _label(segment: Segment) -> str:
     """What a segment is, in words: `turn 1` is trained, `context` and `truncated` are not."""
     if segment.kind == "truncated" and segment.turn:
         return f"turn {segment.turn}, truncated"
+    if segment.kind == "rewritten":
+        return "new segment, no longer read"
     return f"turn {segment.turn}" if segment.turn else segment.kind
 
 
@@ -177,7 +219,8 @@ def _count(segments: list[Segment]) -> str:
 
 
 def _span(segment: Segment) -> str:
-    label = f'<sub style="color:#777">{_label(segment)} </sub>' if segment.turn else ""
+    told = segment.turn or segment.kind == "rewritten"
+    label = f'<sub style="color:#777">{_label(segment)} </sub>' if told else ""
     text = html.escape(visible(segment.text))
     for image in segment.images:
         text = text.replace(html.escape(image.words), f'<img alt="{image.words}" src="{image.thumbnail}">', 1)

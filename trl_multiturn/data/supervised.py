@@ -9,6 +9,7 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from ..formats import Shapes, column_shapes
+from ..segments import branches_of, split_segments
 from .tokenization import read_messages, tokenize_trajectory
 from .turns import choose_tokens
 
@@ -37,7 +38,8 @@ def supervised_rows(
             Processes for a map-style dataset.
 
     Returns:
-        The dataset with `input_ids` and `labels` (-100 outside the policy's tokens) alone.
+        The dataset with `input_ids` and `labels` (-100 outside the policy's tokens) alone. A trajectory that is more
+        than one token sequence becomes a row for each.
 
     Raises:
         `ValueError`: if a row holds no assistant turn, or the chat template does not show what the policy sampled.
@@ -46,16 +48,22 @@ def supervised_rows(
     if isinstance(dataset, Dataset):
         kwargs |= {"num_proc": num_proc, "desc": "Labelling the policy's tokens"}
     fn_kwargs = {"processing_class": processing_class, "shapes": column_shapes(dataset)}
-    return dataset.map(supervised_row, with_indices=True, fn_kwargs=fn_kwargs, **kwargs)
+    return dataset.map(_label_batch, batched=True, with_indices=True, fn_kwargs=fn_kwargs, **kwargs)
 
 
-def supervised_row(
+def _label_batch(batch: Mapping[str, list[Any]], indices: list[int], **kwargs: Any) -> dict[str, list[list[int]]]:
+    rows = (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
+    labeled = [each for row, index in zip(rows, indices, strict=True) for each in _label(row, index, **kwargs)]
+    return {name: [each[name] for each in labeled] for name in ("input_ids", "labels")}
+
+
+def _label(
     row: Mapping[str, Any],
     index: int,
     processing_class: PreTrainedTokenizerBase | ProcessorMixin,
     shapes: Shapes | None = None,
-) -> dict[str, list[int]]:
-    """One row of [`supervised_rows`]."""
+) -> list[dict[str, list[int]]]:
+    """The rows of [`supervised_rows`] that one row becomes: one for each of its sequences."""
     try:
         tokens = row if "completion_ids" in row else _tokenize(row, processing_class, shapes)
         mask = choose_tokens(tokens, "completion_ids", tokens["action_mask"])
@@ -66,14 +74,19 @@ def supervised_row(
             f"Row {index}: it shows images, which rows of `input_ids` and `labels` cannot hold. Train with "
             "`SFTTrainer` on the messages themselves, or drop the row."
         )
-    prompt_ids, completion_ids = tokens["prompt_ids"], tokens["completion_ids"]
-    labels = [token if bit else IGNORED for token, bit in zip(completion_ids, mask, strict=True)]
-    return {"input_ids": prompt_ids + completion_ids, "labels": [IGNORED] * len(prompt_ids) + labels}
+    branches = branches_of(tokens.get("branches"))
+    labeled = []
+    for segment in split_segments(tokens["prompt_ids"], tokens["completion_ids"], mask, branches):
+        pairs = zip(segment.completion_ids, segment.action_mask, strict=True)
+        labels = [token if bit else IGNORED for token, bit in pairs]
+        ids = segment.context_ids + segment.completion_ids
+        labeled.append({"input_ids": ids, "labels": [IGNORED] * len(segment.context_ids) + labels})
+    return labeled
 
 
 def _tokenize(
     row: Mapping[str, Any], processing_class: PreTrainedTokenizerBase | ProcessorMixin, shapes: Shapes | None
-) -> dict[str, list[int]]:
+) -> dict[str, list[Any]]:
     read = read_messages(row, processing_class, shapes)
     if "completion" not in read:
         raise ValueError(

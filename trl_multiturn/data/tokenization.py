@@ -25,6 +25,9 @@ logger = logging.getLogger(__name__)
 _TEMPLATES: weakref.WeakKeyDictionary[Any, dict[str, TurnTemplate]] = weakref.WeakKeyDictionary()
 _MAX_TEMPLATES = 64
 
+# With which the branches of tokenized rows begin: a column of empty lists only would have no type
+FIRST_SEGMENT = [[0, -1]]
+
 
 def tokenize_trajectory(
     processing_class: PreTrainedTokenizerBase | ProcessorMixin,
@@ -32,8 +35,9 @@ def tokenize_trajectory(
     completion: list[dict[str, Any]],
     tools: list | str | None = None,
     drop_reasoning: bool = False,
+    training_template: bool = False,
     **chat_template_kwargs: Any,
-) -> dict[str, list[int]]:
+) -> dict[str, list[Any]]:
     """Tokenizes one trajectory; the mask is 1 exactly on tokens that the policy would have sampled.
 
     Args:
@@ -48,11 +52,16 @@ def tokenize_trajectory(
         drop_reasoning (`bool`, *optional*, defaults to `False`):
             Leave out the reasoning of assistant turns. Reasoning that the template does not show is an error
             otherwise.
+        training_template (`bool`, *optional*, defaults to `False`):
+            Where the chat template rewrites earlier turns, render with TRL's training template of its family, if there
+            is one, instead of the sequences that the policy saw.
         **chat_template_kwargs:
             Passed on to the chat template.
 
     Returns:
-        `dict[str, list[int]]`: `prompt_ids`, `completion_ids`, and `action_mask` aligned with `completion_ids`.
+        `dict[str, list]`: `prompt_ids`, `completion_ids`, and `action_mask` aligned with `completion_ids`; and
+        `branches`, where the template rewrites earlier turns, so that the trajectory is more than one token sequence
+        (see `trl_multiturn.segments`).
 
     Raises:
         `ValueError`: where the template does not show what the policy sampled; the message names its defect and
@@ -67,7 +76,8 @@ def tokenize_trajectory(
     '<tool_call>\\n{"name": "add", ...}\\n</tool_call><|im_end|>The sum is 4.<|im_end|>'
     ```
     """
-    template = turn_template(processing_class, tools, {"drop_reasoning": drop_reasoning, **chat_template_kwargs})
+    switches = {"drop_reasoning": drop_reasoning, "training_template": training_template}
+    template = turn_template(processing_class, tools, {**switches, **chat_template_kwargs})
     return template.tokenize(prompt, completion)
 
 
@@ -94,6 +104,7 @@ def read_messages(
     processing_class: PreTrainedTokenizerBase | ProcessorMixin,
     shapes: Shapes | None = None,
     drop_reasoning: bool = False,
+    training_template: bool = False,
 ) -> dict[str, Any]:
     """The conversation of a row in TRL's form (see [`formats.read_row`]), with its `chat_template_kwargs`."""
     kwargs = example.get("chat_template_kwargs") or {}
@@ -110,7 +121,7 @@ def read_messages(
             for side in ("prompt", "chosen", "rejected", "completion")
             if side in row
         }
-    return {**row, "chat_template_kwargs": kwargs}
+    return {**row, "chat_template_kwargs": kwargs, "training_template": training_template}
 
 
 def _read_answers(
@@ -118,8 +129,9 @@ def _read_answers(
     processing_class: PreTrainedTokenizerBase | ProcessorMixin,
     shapes: Shapes | None,
     drop_reasoning: bool,
+    training_template: bool,
 ) -> dict[str, Any]:
-    row = read_messages(example, processing_class, shapes, drop_reasoning)
+    row = read_messages(example, processing_class, shapes, drop_reasoning, training_template)
     if not row["prompt"]:
         raise ValueError("`prompt` holds no message, so there is nothing to answer. Give it a user's turn.")
     return row
@@ -160,7 +172,8 @@ def tokenize_side(
     try:
         if all_tokens and completion and all(flags):
             return _untold(tokenize_unproven(processing_class, plain_prompt, completion, tools, **kwargs))
-        template = turn_template(processing_class, tools, kwargs)
+        switch = {"training_template": row.get("training_template", False)}
+        template = turn_template(processing_class, tools, {**switch, **kwargs})
         output: dict[str, Any] = template.tokenize(plain_prompt, completion, with_turns=True)
     except VanishedPartError as error:
         raise VanishedPartError(f"`{side}`: {error}") from error
@@ -169,6 +182,7 @@ def tokenize_side(
             raise ValueError(f"`{side}`: {error}") from error
         output = _tokenize_one_turn(row, plain_prompt, completion, processing_class, f"`{side}`: {error}")
     output.pop("turn_ids", None)
+    output["branches"] = FIRST_SEGMENT + output.get("branches", [])
     if len(turn_spans(output["action_mask"])) != len(turns):
         if not all(flags):
             raise ValueError(
@@ -204,10 +218,11 @@ def _tokenize_one_turn(
 
 def _untold(output: dict[str, list[int]]) -> dict[str, Any]:
     """Tokens whose turns are not told apart."""
-    return {**output, **dict.fromkeys(TURN_COLUMNS)}
+    return {"branches": FIRST_SEGMENT, **output, **dict.fromkeys(TURN_COLUMNS)}
 
 
-# What rows of messages become: `tokenize(example, processing_class, shapes, all_tokens, drop_reasoning)`
+# What rows of messages become, given a row, `processing_class`, `shapes`, `all_tokens`, `drop_reasoning` and
+# `training_template`
 Tokenize = Callable[..., dict[str, Any]]
 
 
@@ -217,6 +232,7 @@ def row_tokenization_kwargs(
     tokenize: Tokenize,
     all_tokens: bool = False,
     drop_reasoning: bool = False,
+    training_template: bool = False,
 ) -> dict[str, Any]:
     """`fn_kwargs` for mapping [`tokenize_numbered_row`] over a dataset.
 
@@ -229,6 +245,7 @@ def row_tokenization_kwargs(
         "shapes": column_shapes(dataset),
         "all_tokens": all_tokens,
         "drop_reasoning": drop_reasoning,
+        "training_template": training_template,
         "version": __version__,
     }
 
@@ -241,11 +258,12 @@ def tokenize_numbered_row(
     shapes: Shapes,
     all_tokens: bool,
     drop_reasoning: bool,
+    training_template: bool,
     version: str,
 ) -> dict[str, Any]:
     """`tokenize(example, …)`; what it refuses is refused with the row's number."""
     try:
-        return tokenize(example, processing_class, shapes, all_tokens, drop_reasoning)
+        return tokenize(example, processing_class, shapes, all_tokens, drop_reasoning, training_template)
     except VanishedPartError as error:
         raise VanishedPartError(f"Row {index}: {error}") from error
     except ValueError as error:
@@ -258,9 +276,10 @@ def tokenize_preference_row(
     shapes: Shapes | None = None,
     all_tokens: bool = False,
     drop_reasoning: bool = False,
+    training_template: bool = False,
 ) -> dict[str, Any]:
     """Token columns of a conversational preference row (`prompt`, `chosen`, `rejected`), with those of its turns."""
-    row = _read_answers(example, processing_class, shapes, drop_reasoning)
+    row = _read_answers(example, processing_class, shapes, drop_reasoning, training_template)
     sides = {side: tokenize_side(row, side, processing_class, all_tokens) for side in ("chosen", "rejected")}
     # The sides share one prompt. Where theirs differ, what is left of each moves into its completion, untrained.
     shared = common_prefix_length(sides["chosen"]["prompt_ids"], sides["rejected"]["prompt_ids"])
@@ -269,7 +288,7 @@ def tokenize_preference_row(
         rest = side["prompt_ids"][shared:]
         output[f"{name}_ids"] = rest + side["completion_ids"]
         output[f"{name}_action_mask"] = [0] * len(rest) + side["action_mask"]
-        output |= {f"{name}_{column}": side[column] for column in TURN_COLUMNS}
+        output |= {f"{name}_{column}": side[column] for column in (*TURN_COLUMNS, "branches")}
         if "images" in side:
             output["images"] = side["images"]
             output |= {f"{name}_{kind}": side[f"completion_{kind}"] for kind in ("images", "image_tokens")}
@@ -282,10 +301,11 @@ def tokenize_unpaired_row(
     shapes: Shapes | None = None,
     all_tokens: bool = False,
     drop_reasoning: bool = False,
+    training_template: bool = False,
 ) -> dict[str, Any]:
     """Token columns of a conversational row with one completion, with those of its turns, and with its `reward` where
     that stands under another name."""
-    row = _read_answers(example, processing_class, shapes, drop_reasoning)
+    row = _read_answers(example, processing_class, shapes, drop_reasoning, training_template)
     output = tokenize_side(row, "completion", processing_class, all_tokens)
     return {**output, "reward": row["reward"]} if "reward" in row else output
 
@@ -296,9 +316,10 @@ def tokenize_pair_apart(
     shapes: Shapes | None = None,
     all_tokens: bool = False,
     drop_reasoning: bool = False,
+    training_template: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """The two sides of a conversational preference row, each with the columns of [`tokenize_unpaired_row`]."""
-    row = _read_answers(example, processing_class, shapes, drop_reasoning)
+    row = _read_answers(example, processing_class, shapes, drop_reasoning, training_template)
     return {side: tokenize_side(row, side, processing_class, all_tokens) for side in ("chosen", "rejected")}
 
 

@@ -38,13 +38,15 @@ def tokenize_interleaved(
     processing_class: Any,
     all_tokens: bool = False,
     drop_reasoning: bool = False,
+    training_template: bool = False,
     desc: str | None = None,
     num_proc: int | None = None,
 ) -> Dataset | IterableDataset:
     """Tokenizes preference rows of messages into twice as many unpaired token rows, in the order of
     [`unpair_interleaved`]. Tokens are taken apart, not messages, whose forms may differ from row to row."""
     map_kwargs: dict[str, Any] = {"num_proc": num_proc, "desc": desc} if isinstance(dataset, Dataset) else {}
-    fn_kwargs = row_tokenization_kwargs(dataset, processing_class, tokenize_pair_apart, all_tokens, drop_reasoning)
+    options = all_tokens, drop_reasoning, training_template
+    fn_kwargs = row_tokenization_kwargs(dataset, processing_class, tokenize_pair_apart, *options)
     columns = dataset.column_names or list(next(iter(dataset)))
     return dataset.map(
         _tokenize_batch, batched=True, with_indices=True, fn_kwargs=fn_kwargs, remove_columns=columns, **map_kwargs

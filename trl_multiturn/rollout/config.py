@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from ..engines.engine import SamplingParams
+from ..messages.history import HistoryRewriter, resolve_rewriter
+from ..tools.base import tool_version
 from .dialects.choice import describe_dialect, resolve_dialect
 from .dialects.dialect import DialectLike
 
@@ -108,6 +110,22 @@ class RolloutConfig:
         default=None,
         metadata={"help": 'Passed on to the chat template (a dict, or JSON), e.g. `{"enable_thinking": false}`.'},
     )
+    earlier_turns: Literal["rendered", "as_sampled"] = field(
+        default="rendered",
+        metadata={
+            "help": "What the policy reads of its earlier turns where the chat template rewrites them (it strips "
+            "their thinking). `rendered`: what the template makes of them; the trajectory is then several token "
+            "sequences. `as_sampled`: what was sampled."
+        },
+    )
+    rewrite_history: HistoryRewriter | str | None = field(
+        default=None,
+        metadata={
+            "help": "A function `rewrite_history(messages) -> messages`, or its dotted path, that is given all that "
+            "the policy is about to read after each answer of a tool, and returns what it reads instead (a summary, "
+            "fewer observations, another agent's prompt). Where it changes something, a new token sequence begins."
+        },
+    )
     seed: int = field(
         default=0,
         metadata={
@@ -158,6 +176,9 @@ class RolloutConfig:
         if self.malformed_calls not in ("observe", "end"):
             raise ValueError(f"`malformed_calls={self.malformed_calls!r}` is none of 'observe', 'end'.")
         resolve_dialect(self.dialect)
+        resolve_rewriter(self.rewrite_history)
+        if self.earlier_turns not in ("rendered", "as_sampled"):
+            raise ValueError(f"`earlier_turns={self.earlier_turns!r}` is none of 'rendered', 'as_sampled'.")
         if (self.previous_policy_generations or 0) > self.num_generations:
             raise ValueError(
                 f"`previous_policy_generations={self.previous_policy_generations}` is more than "
@@ -221,6 +242,12 @@ class RolloutConfig:
         change either.
         """
         settings = {f.name: copy.deepcopy(getattr(self, f.name)) for f in fields(self) if f.name not in _UNRECORDED}
+        # Journals from before there was a choice
+        for name, default in (("earlier_turns", "rendered"), ("rewrite_history", None)):
+            if settings[name] == default:
+                del settings[name]
+        if "rewrite_history" in settings:
+            settings["rewrite_history"] = str(tool_version(resolve_rewriter(self.rewrite_history)))
         return {**settings, "dialect": describe_dialect(self.dialect)}
 
 

@@ -9,6 +9,7 @@ from functools import lru_cache
 from typing import Any
 
 from ..engines.engine import Generation
+from ..messages.history import resolve_rewriter, rewritten
 from ..messages.images import images_in
 from ..sandbox.result import ToolResult
 from ..templates import TurnTemplate
@@ -16,6 +17,10 @@ from ..tools.base import ToolCall
 from .config import RolloutConfig
 from .dialects.choice import choose_dialect
 from .dialects.dialect import EndsTurns, Message, Turn
+
+
+class UnrenderableHistory(RuntimeError):
+    """What a user's `rewrite_history` returned cannot be rendered."""
 
 
 class Conversation:
@@ -49,7 +54,10 @@ class Conversation:
         self._prompt_ids = lru_cache(maxsize=64)(self._render_prompt)
         self._observations_after = lru_cache(maxsize=64)(self._render_turn)
         # A template that cannot answer a turn is the user's mistake, to be told before the first trajectory
-        self.observation_ids(*self._probe())
+        turn, observations = self._probe()
+        self.observation_ids(turn, observations)
+        self._rewrite = resolve_rewriter(config.rewrite_history)
+        self._follows_template = config.earlier_turns == "rendered" and self._template_rewrites(turn, observations)
 
     def prompt_ids(self, messages: list[Message]) -> list[int]:
         """Ids of a prompt, the generation prompt included."""
@@ -113,6 +121,50 @@ class Conversation:
             if len(calls) < 2 or images_in(observations):
                 raise
             return self._observations_after(_stand_in(calls[:1]))(observations)
+
+    def rewritten(
+        self, history: list[Message], observations: list[Message]
+    ) -> tuple[list[int], list[Message] | None] | None:
+        """What the policy reads next where that does not continue what it has read and sampled; `None` where it does.
+
+        Args:
+            history (`list[dict]`): the messages that the policy has read, and its turn.
+            observations (`list[dict]`): what answers the turn.
+
+        Returns:
+            The ids, and where the user's function changed them the messages; `None` where nothing is rewritten.
+
+        Raises:
+            [`UnrenderableHistory`]: if the template cannot render what the user's function returned.
+        """
+        messages = rewritten(self._rewrite, history + observations)
+        if messages is not None:
+            try:
+                return self.template.prompt_ids(messages), messages
+            except ValueError as error:
+                raise UnrenderableHistory(
+                    f"`rewrite_history` returned messages that cannot be read. {error}"
+                ) from error
+        if self._follows_template and self.template.rewrites(history, observations):
+            try:
+                return self.template.prompt_ids(history + observations), None
+            except ValueError:  # the policy's doing
+                return None
+        return None
+
+    def _template_rewrites(self, turn: Turn, observations: list[Message]) -> bool:
+        """Whether the template rewrites turns such as a policy may write; else no turn needs to be looked at."""
+        user, system = {"role": "user", "content": "prompt"}, {"role": "system", "content": "rules"}
+        thought = "<think>\nthought\n</think>\n\n"
+        content = turn.message.get("content") or ""
+        turns = [turn.message, {**turn.message, "content": thought + content}]
+        turns.append({**turn.message, "reasoning_content": "thought"})
+        return any(
+            self.template.rewrites([*prompt, *before, each], observations)
+            for each in turns
+            for prompt in ([user], [system, user])
+            for before in ([], [each, *observations])
+        )
 
     def _render_prompt(self, messages: str) -> list[int]:
         return self.template.prompt_ids(json.loads(messages))

@@ -163,6 +163,7 @@ class Episode:
         observations = self.conversation.dialect.observe(turn, results)
         try:
             ids = self.conversation.answer_ids(turn, transcript.unanswered_ids, observations)
+            rewritten = self.conversation.rewritten(transcript.history, observations)
         except ValueError as error:
             if any(result.images for result in results):
                 raise UnsupportedOutput(
@@ -171,9 +172,13 @@ class Episode:
             # The policy's doing: the template did render an ordinary call's answer
             transcript.unrenderable = str(error)
             return StopReason.ENDED
-        if len(transcript) + len(ids) >= self.config.max_trajectory_tokens:
+        length = len(transcript) + len(ids) if rewritten is None else len(rewritten[0])
+        if length >= self.config.max_trajectory_tokens:
             return StopReason.MAX_TOKENS  # no room for another turn: the policy could not read the observation
-        transcript.add_answer(observations, ids)
+        if rewritten is None:
+            transcript.add_answer(observations, ids)
+        else:
+            transcript.begin_segment(observations, *rewritten)
         return None
 
     async def replay(self, transcript: Transcript, toolbox: Toolbox) -> int:

@@ -88,6 +88,13 @@ def observation_margins(
             f"The rows lack {sorted(missing)}, so it is unknown what the policy sampled and what the tools answered. "
             "Pass token rows, as `build_preference_dataset` and `build_unpaired_dataset` write them."
         )
+    branching = [name for name in ("chosen_branches", "rejected_branches") if name in trajectories.column_names]
+    if any(any(start for start, _ in row or ()) for name in branching for row in trajectories[name]):
+        raise ValueError(
+            "Some trajectories are more than one token sequence: what the policy would have read after another answer "
+            "depends on the whole conversation, which token rows do not hold. Estimate margins for plain rows only "
+            "(`earlier_turns='as_sampled'` rolls such out)."
+        )
     if k < 1:
         raise ValueError(f"`k={k}` repetitions give no expectation. Use at least 1.")
     config = RolloutConfig.of(config)

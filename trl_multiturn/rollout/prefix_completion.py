@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias, Unpack
 from datasets import Dataset
 
 from ..engines.engine import Engine, Generation
+from ..segments import path
 from ..steps import StepDelimiter
 from ..trajectory import Trajectory, Verdict
 from ..verify.process_rewards import (
@@ -248,7 +249,7 @@ def _opening(prefix: Prefix, conversation: Conversation) -> Transcript:
     transcript = Transcript(trajectory.prompt, list(trajectory.prompt_ids))
     turns = [i for i, message in enumerate(trajectory.completion) if message["role"] == "assistant"]
     for (start, stop), place, following in zip(answered, turns, turns[1:], strict=False):
-        turn = conversation.read(sampled(start, stop), trajectory.prompt_ids + trajectory.completion_ids[:start])
+        turn = conversation.read(sampled(start, stop), _read_before(trajectory, start))
         transcript.turns.append((turn, trajectory.completion[place + 1 : following]))
         transcript.malformed += turn.problem is not None
     transcript.completion = list(trajectory.completion[: turns[len(answered)]])
@@ -256,7 +257,14 @@ def _opening(prefix: Prefix, conversation: Conversation) -> Transcript:
     transcript.action_mask = trajectory.action_mask[:begins]
     transcript.logps = list(logps[:begins])
     transcript.begun = sampled(begins, length)
+    transcript.branches = [branch for branch in trajectory.branches if branch[0] < len(trajectory.prompt_ids) + begins]
     return transcript
+
+
+def _read_before(trajectory: Trajectory, position: int) -> list[int]:
+    """All that the policy read before a position of the completion."""
+    ids = trajectory.prompt_ids + trajectory.completion_ids
+    return [ids[column] for column in path(trajectory.branches, len(trajectory.prompt_ids) + position)]
 
 
 def _prefix(trajectory: Trajectory, step: Segment) -> Prefix:
@@ -298,7 +306,7 @@ def _refuse(number: int, prefix: Prefix, config: RolloutConfig) -> None:
             "nothing to complete. End a prefix inside a turn, or after the observation that follows one."
         )
     spans = [start for start, _ in trajectory.turn_spans() if start <= length]
-    begun, total = length - spans[-1], len(trajectory.prompt_ids) + length
+    begun, total = length - spans[-1], len(path(trajectory.branches, len(trajectory.prompt_ids) + length))
     if begun >= config.max_turn_tokens or total >= config.max_trajectory_tokens:
         raise ValueError(
             f"Prefix {number} has {total} tokens, {begun} of them in its last turn: `max_trajectory_tokens="

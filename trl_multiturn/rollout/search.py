@@ -391,7 +391,7 @@ class _Search:
             return ids
         if self.settings.score_at == "action":
             unsampled = next((i for i, bit in enumerate(reversed(mask)) if bit), len(mask))
-            return ids[: len(ids) - unsampled]
+            return node.transcript.read_before(len(node.transcript.prompt_ids) + len(mask) - unsampled)
         return self.episode.conversation.without_end(ids) if mask and mask[-1] else ids
 
     # What is held

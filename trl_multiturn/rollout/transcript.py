@@ -9,6 +9,7 @@ from typing import Any
 from ..engines.engine import Generation
 from ..messages.images import images_in
 from ..sandbox.result import ToolResult
+from ..segments import find_parent, path
 from ..tools.base import RolloutContext
 from ..trajectory import StopReason, Trajectory
 from .config import RolloutConfig
@@ -23,6 +24,9 @@ class Transcript:
         prompt (`list[dict]`), prompt_ids (`list[int]`): what the policy reads before it first samples.
         completion (`list[dict]`), completion_ids (`list[int]`), action_mask (`list[int]`), logps (`list[float]`):
             what follows, as in [`Trajectory`].
+        branches (`list[list[int]]`): as in [`Trajectory`].
+        read_instead (`list[dict]`, *optional*), read_from (`int`): what the policy reads instead of the prompt and the
+            first `read_from` messages of the completion, where the user's function said so.
         begun ([`Generation`]): what is sampled of a turn that has not been read yet.
         unanswered ([`Turn`], *optional*), unanswered_ids (`list[int]`): the last turn with its ids, until its answer.
         turns (`list[tuple[Turn, list[dict]]]`): the turns that were answered, each with the messages that answer it.
@@ -40,6 +44,9 @@ class Transcript:
     completion_ids: list[int] = field(default_factory=list)
     action_mask: list[int] = field(default_factory=list)
     logps: list[float] = field(default_factory=list)
+    branches: list[list[int]] = field(default_factory=list)
+    read_instead: list[Message] | None = None
+    read_from: int = 0
     begun: Generation = field(default_factory=lambda: Generation([], [], "stop"))
     unanswered: Turn | None = None
     unanswered_ids: list[int] = field(default_factory=list)
@@ -53,13 +60,28 @@ class Transcript:
     replays_differ: int | None = None
 
     def __len__(self) -> int:
-        """Tokens of the prompt and of the turns that were read."""
-        return len(self.prompt_ids) + len(self.completion_ids)
+        """Tokens that the policy reads, of the prompt and of the turns that were read."""
+        whole = len(self.prompt_ids) + len(self.completion_ids)
+        return len(path(self.branches, whole)) if self.branches else whole
+
+    @property
+    def _read_ids(self) -> list[int]:
+        return self.read_before(len(self.prompt_ids) + len(self.completion_ids))
+
+    def read_before(self, column: int) -> list[int]:
+        """All that the policy had read before a token, counted over prompt and completion."""
+        ids = self.prompt_ids + self.completion_ids
+        return [ids[each] for each in path(self.branches, column)] if self.branches else ids[:column]
 
     @property
     def ids(self) -> list[int]:
         """All that the policy reads before the next token."""
-        return self.prompt_ids + self.completion_ids + self.begun.token_ids
+        return self._read_ids + self.begun.token_ids
+
+    @property
+    def history(self) -> list[Message]:
+        """The messages that the policy reads, its last turn included."""
+        return (self.prompt if self.read_instead is None else self.read_instead) + self.completion[self.read_from :]
 
     @property
     def images(self) -> list[str]:
@@ -69,7 +91,9 @@ class Transcript:
     @property
     def last_read(self) -> list[int]:
         """What the policy has read since it last sampled: the last observation and the generation prompt, at first
-        the whole prompt."""
+        the whole prompt; more of it in a later segment."""
+        if self.branches:
+            return self._read_ids
         start = len(self.action_mask)
         while start and not self.action_mask[start - 1]:
             start -= 1
@@ -125,6 +149,21 @@ class Transcript:
         self.action_mask += [0] * len(ids)
         self.logps += [0.0] * len(ids)
 
+    def begin_segment(self, observations: list[Message], ids: list[int], messages: list[Message] | None) -> None:
+        """Appends what answers the last turn where the policy reads no continuation of it.
+
+        Args:
+            observations (`list[dict]`): the answer.
+            ids (`list[int]`): all that the policy reads next.
+            messages (`list[dict]`, *optional*): the messages that it reads, where they are not all there are.
+        """
+        row = self.prompt_ids + self.completion_ids
+        parent, shared = find_parent(row, self.branches, ids)
+        self.branches.append([len(row), parent])
+        self.add_answer(observations, ids[shared:])
+        if messages is not None:
+            self.read_instead, self.read_from = messages, len(self.completion)
+
     def counts(self) -> dict[str, Any]:
         """How the tools fared, for `Trajectory.info`."""
         return {
@@ -134,6 +173,7 @@ class Transcript:
             "tool_statuses": [result.status for result in self.results],
             "tool_turns": self.result_turns,
             "malformed_calls": self.malformed,
+            **({"segments": len(self.branches) + 1} if self.branches else {}),
         }
 
     def timing(self, seconds: float) -> dict[str, Any]:
@@ -173,4 +213,5 @@ class Transcript:
             logps=self.logps,
             stop_reason=stop_reason,
             info=info,
+            branches=self.branches,
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ..messages import Message
 from .form import Form
@@ -34,12 +34,14 @@ class Endings:
         by_next_role (`dict[str, str]`): where the last turn has no ending, what ends a turn before a message of a
             role: a token of its own, or the marker of the next role, which the policy samples (GLM-4.6).
         trails (`tuple[str]`): blanks that follow a last turn that has no ending.
+        opener (`str`, *optional*): the special token with which messages begin, where they do.
     """
 
     printed: tuple[Ending, ...] = ()
     replaced: tuple[str, ...] = ()
     by_next_role: Mapping[str, str] = field(default_factory=dict)
     trails: tuple[str, ...] = ()
+    opener: str | None = None
 
     def __bool__(self) -> bool:
         return bool(self.printed or self.by_next_role)
@@ -97,6 +99,9 @@ class EndingProbe:
 
     def find(self) -> Endings:
         """The endings; none where the template shows no answer, or prints nothing that could end one."""
+        return replace(self._find(), opener=self._opener())
+
+    def _find(self) -> Endings:
         tail = self._tail(self._answers)
         if tail is None:
             return Endings()

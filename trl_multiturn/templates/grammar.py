@@ -14,12 +14,12 @@ from ..messages import Message
 from .endings import EndingProbe, Endings
 from .form import Form
 from .parts import Part, changes, is_verbatim, parts_of, replaced, surroundings, unmistakable
-from .probes import USER, call_turn, conversations, result, tool_name
+from .probes import USER, call_turn, common_suffix, conversations, result, tool_name
 from .remedies import find_remedies
 from .rendering import Renderer
 from .spans import Measured, SpanFinder
 from .training import training_template
-from .turns import TurnReader
+from .turns import TemplateMismatch, TurnReader
 
 
 @dataclass
@@ -64,17 +64,28 @@ class Grammar:
         """TRL's training template for this one, where there is one."""
         return self._facts.training
 
-    def measure(self, messages: Sequence[Message], first: int) -> Measured:
-        """The rendering of messages in TRL's form, with the spans of the assistant turns from message `first` on.
+    def measure(self, messages: Sequence[Message], first: int, rewritten: bool = True) -> list[Measured]:
+        """The renderings of messages in TRL's form, with the spans of the assistant turns from message `first` on.
+
+        One rendering shows all turns, unless the template rewrites earlier ones: then each turn stands in the
+        rendering that the policy saw.
+
+        Args:
+            messages (`list[dict]`), first (`int`): the conversation, trained from message `first` on.
+            rewritten (`bool`, *optional*, defaults to `True`): whether several renderings are accepted.
 
         Raises:
-            `ValueError`: if the rendering does not show what the policy sampled (see [`SpanFinder`]).
-            [`VanishedPartError`]: if it leaves a part of a message out.
+            `ValueError`: if the renderings do not show what the policy sampled (see [`SpanFinder`]).
+            [`VanishedPartError`]: if they leave a part of a message out.
         """
         messages = self.form.label(messages)
-        measured = self.spans.measure(self.form.fit(messages), first)
+        measured = self._measured(messages, first, rewritten)
         self._refuse_vanished(messages, first, _zones(messages, measured, first))
         return measured
+
+    def _measured(self, messages: Sequence[Message], first: int, rewritten: bool = True) -> list[Measured]:
+        fitted = self.form.fit(messages)
+        return self.spans.segments(fitted, first) if rewritten else [self.spans.measure(fitted, first)]
 
     def check_rendering(self, messages: Sequence[Message], text: str) -> None:
         """Refuses messages, which render as `text`, where the template leaves a part of them out.
@@ -84,10 +95,34 @@ class Grammar:
         """
         self._refuse_vanished(messages, len(messages), [text] * len(messages))
 
-    def proves(self, messages: Sequence[Message]) -> bool:
-        """Whether every turn of a conversation can be measured."""
+    def turn_end_by_difference(self, messages: Sequence[Message], answers: list[Message], text: str) -> int:
+        """Where the last of messages ends in `text`, which shows them and their answers, however the template rewrites
+        the turn; found by rendering it with another last letter.
+
+        Raises:
+            [`TemplateMismatch`]: if that does not show where it ends.
+        """
+        turn = messages[-1]
+        content = str(turn.get("content") or "")
+        other = None
+        if content and not turn.get("tool_calls"):
+            twin = [*messages[:-1], {**turn, "content": f"{content}{'y' if content.endswith('x') else 'x'}"}]
+            other = self.render.attempt(self.form.fit(twin + answers), generation_prompt=True)
+        start = len(text) - len(common_suffix(text, other or ""))
+        endings = [ending.text for ending in self.endings.printed] or [""]
+        lengths = (self.endings.length_at(text, start, ending) for ending in endings)
+        length = next((length for length in lengths if length is not None), None)
+        if other is None or length is None:
+            raise TemplateMismatch(
+                "The assistant turn is rendered otherwise once it was answered, and it cannot be told where it ends: "
+                "the chat template rewrites earlier turns."
+            )
+        return start + length
+
+    def proves(self, messages: Sequence[Message], rewritten: bool) -> bool:
+        """Whether every turn of a conversation can be measured; in several renderings, where these are accepted."""
         try:
-            self.spans.measure(self.form.fit(messages), first=1)
+            self._measured(messages, 1, rewritten)
         except ValueError:
             return False
         return True
@@ -104,11 +139,10 @@ class Grammar:
             return False
         return "probed argument" in text and "probed result" in text
 
-    @cached_property
-    def proven_probes(self) -> int:
+    def proven_probes(self, rewritten: bool) -> int:
         """How many of the probing conversations can be measured; -1 if no turn has an end."""
         name = tool_name(self.render.tools)
-        return sum(map(self.proves, conversations(name))) if self.endings else -1
+        return sum(self.proves(each, rewritten) for each in conversations(name)) if self.endings else -1
 
     def with_remedy(self, error: ValueError, messages: Sequence[Message], first: int) -> ValueError:
         """The error that refused a conversation, with what makes it trainable."""
@@ -144,7 +178,7 @@ class Grammar:
         twins = unmistakable(messages)
         parts = [(index, part) for index, message in enumerate(messages) for part in parts_of(message)]
         try:
-            measured = self.spans.measure(self.form.fit(twins), first)
+            measured = self._measured(twins, first)
         except ValueError:  # a template that accepts some words only: nothing is known then
             return parts
         places = {(index, part.path) for index, part in _not_verbatim(twins, _zones(twins, measured, first))}
@@ -152,13 +186,17 @@ class Grammar:
 
     def _shows(self, messages: Sequence[Message], index: int, part: Part, trained: bool) -> bool:
         """Whether the rendering of a message changes with one of its parts: within the turn, where that is trained."""
-        upto = index + 1 if trained and messages[index]["role"] == "assistant" else len(messages)
         others = [
             [*messages[:index], replaced(messages[index], part, value), *messages[index + 1 :]]
             for value in changes(part)
         ]
-        text, *texts = (self.render.attempt(self.form.fit(each[:upto])) for each in [list(messages), *others])
-        return text not in texts
+        # An assistant's turn is shown where it is the last one: later on a template may leave its reasoning out
+        is_turn = messages[index]["role"] == "assistant"
+        for upto in ([] if trained and is_turn else [len(messages)]) + [index + 1] * is_turn:
+            text, *texts = (self.render.attempt(self.form.fit(each[:upto])) for each in [list(messages), *others])
+            if text not in texts:
+                return True
+        return False
 
 
 def vanished(messages: Sequence[Message], index: int, part: Part) -> VanishedPartError:
@@ -169,13 +207,17 @@ def vanished(messages: Sequence[Message], index: int, part: Part) -> VanishedPar
     )
 
 
-def _zones(messages: Sequence[Message], measured: Measured, first: int) -> list[str]:
-    """Where each message must be shown: a trained turn in its span."""
-    spans = iter(measured.spans)
+def _zones(messages: Sequence[Message], measured: Sequence[Measured], first: int) -> list[str]:
+    """Where each message must be shown: a trained turn in its span, any other in what the next turn read."""
+    spans = iter([(each.text, span) for each in measured for span in each.spans])
+    text, span = next(spans, (measured[-1].text, None))
     zones = []
     for index, message in enumerate(messages):
-        span = next(spans) if message["role"] == "assistant" and index >= first else None
-        zones.append(measured.text if span is None else measured.text[span.start : span.end])
+        if message["role"] == "assistant" and index >= first and span is not None:
+            zones.append(text[span.start : span.end])
+            text, span = next(spans, (measured[-1].text, None))
+        else:
+            zones.append(text)
     return zones
 
 

@@ -67,29 +67,52 @@ class SpanFinder:
             [`TemplateMismatch`]: if no one text shows what the policy saw and sampled in every turn.
             `ValueError`: if the template cannot render the messages.
         """
+        return self._segments(messages, first, rewritten=False)[0]
+
+    def segments(self, messages: Sequence[Message], first: int) -> list[Measured]:
+        """The texts that the policy saw: one for each run of turns that continue one another.
+
+        Where the template rewrites earlier turns, the next turn's prompt begins a text of its own.
+
+        Raises:
+            [`TemplateMismatch`]: if a turn does not continue its prompt.
+            `ValueError`: if the template cannot render the messages.
+        """
+        return self._segments(messages, first, rewritten=True)
+
+    def _segments(self, messages: Sequence[Message], first: int, rewritten: bool) -> list[Measured]:
         places = [i for i in range(first, len(messages)) if messages[i]["role"] == "assistant"]
         turns = [self._reader.read(messages, index, number) for number, index in enumerate(places)]
         if not turns:
-            return Measured(self._render(messages), ())
+            return [Measured(self._render(messages), ())]
         prompts = [turn.prompt for turn in turns[1:]]
         if turns[-1].index < len(messages) - 1:  # the completion ends with what the policy read last
             prompts.append(self._render(messages))
-        text, spans = turns[0].prompt, []
+        segments: list[Measured] = []
+        text, spans = turns[0].prompt, list[Span]()
         for number, turn in enumerate(turns):
             start = len(text)
             text += turn.words
-            end = start + len(turn.words)
-            if number < len(prompts):
-                end = self._joined(text, prompts[number], turn, number)
-                text = prompts[number]
-            else:
+            following = prompts[number] if number < len(prompts) else None
+            end = None if following is None else self._joined(text, following, turn, number, rewritten)
+            ends_here = end is None
+            if end is None:
                 ending = turn.ending or self._endings.closing("tool" if _calls(messages[turn.index]) else "user")
-                end += len(ending)
-                text += ending + turn.trail if turn.ending else ending
+                end = len(text) + len(ending)
+                text += ending + turn.trail if turn.ending and following is None else ending
             if end <= start:
                 raise TemplateMismatch(f"Assistant turn {number} (message {turn.index}) renders to nothing.")
             spans.append(Span(start, end, number))
-        return Measured(text, tuple(spans))
+            if following is not None and ends_here and number + 1 < len(turns):
+                segments.append(Measured(text, tuple(spans)))
+                spans = []
+            if following is not None and (not ends_here or number + 1 < len(turns)):
+                text = following
+        return [*segments, Measured(text, tuple(spans))]
+
+    def check_turn(self, messages: Sequence[Message]) -> None:
+        """Raises [`TemplateMismatch`] where the last message, an assistant's turn, does not continue its prompt."""
+        self._reader.read(messages, len(messages) - 1, 0)
 
     def turn_end(self, text: str, messages: Sequence[Message], alone: str) -> int:
         """End of the last of `messages`, which render as `alone`, in `text`, a rendering that begins with them.
@@ -103,14 +126,21 @@ class SpanFinder:
                 f"The assistant turn (message {len(messages) - 1}) renders with {alone[-40:]!r} at the end, which is "
                 f"not how the chat template ends other turns ({list(self._endings.texts)})."
             )
-        return self._joined(body, text, PolicyTurn(len(messages) - 1, "", "", ending, ""), None)
+        end = self._joined(body, text, PolicyTurn(len(messages) - 1, "", "", ending, ""), None)
+        assert end is not None
+        return end
 
-    def _joined(self, seen: str, following: str, turn: PolicyTurn, number: int | None) -> int:
-        """Where `turn` ends in the `following` prompt, which must begin with all that was `seen` so far."""
+    def _joined(
+        self, seen: str, following: str, turn: PolicyTurn, number: int | None, rewritten: bool = False
+    ) -> int | None:
+        """Where `turn` ends in the `following` prompt, which must begin with all that was `seen` so far; `None` where
+        it may be `rewritten` and is."""
         if following.startswith(seen):
             length = self._endings.length_at(following, len(seen), turn.ending)
             if length is not None:
                 return len(seen) + length
+        if rewritten:
+            return None
         whole = seen + turn.ending
         at = len(commonprefix([whole, following]))
         where = "The assistant turn" if number is None else f"Assistant turn {number}"

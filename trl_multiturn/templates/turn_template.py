@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, lru_cache
 from os.path import commonprefix
 from typing import Any
@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from ..images.vision import Vision, refuse_unseen_images, vision_of
 from ..messages import Message, normalize_messages, normalize_tools, without_flags, without_reasoning
 from ..messages.images import images_in
+from ..segments import RowBuilder
 from .encoding import encode, encode_pieces
 from .grammar import Grammar
 from .probes import ANSWER, USER
@@ -23,9 +24,10 @@ from .turns import TemplateMismatch
 class TurnTemplate:
     """A chat template seen turn by turn: prompts, actions and observations of one conversation, as token ids.
 
-    Works on a copy of the tokenizer; the user's is never changed. The copy carries the user's own template where the
-    template can be proven turn by turn, and TRL's training template of the same family where that proves more (Qwen3
-    drops the thinking of earlier turns; its training template keeps it).
+    Works on a copy of the tokenizer; the user's is never changed. Where the user's template rewrites earlier turns
+    (Qwen3 drops their thinking), each turn is read in the rendering that the policy saw, and a conversation is several
+    token sequences. TRL's training template of the same family, which rewrites nothing, stands in where the user's own
+    cannot be proven turn by turn, or first of all with `training_template=True`.
 
     Args:
         processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]):
@@ -35,6 +37,8 @@ class TurnTemplate:
         drop_reasoning (`bool`, *optional*, defaults to `False`):
             Leave the reasoning of assistant turns (`reasoning_content`, `reasoning`, `thinking`) out of what is
             rendered. Without it, reasoning that the template does not show is an error.
+        training_template (`bool`, *optional*, defaults to `False`):
+            Prefer TRL's training template, where there is one, to several token sequences.
         **chat_template_kwargs:
             Passed on to the template (e.g. `enable_thinking=False`). `chat_template` replaces the tokenizer's own.
 
@@ -55,15 +59,18 @@ class TurnTemplate:
         processing_class: PreTrainedTokenizerBase | ProcessorMixin,
         tools: list | None = None,
         drop_reasoning: bool = False,
+        training_template: bool = False,
         **chat_template_kwargs: Any,
     ):
         self.tools = normalize_tools(tools) or None
         own = chat_template_kwargs.pop("chat_template", None) or template_text(processing_class, self.tools)
         self.chat_template_kwargs = chat_template_kwargs
         self.drop_reasoning = drop_reasoning
+        self.training_template = training_template
         self._own, *others = _grammars(processing_class, own, self.tools, chat_template_kwargs)
         # Stable: the user's own template, where it proves as much
-        self._grammars = sorted([self._own, *others], key=lambda grammar: -grammar.proven_probes)
+        rewritten = not training_template
+        self._grammars = sorted([self._own, *others], key=lambda grammar: -grammar.proven_probes(rewritten))
         self._grammar = self._grammars[0]
         self.processing_class = self._grammar.render.processing_class
         self._tokenizer = self._grammar.render.tokenizer
@@ -105,7 +112,7 @@ class TurnTemplate:
 
     def tokenize(
         self, prompt: Sequence[Message], completion: Sequence[Message], *, with_turns: bool = False
-    ) -> dict[str, list[int]]:
+    ) -> dict[str, list[Any]]:
         """Tokenizes a trajectory with the mask of what the policy sampled.
 
         Args:
@@ -118,9 +125,12 @@ class TurnTemplate:
                 Also return `turn_ids`: per completion token the index of its assistant turn, -1 outside actions.
 
         Returns:
-            `dict[str, list[int]]`: `prompt_ids`, `completion_ids` and `action_mask` (aligned with `completion_ids`).
+            `dict[str, list]`: `prompt_ids`, `completion_ids` and `action_mask` (aligned with `completion_ids`); and
+            `branches`, where the template rewrites earlier turns, so that this is more than one token sequence (see
+            `trl_multiturn.segments`).
             Of messages with images, which have all their tokens in the ids, also `images` (the prompt's),
-            `completion_images`, and `completion_image_tokens`, how many image tokens each of the latter has.
+            `completion_images`, and `completion_image_tokens`, how many image tokens each of the latter has; they are
+            one sequence.
 
         Raises:
             `ValueError`: if the template's rendering does not show what the policy sampled; the message names the
@@ -132,21 +142,30 @@ class TurnTemplate:
         if not completion:
             raise ValueError("The completion holds no message, so there is nothing to train on. Drop the row.")
         measured, grammar = self._measure(prompt + completion, len(prompt))
-        if completion[0]["role"] == "assistant":
-            boundary = measured.spans[0].start
-        else:
-            boundary = len(commonprefix([grammar.render(grammar.form.fit(prompt)), measured.text]))
-        pieces, turns = measured.split(boundary)
-        images = images_in([*prompt, *completion])
-        expansion = self._vision.expand(pieces, images) if images else None
-        ids = encode_pieces(self._tokenizer, pieces if expansion is None else expansion.pieces)
         trains = [flag for flag, message in zip(flags, completion, strict=True) if message["role"] == "assistant"]
-        bits = [int(turn >= 0 and trains[turn]) for turn in turns]
+        images = images_in([*prompt, *completion])
+        expansion = None
+        row, turn_ids = RowBuilder(), list[int]()
+        for number, segment in enumerate(measured):
+            if number or completion[0]["role"] == "assistant":
+                boundary = segment.spans[0].start
+            else:
+                boundary = len(commonprefix([grammar.render(grammar.form.fit(prompt)), segment.text]))
+            pieces, turns = segment.split(boundary)
+            expansion = self._vision.expand(pieces, images) if images else None
+            context, *ids = encode_pieces(self._tokenizer, pieces if expansion is None else expansion.pieces)
+            numbers = [turn for piece, turn in zip(ids, turns, strict=True) for _ in piece]
+            bits = [int(turn >= 0 and trains[turn]) for turn in numbers]
+            row.add(context, [token for piece in ids for token in piece], bits)
+            turn_ids += [-1] * (len(row.ids) - len(turn_ids) - len(numbers)) + numbers
+        start = row.prompt_length
         output: dict[str, list[Any]] = {
-            "prompt_ids": ids[0],
-            "completion_ids": [token for piece in ids[1:] for token in piece],
-            "action_mask": [bit for piece, bit in zip(ids[1:], bits, strict=True) for _ in piece],
+            "prompt_ids": row.ids[:start],
+            "completion_ids": row.ids[start:],
+            "action_mask": row.action_mask[start:],
         }
+        if row.branches:
+            output["branches"] = row.branches
         if expansion is not None:
             seen = len(images_in(prompt))
             output |= {
@@ -155,7 +174,7 @@ class TurnTemplate:
                 "completion_image_tokens": expansion.tokens[seen:],
             }
         if with_turns:
-            output["turn_ids"] = [turn for piece, turn in zip(ids[1:], turns, strict=True) for _ in piece]
+            output["turn_ids"] = turn_ids[start:]
         return output
 
     def sampled_text(self, messages: Sequence[Message]) -> str | None:
@@ -198,7 +217,10 @@ class TurnTemplate:
         def observation_ids(observations: Sequence[Message]) -> list[int]:
             answers = self.normalize(observations, "observations", messages)
             text = render(fit(messages + answers), generation_prompt=True)
-            end = self._grammar.spans.turn_end(text, messages, alone)
+            try:
+                end = self._grammar.spans.turn_end(text, messages, alone)
+            except TemplateMismatch:  # the turn is rendered otherwise once it was answered
+                end = self._grammar.turn_end_by_difference(messages, answers, text)
             if images := images_in(answers):
                 return encode_pieces(self._tokenizer, self._vision.expand([text[:end], text[end:]], images).pieces)[1]
             head, whole = encode_head(text[:end]), self._encode(text)
@@ -207,6 +229,28 @@ class TurnTemplate:
             return encode_pieces(self._tokenizer, [text[:end], text[end:]])[1]
 
         return observation_ids
+
+    def rewrites(self, messages: Sequence[Message], observations: Sequence[Message]) -> bool:
+        """Whether a conversation that ends with an assistant's turn is rendered otherwise once it was answered.
+
+        The policy then reads no continuation of what it had read and sampled. `False` where the template cannot render
+        the messages.
+        """
+        messages, _ = without_flags(self.normalize(messages))
+        messages = self._grammar.form.label(messages)
+        fit, render = self._grammar.form.fit, self._grammar.render
+        answers = self.normalize(observations, "observations", messages)
+        alone, text = render.attempt(fit(messages)), render.attempt(fit(messages + answers), generation_prompt=True)
+        if alone is None or text is None:
+            return False
+        try:
+            self._grammar.spans.check_turn(fit(messages))
+            self._grammar.spans.turn_end(text, messages, alone)
+        except TemplateMismatch:
+            return True
+        except ValueError:
+            return False
+        return False
 
     @property
     def shows_tool_calls(self) -> bool:
@@ -236,17 +280,25 @@ class TurnTemplate:
     def _encode(self, text: str) -> list[int]:
         return encode(self._tokenizer, text)
 
-    def _measure(self, messages: list[Message], first: int) -> tuple[Measured, Grammar]:
-        """The rendering and its turns, under the first of the template and TRL's training template that proves it."""
+    def _measure(self, messages: list[Message], first: int) -> tuple[list[Measured], Grammar]:
+        """The renderings and their turns, under the first of the template and TRL's training template that proves
+        them."""
         errors: list[ValueError] = []
-        for grammar in self._grammars:
+        for grammar, rewritten in self._ways(bool(images_in(messages))):
             if grammar is not self._own and not self._stands_in(grammar, messages, first, errors):
                 continue
             try:
-                return grammar.measure(messages, first), grammar
+                return grammar.measure(messages, first, rewritten), grammar
             except ValueError as error:
                 errors.append(error)
         raise self._own.with_remedy(errors[0], messages, first) from errors[0]
+
+    def _ways(self, with_images: bool) -> Iterator[tuple[Grammar, bool]]:
+        """Templates to try, and whether each may rewrite earlier turns; images stand in one sequence."""
+        if self.training_template or with_images:
+            yield from ((grammar, False) for grammar in self._grammars)
+        if not with_images:
+            yield from ((grammar, True) for grammar in self._grammars)
 
     def _stands_in(self, training: Grammar, messages: list[Message], first: int, errors: list[ValueError]) -> bool:
         """Whether TRL's training template may take the place of the user's own for a conversation.

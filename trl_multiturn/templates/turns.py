@@ -66,7 +66,7 @@ class TurnReader:
                 "token ends it."
             )
         trail = alone[len(body) + len(ending) :]
-        if body.startswith(prompt):
+        if body.startswith(prompt) and not self._opens_a_message(body[len(prompt) :]):
             return PolicyTurn(index, prompt, body[len(prompt) :], ending, trail)
         words = self._words(messages[:index], prompt, body)
         if words is None:
@@ -85,6 +85,10 @@ class TurnReader:
             body, _ = self._endings.split(self._render(messages[: index + 1]))
             header = self._header(messages[:index])
             return None if header is None else body[_shared_length(header, body) :]
+
+    def _opens_a_message(self, words: str) -> bool:
+        """Whether what follows a prompt is the header of a turn, which no policy samples."""
+        return self._endings.opener is not None and words.startswith(self._endings.opener)
 
     def _words(self, before: Sequence[Message], prompt: str, body: str) -> str | None:
         """What was sampled, where the finished turn does not continue its prompt but the difference is known.

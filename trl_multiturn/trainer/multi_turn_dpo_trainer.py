@@ -110,7 +110,7 @@ class MultiTurnDPOTrainer(
         if "margin" in first and isinstance(dataset, Dataset):
             check_column(dataset["margin"], check_margin)
         if row_format == "messages":
-            options = not self._needs_turns(args), getattr(args, "drop_reasoning", False)
+            options = self._rendering_options(args)
             arguments = tokenize_preference_row, processing_class, options, images, map_kwargs
             with _upstream.global_then_local_main_first():
                 dataset = self._tokenize_rows(dataset, *arguments)

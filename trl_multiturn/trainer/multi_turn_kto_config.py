@@ -17,7 +17,7 @@ class MultiTurnKTOConfig(RenderingConfig, PackedConfig, KTOConfig):
 
     This class includes only the parameters that are specific to multi-turn KTO. How batches are computed (`packed`,
     `group_by_prompt`, `max_tokens_per_batch`) is described in [`PackedConfig`], what of messages is rendered
-    (`drop_reasoning`) in [`RenderingConfig`]; for all other parameters please refer
+    (`drop_reasoning`, `training_template`) in [`RenderingConfig`]; for all other parameters please refer
     to the [`~trl.KTOConfig`] documentation. A plain [`~trl.KTOConfig`] works too; the fields below then have
     their defaults.
 

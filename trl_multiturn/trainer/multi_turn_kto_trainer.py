@@ -148,7 +148,7 @@ class MultiTurnKTOTrainer(PackedTrainerMixin, IterativeTrainerMixin, PolicyMixin
         images: bool,
         map_kwargs: dict[str, Any],
     ) -> Dataset | IterableDataset:
-        options = not self._needs_turns(args), getattr(args, "drop_reasoning", False)
+        options = self._rendering_options(args)
         if columns_read(first) >= {"chosen", "rejected"}:
             if not images:
                 return tokenize_interleaved(dataset, processing_class, *options, **map_kwargs)

@@ -69,13 +69,17 @@ class PackedTrainerMixin(TrainerHost):
         for prefix in noted:
             parents = inputs.pop(f"{prefix}token_parents")
             note_branches(inputs[f"{prefix}input_ids"], inputs[f"{prefix}attention_mask"], parents)
+        self.expand_models()
+        return inputs
+
+    def expand_models(self) -> None:
+        """Let the models read batches that branch where the packed path does not."""
         for model, _ in self._packable_models():
             expand_calls(model)
         value_model = getattr(self.accelerator.unwrap_model(self.model), "value_model", None)
         backbone = getattr(value_model, "backbone", None)
         if backbone is not None:
             expand_calls(without_adapters(backbone), scores=False)
-        return inputs
 
     def training_step(self, model, inputs, *args, **kwargs):
         budget = getattr(self.args, "max_tokens_per_batch", None)

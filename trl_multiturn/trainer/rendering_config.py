@@ -15,6 +15,10 @@ class RenderingConfig:
         drop_reasoning (`bool`, *optional*, defaults to `False`):
             Whether the reasoning of assistant turns (`reasoning_content`, `reasoning`, `thinking`) is left out of what
             is rendered and trained. Without it, a row whose reasoning the chat template does not show is refused.
+        training_template (`bool`, *optional*, defaults to `False`):
+            Where the chat template rewrites earlier turns (it strips their thinking), whether rows are rendered with
+            TRL's training template of its family, if there is one. By default a row is the token sequences that the
+            policy saw, one for each time that its history was rewritten.
     """
 
     drop_reasoning: bool = field(
@@ -22,5 +26,12 @@ class RenderingConfig:
         metadata={
             "help": "Whether the reasoning of assistant turns is left out of what is rendered and trained. Without "
             "it, rows whose reasoning the chat template does not show are refused."
+        },
+    )
+    training_template: bool = field(
+        default=False,
+        metadata={
+            "help": "Where the chat template rewrites earlier turns, whether rows are rendered with TRL's training "
+            "template of its family. By default a row is the token sequences that the policy saw."
         },
     )

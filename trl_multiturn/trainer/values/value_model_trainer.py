@@ -19,9 +19,11 @@ from ...data.value_rows import DataCollatorForTrajectories
 from ...losses import oreo_value_loss, outcome_classification_loss
 from ...models.value_model import ValueModel
 from ...models.value_quality import calibration_error, calibration_sums
-from ...packing.decoder import PackedDecoder
+from ...packing.decoder import PackedDecoder, without_adapters
 from ...packing.eligibility import decoder_self_test, reason_against_packing
+from ...packing.expanded import expand_calls
 from ...packing.plan import PlanCache
+from ...packing.sequences import check_branches_were_read
 from ...trajectory import Trajectory
 from ..packed import PackedTrainerMixin
 from .value_based import VALUE_MODEL_FOLDER, prompts_of
@@ -177,7 +179,9 @@ class ValueModelTrainer(PackedTrainerMixin, Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         self.install_packed_forwards()
+        inputs = self.note_branches(inputs)
         outputs = model(inputs["input_ids"], inputs["attention_mask"], raw=True)[:, :-1]
+        check_branches_were_read(inputs["input_ids"])
         mask = inputs["completion_mask"][:, 1:].bool()
         if self.value_model.objective == "classification":
             loss = outcome_classification_loss(outputs, inputs["reward"], mask)
@@ -205,6 +209,11 @@ class ValueModelTrainer(PackedTrainerMixin, Trainer):
         prefix = kwargs.get("metric_key_prefix", "eval")
         metrics = {**(output.metrics or {}), **{f"{prefix}_{name}": value for name, value in quality.items()}}
         return output._replace(metrics=metrics)
+
+    def expand_models(self) -> None:
+        backbone = self.value_model.backbone
+        assert backbone is not None, "a value model without a backbone reads no tokens"
+        expand_calls(without_adapters(backbone), scores=False)
 
     def install_packed_forwards(self) -> None:
         """Decide, once, whether batches are packed."""

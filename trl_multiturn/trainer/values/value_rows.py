@@ -9,7 +9,7 @@ from typing import Any
 from datasets import Dataset
 
 from ...data.row_checks import find_format, first_row
-from ...data.tokenization import row_tokenization_kwargs, tokenize_numbered_row, tokenize_unpaired_row
+from ...data.tokenization import FIRST_SEGMENT, row_tokenization_kwargs, tokenize_numbered_row, tokenize_unpaired_row
 from ...data.truncation import UNPAIRED_SIDES
 from ...data.unpaired import tokenize_interleaved
 from ...data.value_rows import finish_rows
@@ -48,6 +48,7 @@ def trajectory_rows(trajectories: Sequence[Trajectory], binary_outcomes: bool) -
                 "prompt_ids": trajectory.prompt_ids,
                 "completion_ids": trajectory.completion_ids,
                 "action_mask": trajectory.action_mask,
+                "branches": FIRST_SEGMENT + trajectory.branches,
                 "reward": outcome,
                 "label": correct,
             }
@@ -99,11 +100,12 @@ def _token_rows(rows: Dataset, tokenizer: Any, args: Any, name: str) -> Dataset:
     if tokenizer is None:
         raise ValueError("Rows of messages need a tokenizer. Pass `processing_class=`, or token rows.")
     map_kwargs: dict[str, Any] = {"num_proc": args.dataset_num_proc, "desc": f"Tokenizing {name} dataset"}
+    options = False, args.drop_reasoning, args.training_template
     if columns_read(first) >= {"chosen", "rejected"}:
-        tokens = tokenize_interleaved(rows, tokenizer, False, args.drop_reasoning, **map_kwargs)
+        tokens = tokenize_interleaved(rows, tokenizer, *options, **map_kwargs)
         assert isinstance(tokens, Dataset)
         return tokens
-    fn_kwargs = row_tokenization_kwargs(rows, tokenizer, tokenize_unpaired_row, False, args.drop_reasoning)
+    fn_kwargs = row_tokenization_kwargs(rows, tokenizer, tokenize_unpaired_row, *options)
     return rows.map(tokenize_numbered_row, with_indices=True, fn_kwargs=fn_kwargs, **map_kwargs)
 
 
