@@ -6,6 +6,7 @@ import pytest
 
 from tests.support import TOOLS, assistant, byte_tokenizer, call, render_actions, result, user
 from tests.templates.chatml import CALLS, TEXT, chatml, tokenizer
+from trl_multiturn.segments import split_segments
 from trl_multiturn.templates import TurnTemplate
 
 
@@ -92,5 +93,9 @@ def test_the_prompt_is_what_the_policy_saw_where_only_the_last_user_turn_shows_t
     row = template.tokenize(prompt, [assistant("A")])
     assert row["prompt_ids"] == template.prompt_ids(prompt)
     assert render_actions(processing_class, row) == ["A<|im_end|>"]
-    with pytest.raises(ValueError, match="rewrites earlier turns.*write the system message into"):
-        template.tokenize(prompt, [assistant("A"), user("Question"), assistant("B")])
+    row = template.tokenize(prompt, [assistant("A"), user("Question"), assistant("B")])
+    first, second = split_segments(
+        *(row[name] for name in ("prompt_ids", "completion_ids", "action_mask", "branches"))
+    )
+    assert second.context_ids == template.prompt_ids([*prompt, assistant("A"), user("Question")])
+    assert render_actions(processing_class, row) == ["A<|im_end|>", "B<|im_end|>"]

@@ -23,6 +23,7 @@ from tests.support import (
     template_text,
     user,
 )
+from trl_multiturn.segments import path, split_segments
 from trl_multiturn.templates import TurnTemplate
 
 
@@ -77,10 +78,10 @@ REFUSALS = [
     (NEMOTRON, EVERY - {"reasoning_last"}, "the prompt that the policy continues ends with"),
     # Thinking is switched off in the generation prompt, and the row has some
     (["qwen3_5_nothink"], {"reasoning", "reasoning_last"}, "the prompt that the policy continues ends with"),
-    (["glm4moe", "gptoss", "gemma4_v5", "diffusion_gemma", *LFM25], {"reasoning"}, "rewrites earlier turns"),
     # Words beside a call: printed after the result, as reasoning that is dropped later, or not at all
-    (GEMMA4, {"words_and_call"}, "rewrites earlier turns"),
-    (["diffusion_gemma", "gptoss"], {"words_and_call"}, "the prompt that the policy continues ends with"),
+    # After a result the prompt ends without a header, and the rendered turn has one
+    (["diffusion_gemma"], WITH_TOOLS, "the prompt that the policy continues ends with"),
+    (["gptoss"], {"words_and_call"}, "the prompt that the policy continues ends with"),
     ([*LLAMA3, "muse_glimmer"], {"words_and_call"}, "leaves out its text ('W0w')"),
     (["gptoss"], {"parallel"}, "leaves out the argument `a` (3) of its tool call 2"),
     (LLAMA3, {"parallel"}, "cannot render"),
@@ -120,7 +121,7 @@ def replay(tokenizer, template: TurnTemplate, messages, first: int) -> None:
             return_dict=True,
             **template.chat_template_kwargs,
         )["input_ids"]
-        assert ids[:start] == seen
+        assert [ids[column] for column in path(row.get("branches", []), start)] == seen
         action = tokenizer.decode(ids[start : start + length])
         assert message["content"] in action
         for tool_call in message.get("tool_calls", []):
@@ -180,23 +181,39 @@ def test_a_switch_that_matches_the_data_lifts_a_refusal():
     assert render_actions(tokenizer, row) == ["A<|im_end|>"]
 
 
+THOUGHT = [assistant("A", reasoning_content="R"), user("Q"), assistant("B", reasoning_content="S")]
+
+
+def test_a_template_that_strips_thinking_is_read_as_the_policy_saw_it():
+    tokenizer = byte_tokenizer("qwen3")
+    row = TurnTemplate(tokenizer).tokenize([user("Q")], THOUGHT)
+    first, second = split_segments(
+        *(row[name] for name in ("prompt_ids", "completion_ids", "action_mask", "branches"))
+    )
+    assert tokenizer.decode(first.completion_ids) == "<think>\nR\n</think>\n\nA<|im_end|>"
+    assert tokenizer.decode(second.completion_ids) == "<think>\nS\n</think>\n\nB<|im_end|>\n"
+    shown = tokenizer.apply_chat_template([user("Q"), *THOUGHT[:2]], tokenize=False, add_generation_prompt=True)
+    assert tokenizer.decode(second.context_ids) == shown and "R" not in shown
+
+
 def test_training_template_keeps_what_the_own_template_rewrites():
     tokenizer = byte_tokenizer("qwen3")
     before = copy.deepcopy(tokenizer.chat_template)
-    template = TurnTemplate(tokenizer)
+    template = TurnTemplate(tokenizer, training_template=True)
     row = template.tokenize([user("Q")], [assistant("A", reasoning_content="R"), user("Q"), assistant("B")])
+    assert "branches" not in row
     assert render_actions(tokenizer, row)[0] == "<think>\nR\n</think>\n\nA<|im_end|>"
     assert tokenizer.chat_template == before and template.processing_class is not tokenizer
 
 
-def test_an_edited_template_is_measured_or_refused():
+def test_an_edited_template_is_measured():
     edited = template_text("qwen2_5") + "{# edited #}"
     row = TurnTemplate(byte_tokenizer(edited)).tokenize([user("Q")], [assistant("A")])
     assert row["action_mask"] == [1, 1, 0]
     other = template_text("qwen3").replace("<|im_start|>", "<|begin|>")  # no training template behaves so
-    assert TurnTemplate(byte_tokenizer(other)).tokenize([user("Q")], [assistant("A")])["action_mask"][-2:] == [1, 0]
-    with pytest.raises(ValueError, match="Assistant turn 0 .* rewrites earlier turns"):
-        TurnTemplate(byte_tokenizer(other)).tokenize([user("Q")], [assistant("A"), user("Q"), assistant("B")])
+    for switch in (False, True):
+        row = TurnTemplate(byte_tokenizer(other), training_template=switch).tokenize([user("Q")], THOUGHT)
+        assert len(row["branches"]) == 1
 
 
 def test_template_without_an_end_of_turn_is_refused():
@@ -259,7 +276,7 @@ TOKEN_EXACT = ["qwen2_5", "qwen3", "qwen3_5_think", "llama3_1", "gemma4", "gemma
 def test_tokens_in_tokens_out(name):
     """prompt_ids + sampled + observation_ids + sampled … is what `tokenize` gives for the same messages."""
     tokenizer = byte_tokenizer(name)
-    template = TurnTemplate(tokenizer, TOOLS)
+    template = TurnTemplate(tokenizer, TOOLS, training_template=True)
     prompt = [user("Q")]
     completion = [call(1, 2), result("3"), call(3, 4), result("7"), assistant("7"), user("Sure?"), assistant("Yes")]
     row = template.tokenize(prompt, completion, with_turns=True)

@@ -140,14 +140,14 @@ class Conversation:
         messages = rewritten(self._rewrite, history + observations)
         if messages is not None:
             try:
-                return self.template.prompt_ids(messages), messages
+                return self.template.prompt_ids(messages, check=False), messages
             except ValueError as error:
                 raise UnrenderableHistory(
                     f"`rewrite_history` returned messages that cannot be read. {error}"
                 ) from error
         if self._follows_template and self.template.rewrites(history, observations):
             try:
-                return self.template.prompt_ids(history + observations), None
+                return self.template.prompt_ids(history + observations, check=False), None
             except ValueError:  # the policy's doing
                 return None
         return None

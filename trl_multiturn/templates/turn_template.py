@@ -82,8 +82,15 @@ class TurnTemplate:
                 "assistant turns, e.g. with the tokenizer's `eos_token`."
             )
 
-    def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
+    def prompt_ids(self, messages: Sequence[Message], check: bool = True) -> list[int]:
         """Ids of `messages` followed by the generation prompt: what the policy continues.
+
+        Args:
+            messages (`list[dict]`):
+                The conversation so far.
+            check (`bool`, *optional*, defaults to `True`):
+                Whether parts of messages that the template leaves out are an error. Of turns that a policy wrote it
+                may leave out what it likes.
 
         Raises:
             `ValueError`: if the template cannot render them, or leaves a part of them out.
@@ -91,7 +98,8 @@ class TurnTemplate:
         messages, _ = without_flags(self.normalize(messages))
         try:
             text = self._grammar.render(self._grammar.form.fit(messages), generation_prompt=True)
-            self._grammar.check_rendering(messages, text)
+            if check:
+                self._grammar.check_rendering(messages, text)
         except ValueError as error:
             raise self._grammar.with_remedy(error, messages, len(messages)) from error
         images = images_in(messages)
