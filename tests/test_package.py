@@ -68,7 +68,7 @@ LAYERS = {
     },
     # what there is to see of all that; nothing rests on it
     "viewer": {"data", "distributed", "journal", "messages", "models", "online", "rollout", "trajectory", "verify"}
-    | {"_lazy", "formats", "version"},
+    | {"_lazy", "formats", "packing", "segments", "version"},
     # never rows, rollouts, tools, engines or verifiers: offline training needs none of them
     "trainer": {
         "_upstream",

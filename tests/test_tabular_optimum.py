@@ -15,6 +15,8 @@ from trl_multiturn.losses import (
     terminal_rewards,
     turn_ids,
 )
+from trl_multiturn.packing.sequences import Sequences
+from trl_multiturn.segments import RowBuilder
 from trl_multiturn.tabular import Paths, TabularToolMDP
 
 
@@ -223,6 +225,47 @@ def test_mdpo_reaches_the_optimum_with_certain_tools():
     model = Tabular(mdp)
     model.train(lambda: mdpo_loss(model, paths), steps=600)
     assert model.policy_error(optimum, paths) < 1e-3
+
+
+class Rewritten(Tabular):
+    """The agent whose history is replaced by a summary before each turn: it reads one token, which names the state."""
+
+    def __init__(self, mdp: TabularToolMDP, paths: Paths):
+        super().__init__(mdp)
+        row = RowBuilder()
+        rows = torch.stack([100 + paths.states, paths.actions], dim=2).flatten(1)
+        for summary, action in rows[0].view(-1, 2).tolist():
+            row.add([summary], [action])
+        parents = torch.arange(-1, rows.size(1) - 1)
+        for start, parent in row.branches:
+            parents[start] = parent
+        self.sequences = Sequences(rows, torch.ones_like(rows), parents.repeat(len(rows), 1))
+        assert self.sequences.input_ids.size(1) == 2  # nothing else is read
+
+    def tensors(self, paths: Paths):
+        state, action = self.sequences.input_ids[:, 0] - 100, self.sequences.input_ids[:, 1]
+        log_ratios = self.sequences.gather(self.log_ratios()[state, action].unsqueeze(1))
+        values = self.sequences.unpack(self.values[state].view(-1, 1, 1).expand(-1, 2, 1))[:, :-1, 0]
+        return values, log_ratios, paths.rewards, column_mask(paths)
+
+
+@pytest.mark.parametrize("name", ["oreo-token", "oreo-step", "dqo-1.0", "mdpo"])
+def test_training_reaches_the_optimum_where_histories_are_rewritten(name):
+    mdp, paths = make(stochastic=False)
+    optimum = mdp.solve(BETA)
+    model = Rewritten(mdp, paths)
+
+    def loss():
+        if name != "mdpo":
+            return sum(LOSSES[name](model, paths))
+        _, log_ratios, rewards, mask = model.tensors(paths)
+        scores = BETA * log_ratios.masked_fill(mask == 0, 0).sum(dim=1)
+        gaps = scores.unsqueeze(1) - scores.unsqueeze(0)
+        preferred = (rewards.unsqueeze(1) - rewards.unsqueeze(0)).sigmoid()
+        return -(preferred * F.logsigmoid(gaps) + (1 - preferred) * F.logsigmoid(-gaps)).mean()
+
+    model.train(loss, steps=600)
+    assert model.policy_error(optimum, paths) < 2e-3
 
 
 @pytest.fixture(scope="module")

@@ -55,6 +55,7 @@ class IterationReport:
         unused (`dict[str, int]`): rollouts that were not dropped and are in no row, by why ([`Selection`]).
         reward_errors (`int`): rollouts on which a reward function raised; they are among the undecided.
         stop_reasons (`dict[str, int]`): rollouts by stop reason.
+        segments (`int`): token sequences of all trajectories; 0 in reports from before they were counted.
         tool_calls, tool_failures (`int`): calls, and how many of them ended in an error the policy saw.
         rollout_seconds, train_seconds, eval_seconds (`float`): wall time by stage.
         evaluation (`dict[str, float]`, *optional*): metrics of the policy *after* the iteration on held-out prompts.
@@ -79,6 +80,7 @@ class IterationReport:
     unused: dict[str, int] = field(default_factory=dict)
     reward_errors: int = 0
     stop_reasons: dict[str, int] = field(default_factory=dict)
+    segments: int = 0
     tool_calls: int = 0
     tool_failures: int = 0
     rollout_seconds: float = 0.0
@@ -112,6 +114,7 @@ class IterationReport:
         verdict, stop_reason = trajectory.verdict.value, trajectory.stop_reason.value
         setattr(self, verdict, getattr(self, verdict) + 1)
         self.stop_reasons[stop_reason] = self.stop_reasons.get(stop_reason, 0) + 1
+        self.segments += len(trajectory.branches) + 1
         self.tool_calls += trajectory.info.get("tool_calls", 0)
         self.tool_failures += trajectory.info.get("tool_errors", 0)
         self.reward_errors += "reward_errors" in trajectory.info
@@ -129,6 +132,7 @@ class IterationReport:
             "rollout/time_s": self.rollout_seconds,
             "tools/call_frequency": self.tool_calls / max(self.trajectories, 1),
             "tools/failure_frequency": self.tool_failures / max(self.tool_calls, 1),
+            **({"rollout/segments": self.segments / self.trajectories} if self.segments > self.trajectories else {}),
             **({"rollout/reward_errors": self.reward_errors} if self.reward_errors else {}),
             **{f"data/dropped_{name}": count for name, count in self.dropped.items()},
             **{f"data/unused_{name}": count for name, count in self.unused.items()},
@@ -193,6 +197,9 @@ def iteration_table(reports: list[IterationReport], start: dict[str, float] | No
     for name in ("iteration", "rollouts", "correct %", "rows", "tool calls", "failed", "pass@1 % ± s.e.", "seconds"):
         table.add_column(name, justify="right")
     table.add_column("in no row")
+    rewritten = any(r.segments > r.trajectories for r in reports)
+    if rewritten:
+        table.add_column("segments", justify="right")
     if start:
         table.add_row("start", *[""] * 5, _pass_at_1(start))
     for r in reports:
@@ -206,6 +213,7 @@ def iteration_table(reports: list[IterationReport], start: dict[str, float] | No
             _pass_at_1(r.evaluation),
             f"{r.rollout_seconds + r.train_seconds + r.eval_seconds:.0f}",
             Text(visible("\n".join(f"{name} {count}" for name, count in _in_no_row(r).items())) or "–"),
+            *([f"{r.segments / max(r.trajectories, 1):.2f}"] if rewritten else []),
         )
     return table
 

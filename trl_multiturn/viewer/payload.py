@@ -13,6 +13,7 @@ import numpy as np
 
 from ..data.images.shown import with_thumbnails
 from ..online.report import explain_reasons
+from ..segments import segment_changes
 from ..version import __version__
 from .record import LAYERS, PairRecord, Record, Source, turn_spans
 from .token_texts import other_tokenizer, token_texts
@@ -273,7 +274,8 @@ def _text(record: Record) -> dict[str, Any]:
 
 
 def _tokens(record: Record) -> dict[str, Any]:
-    """Ids, turns as `start, stop, start, stop, …`, and layers with one whole number per *sampled* token."""
+    """Ids, turns as `start, stop, start, stop, …`, and layers with one whole number per *sampled* token; of each
+    further segment its first token, the tokens that it reads again, and how many it no longer reads."""
     sampled = np.flatnonzero(record.action_mask)
     layers = {name: _units(np.asarray(numbers, float)[sampled]) for name, numbers in record.layers.items()}
     entry: dict[str, Any] = {
@@ -283,6 +285,13 @@ def _tokens(record: Record) -> dict[str, Any]:
     }
     if record.kept is not None and record.kept < len(record.completion_ids):
         entry["kept"] = record.kept
+    if record.branches:
+        length = len(record.prompt_ids) + len(record.completion_ids)
+        changes = segment_changes(record.branches, record.action_mask, length)
+        entry["segments"] = [
+            [start - len(record.prompt_ids), change.kept, len(change.removed)]
+            for (start, _), change in zip(record.branches, changes, strict=True)
+        ]
     return entry
 
 

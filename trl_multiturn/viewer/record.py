@@ -36,6 +36,7 @@ class Record:
         id (`str`): unique in its source, and the same whenever the same source is read: deep links hold it.
         prompt, completion (`list[dict]`): messages; empty where only tokens are known.
         prompt_ids, completion_ids, action_mask (`list[int]`): tokens; empty where only messages are known.
+        branches (`list[list[int]]`): where the tokens are more than one sequence (see `trl_multiturn.segments`).
         layers (`dict[str, Sequence[float]]`): numbers per completion token, by a name of `LAYERS`.
         split (`str`): `"rollout"`, `"evaluation"`, `"row"`.
         iteration (`int`, *optional*): of a rollout, from 1; of an evaluation, iterations trained before it.
@@ -52,6 +53,7 @@ class Record:
     prompt_ids: list[int] = field(default_factory=list)
     completion_ids: list[int] = field(default_factory=list)
     action_mask: list[int] = field(default_factory=list)
+    branches: list[list[int]] = field(default_factory=list)
     layers: dict[str, Sequence[float]] = field(default_factory=dict)
     split: str = "row"
     iteration: int | None = None
@@ -90,6 +92,7 @@ class Record:
             prompt_ids=trajectory.prompt_ids,
             completion_ids=trajectory.completion_ids,
             action_mask=trajectory.action_mask,
+            branches=trajectory.branches,
             layers={} if trajectory.logps is None else {"logps": trajectory.logps},
             split=split,
             iteration=None if iteration is None else iteration + 1,

@@ -10,10 +10,12 @@ from typing import Any
 from datasets import DatasetDict, load_from_disk
 
 from ..data.tokenization import tokenize_preference_row, tokenize_unpaired_row
+from ..data.turns import branches_column
 from ..formats import images_of
 from ..journal.journal import Journal
 from ..messages import normalize_messages
 from ..messages.images import before_first_user_turn, fill_placeholders, images_in, with_portable_images
+from ..segments import branches_of
 from ..trajectory import Trajectory, Verdict
 from .record import PairRecord, Record, Source, prompt_key, token_rewards
 
@@ -133,6 +135,7 @@ def _side(row: Mapping[str, Any], name: str, number: int, notes: list[str]) -> R
         completion=completion,
         prompt_ids=list(row.get("prompt_ids") or []),
         completion_ids=list(row.get(f"{name}_ids") or []),
+        branches=branches_of(row.get(branches_column(f"{name}_ids"))),
         action_mask=list(row.get(f"{name}_action_mask" if paired else "action_mask") or []),
         layers={short: row[long] for short, long in _layer_columns(row, paired)},
         iteration=info["iteration"] + 1 if "iteration" in info else None,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..data.columns import in_batches
 from ..models.value_model import ValueModel
+from ..packing.sequences import Sequences
 from .record import Record
 
 
@@ -62,10 +63,26 @@ def _score(records: list[Record], scorers: dict[str, Forward]) -> None:
     for row, record in enumerate(records):
         ids[row, : _length(record)] = torch.tensor(record.prompt_ids + record.completion_ids)
         mask[row, : _length(record)] = 1
+    sequences = _sequences(records, ids, mask)
     for layer, forward in scorers.items():
-        numbers = forward(ids, mask).float().cpu()
+        if sequences is None:
+            numbers = forward(ids, mask).float().cpu()
+        else:
+            read = forward(sequences.input_ids, sequences.attention_mask).float().cpu()
+            numbers = sequences.unpack(read[..., None])[..., 0]
         for row, record in enumerate(records):
             record.layers[layer] = numbers[row, len(record.prompt_ids) : _length(record)].tolist()
+
+
+def _sequences(records: list[Record], ids: Tensor, mask: Tensor) -> Sequences | None:
+    """The token sequences of records of which some are more than one; `None` where none is."""
+    if not any(record.branches for record in records):
+        return None
+    parents = torch.arange(-1, ids.shape[1] - 1).repeat(len(ids), 1)
+    for row, record in enumerate(records):
+        for start, parent in record.branches:
+            parents[row, start] = parent
+    return Sequences(ids, mask, parents)
 
 
 class _LogProbs:

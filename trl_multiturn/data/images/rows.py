@@ -29,6 +29,7 @@ def tokenize_image_rows(
     sides: Sides,
     all_tokens: bool = False,
     drop_reasoning: bool = False,
+    training_template: bool = False,
     **map_kwargs: Any,
 ) -> Dataset | IterableDataset:
     """Tokenizes rows of messages with images, each expanded to its tokens; see [`tokenize_numbered_row`].
@@ -38,14 +39,15 @@ def tokenize_image_rows(
             Rows of messages.
         processing_class ([`~transformers.ProcessorMixin`]):
             Processor.
-        tokenize (`Callable`), all_tokens (`bool`), drop_reasoning (`bool`):
+        tokenize (`Callable`), all_tokens (`bool`), drop_reasoning (`bool`), training_template (`bool`):
             As in [`row_tokenization_kwargs`].
         sides (`tuple[tuple[str, str], ...]`):
             `(ids, mask)` column names.
     """
     moves = moves_images(dataset)
     tokenize = partial(_tokenize_with_images, tokenize=tokenize, sides=sides, moves=moves)
-    fn_kwargs = row_tokenization_kwargs(dataset, processing_class, tokenize, all_tokens, drop_reasoning)
+    options = all_tokens, drop_reasoning, training_template
+    fn_kwargs = row_tokenization_kwargs(dataset, processing_class, tokenize, *options)
     if moves:
         dataset = undecoded(dataset)
         map_kwargs["features"] = token_features(dataset, sides)

@@ -86,7 +86,7 @@ class ImageRowsMixin(TrainerHost):
         dataset: Dataset | IterableDataset,
         tokenize: Tokenize,
         processing_class: Any,
-        options: tuple[bool, bool],
+        options: tuple[bool, bool, bool],
         images: bool,
         map_kwargs: dict[str, Any],
     ) -> Dataset | IterableDataset:

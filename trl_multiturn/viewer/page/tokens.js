@@ -95,13 +95,15 @@ function tokenView(entry, vocabulary, options) {
   const numbers = options.layer === "trained" ? null : layerNumbers(entry, options.layer);
   const largest = numbers ? largestOf(numbers) : 1;
   const turnOf = turnNumbers(entry);
+  // Where a token sequence begins that does not continue the one before: [token, tokens read again, tokens no longer read]
+  const segments = new Map((entry.segments || []).map(([k, again, gone], i) => [k, `segment ${i + 2}: reads ${again} tokens again, ${gone} no longer`]));
   const span = (text, k, id) => {
     const shade = k < 0 || !turnOf[k] ? "" : numbers ? shadeOf(options.layer, numbers[k], largest) : "trained";
     const cut = entry.kept !== undefined && k >= entry.kept ? " cut" : "";
     const mark = k === options.different ? " different" : "";
     const line = /\n/.test(text);
     return h("span", { class: `t ${k >= 0 && turnOf[k] ? shade : "context"}${cut}${mark}`, "data-k": k, "data-id": id },
-      visible(text.replaceAll("\n", "↵\n")), line ? null : "");
+      segments.has(k) ? h("span", { class: "segment" }, segments.get(k)) : null, visible(text.replaceAll("\n", "↵\n")), line ? null : "");
   };
   const texts = tokenTexts(entry.ids, vocabulary);
   const spans = (start, stop) => () => texts.slice(start, stop).map((text, k) => span(text, start + k, entry.ids[start + k]));
