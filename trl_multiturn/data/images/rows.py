@@ -16,7 +16,7 @@ from datasets import Dataset, Features, Image, IterableDataset, List, Value
 from ...formats import IMAGE_COLUMNS, PROMPT_IMAGES, SIDES_WITH_IMAGES, holds_image_parts, holds_own_images, images_of
 from ...images.vision import Vision, vision_of
 from ..tokenization import Tokenize, row_tokenization_kwargs, tokenize_numbered_row
-from ..turns import columns_of_turns
+from ..turns import branches_column, columns_of_turns
 
 
 Sides = tuple[tuple[str, str], ...]
@@ -105,7 +105,7 @@ def token_features(dataset: Dataset | IterableDataset, sides: Iterable[tuple[str
     for ids, mask in sides:
         side = ids.removesuffix("_ids")
         added |= dict.fromkeys((ids, mask, *columns_of_turns(ids)), numbers)
-        added |= {f"{side}_images": images, f"{side}_image_tokens": numbers}
+        added |= {f"{side}_images": images, f"{side}_image_tokens": numbers, branches_column(ids): List(numbers)}
     return Features({**dataset.features, **added})
 
 
