@@ -18,8 +18,8 @@ The rooms are made up and not those of AI2-THOR, so these numbers are no numbers
 pip install "trl-multiturn[alfworld]"
 python examples/alfworld_oreo.py --seed 0
 ```
-Most of the time is ALFWorld's engine's; further seeds reuse its games and episodes. Results:
-`benchmarks/results/alfworld.md`.
+Further seeds reuse games and episodes. The small policy must imitate for long before it copies the names of things
+from what it sees: after 5 epochs it does not yet (`benchmarks/results/environments.md`).
 
 # A pretrained policy, the embedded episodes or ALFWorld's data
 ```bash
@@ -86,7 +86,7 @@ class ALFWorldScriptArguments(ScriptArguments):
     )
     won_per_game: int = field(default=3, metadata={"help": "Episodes of a game to learn from, of those won."})
     lost_per_game: int = field(default=2, metadata={"help": "And of those lost."})
-    imitation_epochs: int = field(default=6, metadata={"help": "Epochs of behavior cloning."})
+    imitation_epochs: int = field(default=40, metadata={"help": "Epochs of behavior cloning."})
     methods: list[str] = field(default_factory=lambda: [*METHODS], metadata={"help": f"Among {', '.join(METHODS)}."})
     best_of: int = field(default=5, metadata={"help": "Commands among which the value model chooses (K)."})
 

@@ -38,8 +38,7 @@ accelerate launch examples/textworld_oreo.py \
     --output_dir Qwen2.5-1.5B-TextWorld-OREO-LoRA
 ```
 
-ALFWorld's own games run in the same class where its data is installed: give rows whose `game` is the path of a
-`.tw-pddl` file, and `functools.partial(TextWorldEnvironment, wrappers=[AlfredDemangler()])` as the environment.
+ALFWorld has an example of its own, `alfworld_oreo.py`.
 """
 
 import argparse

@@ -139,3 +139,17 @@ def test_games_in_the_layout_of_alfworlds_data_are_found(games, tmp_path):
     assert sorted(row["task_type"] for row in found) == sorted([games[0]["task_type"], games[2]["task_type"]])
     assert {tuple(row["walkthrough"]) for row in found} == {tuple(games[i]["walkthrough"]) for i in (0, 2)}
     assert all(Path(row["game"]).name == "game.tw-pddl" for row in found)
+
+
+@pytest.mark.slow
+def test_spelling_out_each_command_once_changes_no_word(games, monkeypatch):
+    from trl_multiturn.tools.alfworld import ALFWorldEnvironment
+
+    def observations():
+        environment = ALFWorldEnvironment(admissible_commands=True)
+        first = environment.reset(**games[5])
+        return [first, *(environment.act(command) for command in games[5]["walkthrough"])]
+
+    quick = observations()
+    monkeypatch.setattr(ALFWorldEnvironment, "_prepare", lambda self, game: None)
+    assert observations() == quick and "Admissible commands: " in quick[1]
