@@ -17,7 +17,7 @@ class Arm:
     """One method with its switches.
 
     Attributes:
-        method (`str`): `"none"`, `"sft"`, `"dpo"`, `"kto"`, `"oreo"` or `"dqo"`.
+        method (`str`): `"none"`, `"sft"`, `"dpo"`, `"kto"`, `"oreo"`, `"dqo"` or `"group"` (group regression).
         args (`dict`): over the trainer's configuration.
         rollout (`dict`): over [`RolloutConfig`]; online arms only.
         loop (`dict`): over [`ToolRolloutGenerator`]'s arguments; online arms only.
@@ -42,6 +42,7 @@ METHOD_ARGS: dict[str, dict[str, Any]] = {
     "kto": {"learning_rate": 3e-4, "beta": 0.5, "precompute_ref_log_probs": True},
     "oreo": {"learning_rate": 2e-4, "beta": 0.03, "value_model": "full", "value_learning_rate": 1e-3},
     "dqo": {"learning_rate": 2e-4, "beta": 0.03, "value_model": "full", "value_learning_rate": 1e-3},
+    "group": {"learning_rate": 2e-4, "beta": 0.3, "per_device_train_batch_size": 12},  # a whole group, not 16
 }
 
 OFFLINE = {
@@ -58,6 +59,8 @@ OFFLINE = {
     "dqo-lam0.95": Arm("dqo", {"lam": 0.95}),
     "dro": Arm("dqo", {"horizon": "response"}),
     "dqo-unweighted": Arm("dqo", {"importance_weights": False}),
+    "oreo-classes": Arm("oreo", {"value_objective": "classification"}),
+    "group": Arm("group"),
     "m-dpo-nll": Arm("dpo", {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 1.0]}),
     "m-dpo-beta0.1": Arm("dpo", {"beta": 0.1}),
     "m-dpo-beta2": Arm("dpo", {"beta": 2.0}),

@@ -22,6 +22,7 @@ BLOCKS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     (("late",), ("online", "online-initial", "online-n4", "online-current")),
     (("late",), ("dpo", "kto", "dqo-lam0.95", "oreo-step", "m-dpo-nll", "dqo-unweighted")),
     (("late",), ("start-samples", "m-dpo-samples")),
+    (("noisy",), ("group", "oreo-classes")),
     (("words",), ("start", "m-dpo", "dpo", "raft", "m-kto", "kto")),
     (("late",), ("online-beta2", "online-beta0.05", "online-nll", "online-all", "online-kto")),
     (("uncertain",), ("oreo-response", "dqo", "dro", "m-kto", "raft")),

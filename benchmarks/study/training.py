@@ -87,7 +87,7 @@ def configuration(arm: Arm, setting: Setting, seed: int, scratch: Path) -> Any:
     """The trainer's configuration: what all share, what the method's arms share, what the arm overrides."""
     from trl import SFTConfig
 
-    from trl_multiturn import DQOConfig, MultiTurnDPOConfig, MultiTurnKTOConfig, OREOConfig
+    from trl_multiturn import DQOConfig, GroupRegressionConfig, MultiTurnDPOConfig, MultiTurnKTOConfig, OREOConfig
 
     classes = {
         "sft": SFTConfig,
@@ -95,23 +95,27 @@ def configuration(arm: Arm, setting: Setting, seed: int, scratch: Path) -> Any:
         "kto": MultiTurnKTOConfig,
         "oreo": OREOConfig,
         "dqo": DQOConfig,
+        "group": GroupRegressionConfig,
     }
     sizes = setting.sizes
     trajectories_per_row = 2 if arm.method == "dpo" else 1
     length = {"num_train_epochs": sizes.iterations} if arm.online else {"max_steps": sizes.steps}
-    return classes[arm.method](
-        output_dir=str(scratch),
-        seed=seed,
-        per_device_train_batch_size=sizes.batch // trajectories_per_row,
-        **{**COMMON, **length, **METHOD_ARGS[arm.method], **arm.args},
-    )
+    batch = {"per_device_train_batch_size": sizes.batch // trajectories_per_row}
+    options = {**COMMON, **batch, **length, **METHOD_ARGS[arm.method], **arm.args}
+    return classes[arm.method](output_dir=str(scratch), seed=seed, **options)
 
 
 def trainer_class(arm: Arm) -> Any:
     """The shipped trainer of an arm's method."""
     from trl import SFTTrainer
 
-    from trl_multiturn import DQOTrainer, MultiTurnDPOTrainer, MultiTurnKTOTrainer, OREOTrainer
+    from trl_multiturn import (
+        DQOTrainer,
+        GroupRegressionTrainer,
+        MultiTurnDPOTrainer,
+        MultiTurnKTOTrainer,
+        OREOTrainer,
+    )
 
     return {
         "sft": SFTTrainer,
@@ -119,6 +123,7 @@ def trainer_class(arm: Arm) -> Any:
         "kto": MultiTurnKTOTrainer,
         "oreo": OREOTrainer,
         "dqo": DQOTrainer,
+        "group": GroupRegressionTrainer,
     }[arm.method]
 
 
@@ -134,4 +139,6 @@ def training_rows(arm: Arm, setting: Setting, trajectories: list[Any], tokenizer
     if arm.method == "sft":
         winners = build_unpaired_dataset(trajectories, UnpairedConfig(strategy="winners"))
         return supervised_rows(winners, tokenizer)
+    if arm.method == "group":
+        return build_unpaired_dataset(trajectories, UnpairedConfig(**trainer_class(arm).default_sampling))
     return build_unpaired_dataset(trajectories, setting.unpaired())
