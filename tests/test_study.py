@@ -39,6 +39,13 @@ def test_a_cell_runs_only_the_arms_without_a_result(tmp_path):
     assert results.steps["oreo"] == 30
 
 
+def test_an_arm_that_fails_leaves_no_result_and_the_others_go_on(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="m-nothing failed"):
+        run_cell(tmp_path, "tabular-uncertain", 0, ["m-nothing", "oreo"], quick=True)
+    assert list(collect(tmp_path).arm) == ["oreo"]
+    assert "is no arm" in capsys.readouterr().err
+
+
 class ScriptedCell(Cell):
     """A cell whose child writes the results of its arms, and fails at the arm `fails` the first time."""
 

@@ -23,7 +23,8 @@ class Arm:
         loop (`dict`): over [`ToolRolloutGenerator`]'s arguments; online arms only.
         online (`bool`): whether the arm rolls out itself, in several iterations.
         samples (`int`): samples per problem of the evaluation for pass@n, beside greedy decoding; 0 for none.
-        beams (`tuple[int, ...]`): beams of a search guided by the arm's values.
+        widths (`tuple[int, ...]`): of searches guided by the arm's values: beams or, where an environment cannot be
+            taken back, actions to choose from.
     """
 
     method: str
@@ -32,7 +33,7 @@ class Arm:
     loop: dict[str, Any] = field(default_factory=dict)
     online: bool = False
     samples: int = 0
-    beams: tuple[int, ...] = ()
+    widths: tuple[int, ...] = ()
 
 
 # What arms of one method share
@@ -61,6 +62,8 @@ OFFLINE = {
     "dqo-unweighted": Arm("dqo", {"importance_weights": False}),
     "oreo-classes": Arm("oreo", {"value_objective": "classification"}),
     "group": Arm("group"),
+    "m-dpo-lr1e-4": Arm("dpo", {"learning_rate": 1e-4}),
+    "dpo-lr1e-4": Arm("dpo", {"learning_rate": 1e-4, "mask_observations": False}),
     "m-dpo-nll": Arm("dpo", {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 1.0]}),
     "m-dpo-beta0.1": Arm("dpo", {"beta": 0.1}),
     "m-dpo-beta2": Arm("dpo", {"beta": 2.0}),
@@ -82,7 +85,7 @@ ONLINE = {
 MEASURED = {
     "start-samples": Arm("none", samples=64),
     "m-dpo-samples": Arm("dpo", samples=64),
-    "oreo-search": Arm("oreo", beams=(1, 2, 4, 7)),
+    "oreo-search": Arm("oreo", widths=(2, 4, 7)),
 }
 
 ARMS = {**OFFLINE, **ONLINE, **MEASURED}

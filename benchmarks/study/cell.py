@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -31,7 +32,8 @@ def result_path(out: Path, world: str, seed: int, arm: str) -> Path:
 def run_cell(out: Path, world: str, seed: int, arms: Sequence[str], quick: bool = False) -> None:
     """Runs those of the arms that have no result yet.
 
-    One process at a time works on a world and seed: a child that outlived a killed study is waited for.
+    One that raises leaves no result, and the others go on. One process at a time works on a world and seed: a child
+    that outlived a killed study is waited for.
     """
     lock = out / "shared" / f"{world}-{seed}.lock"
     lock.parent.mkdir(parents=True, exist_ok=True)
@@ -41,12 +43,18 @@ def run_cell(out: Path, world: str, seed: int, arms: Sequence[str], quick: bool 
 
 
 def _run_missing(out: Path, world: str, seed: int, arms: Sequence[str], quick: bool) -> None:
+    failed = []
     for arm in arms:
         path = result_path(out, world, seed, arm)
         if path.exists():
             continue
         started, processor = time.perf_counter(), time.process_time()
-        metrics = _runner_of(world)(out, world, seed, arm, quick)
+        try:
+            metrics = _runner_of(world)(out, world, seed, arm, quick)
+        except Exception:
+            traceback.print_exc()  # in the cell's log
+            failed.append(arm)
+            continue
         record = {
             "world": world,
             "seed": seed,
@@ -58,6 +66,8 @@ def _run_missing(out: Path, world: str, seed: int, arms: Sequence[str], quick: b
             **_versions(),
         }
         _write_whole(path, json.dumps(record, indent=1))
+    if failed:
+        raise SystemExit(f"{world}, seed {seed}: {', '.join(failed)} failed; the other arms are done.")
 
 
 def run_arm(out: Path, world: str, seed: int, arm: str, quick: bool) -> dict[str, Any]:

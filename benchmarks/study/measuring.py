@@ -34,9 +34,9 @@ def measure(arm: Arm, policy: Any, trainer: Any, start: Any, tokenizer: Any, set
     def evaluate(rows: Any, **options: Any) -> EvaluationResult:
         return evaluate_policy(rows, engine, **arguments, **options)
 
-    if arm.samples or arm.beams:
+    if arm.samples or arm.widths:
         few = prompts.select(range(min(setting.sizes.many, len(prompts))))
-        return _sampled(arm, few, evaluate) if arm.samples else _searched(arm, few, evaluate, trainer)
+        return _sampled(arm, few, evaluate) if arm.samples else _searched(arm, few, evaluate, trainer, setting)
     greedy = Estimate.of(trajectory.reward for trajectory in evaluate(prompts).trajectories)
     return {"score": greedy.value, "score_se": greedy.standard_error, **_character(prompts, engine, arguments, start)}
 
@@ -81,13 +81,14 @@ def _sampled(arm: Arm, prompts: Any, evaluate: Any) -> dict[str, float]:
     return {name: value for name, value in metrics.items() if not name.endswith("_se")}
 
 
-def _searched(arm: Arm, prompts: Any, evaluate: Any, trainer: Any) -> dict[str, float]:
+def _searched(arm: Arm, prompts: Any, evaluate: Any, trainer: Any, setting: Setting) -> dict[str, float]:
     """Greedy decoding beside searches that the arm's values guide."""
     from trl_multiturn import value_guided_search
 
     values = trainer.value_model.standing_on(trainer.accelerator.unwrap_model(trainer.model))
     result = {"score": evaluate(prompts).pass_at_1}
-    for beam in arm.beams:
-        search = functools.partial(value_guided_search, score=values.score, beam=beam)
-        result[f"beam_{beam}"] = evaluate(prompts, search=search).pass_at_1
+    for width in arm.widths:
+        kind = {"beam": width} if setting.world is None else {"beam": 1, "candidates": width}
+        search = functools.partial(value_guided_search, score=values.score, **kind)
+        result[f"width_{width}"] = evaluate(prompts, search=search).pass_at_1
     return result

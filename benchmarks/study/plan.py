@@ -22,12 +22,12 @@ BLOCKS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     (("late",), ("online", "online-initial", "online-n4", "online-current")),
     (("late",), ("dpo", "kto", "dqo-lam0.95", "oreo-step", "m-dpo-nll", "dqo-unweighted")),
     (("late",), ("start-samples", "m-dpo-samples")),
-    (("noisy",), ("group", "oreo-classes")),
+    (("noisy",), ("m-dpo-lr1e-4", "dpo-lr1e-4", "group", "oreo-classes")),
     (("words",), ("start", "m-dpo", "dpo", "raft", "m-kto", "kto")),
     (("late",), ("online-beta2", "online-beta0.05", "online-nll", "online-all", "online-kto")),
     (("uncertain",), ("oreo-response", "dqo", "dro", "m-kto", "raft")),
     (TABULAR_WORLDS, ("dqo", "dqo-lam0.95", "dro")),
-    (("late",), ("oreo-search",)),
+    (("late", "words"), ("oreo-search",)),
     (("late",), ("online-oreo", "m-dpo-beta0.1", "m-dpo-beta2")),
 )
 # Two arms on a world of one action, and two losses on tables

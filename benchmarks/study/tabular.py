@@ -26,6 +26,8 @@ STEPS = 800
 
 def run_tabular(out: Path, world: str, seed: int, arm: str, quick: bool) -> dict[str, Any]:
     """Trains one loss on one random MDP; `world` is `"tabular-certain"` or `"tabular-uncertain"`."""
+    if arm not in TABULAR_ARMS:
+        raise ValueError(f"{arm!r} is no arm of the tabular worlds. Take one of {', '.join(TABULAR_ARMS)}.")
     torch.set_num_threads(1)
     stochastic = world == "tabular-uncertain"
     mdp = TabularToolMDP.random(TURNS, actions=3, observations=2, stochastic=stochastic, seed=seed)
