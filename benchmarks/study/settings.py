@@ -101,13 +101,13 @@ class Setting:
         config = RolloutConfig(
             num_generations=self.sizes.generations,
             previous_policy_generations=self.sizes.generations // 3,
+            dialect="fenced",
             max_turn_tokens=80,
             max_trajectory_tokens=256,
-            system_prompt="",
             seed=seed,
         )
         if self.world is not None:
-            config = replace(config, dialect="action", action_prefix="", system_prompt=None, max_turn_tokens=4)
+            config = replace(config, dialect="action", action_prefix="", max_turn_tokens=4)
             config = replace(config, max_tool_calling_iterations=self.world.steps)
         return replace(config, **overrides)
 
