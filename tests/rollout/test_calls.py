@@ -49,7 +49,11 @@ def written(family, code):
 
 def read(family, text):
     """A turn of a policy with the one tool `python`."""
-    dialect = choose_dialect("native", tokenizer(family), [PYTHON])
+    return read_with(choose_dialect("native", tokenizer(family), [PYTHON]), family, text)
+
+
+def read_with(dialect, family, text):
+    """The same by a dialect."""
     template = TurnTemplate(tokenizer(family), tools=[PYTHON])
     ids = tokenizer(family)(text, add_special_tokens=False)["input_ids"]
     return dialect.read(text, [*ids, template.end_of_turn_ids[-1]], template.prompt_ids([user("q")]))

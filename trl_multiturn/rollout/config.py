@@ -11,6 +11,7 @@ from typing import Any, Literal
 from ..engines.engine import SamplingParams
 from ..messages.history import HistoryRewriter, resolve_rewriter
 from ..tools.base import tool_version
+from .calls.parsers import ToolParserLike, describe_tool_parser, resolve_tool_parser
 from .dialects.choice import describe_dialect, resolve_dialect
 from .dialects.dialect import DialectLike
 
@@ -80,6 +81,15 @@ class RolloutConfig:
             "chat template can render and parse tool calls, else fenced. Also the dotted path of a dialect's class "
             "of your own (`my_package.MyDialect`); in Python the class or an object, too (see "
             "`trl_multiturn.rollout.dialects`)."
+        },
+    )
+    tool_parser: ToolParserLike = field(
+        default=None,
+        metadata={
+            "help": "What reads native tool calls. By default it is chosen by round trip among TRL's response "
+            "templates and the format that is learned from the chat template. Also a name from vLLM's registry of "
+            "tool parsers, where vLLM is installed (`hermes`, `kimi_k2`), or the dotted path of a function "
+            "`(text, tools)` that returns a turn's calls; in Python the function, too."
         },
     )
     answer_pattern: str | None = field(
@@ -179,6 +189,11 @@ class RolloutConfig:
         resolve_rewriter(self.rewrite_history)
         if self.earlier_turns not in ("rendered", "as_sampled"):
             raise ValueError(f"`earlier_turns={self.earlier_turns!r}` is none of 'rendered', 'as_sampled'.")
+        if resolve_tool_parser(self.tool_parser) is not None and self.dialect in ("fenced", "action"):
+            raise ValueError(
+                f"`tool_parser` reads native tool calls, and `dialect={self.dialect!r}` has none. Leave one of the "
+                "two out."
+            )
         if (self.previous_policy_generations or 0) > self.num_generations:
             raise ValueError(
                 f"`previous_policy_generations={self.previous_policy_generations}` is more than "
@@ -248,6 +263,8 @@ class RolloutConfig:
                 del settings[name]
         if "rewrite_history" in settings:
             settings["rewrite_history"] = str(tool_version(resolve_rewriter(self.rewrite_history)))
+        if self.tool_parser is not None:
+            settings["tool_parser"] = describe_tool_parser(self.tool_parser)
         return {**settings, "dialect": describe_dialect(self.dialect)}
 
 
@@ -265,6 +282,7 @@ _LEAST = {
 }
 _UNRECORDED = (
     "dialect",
+    "tool_parser",
     "num_generations",
     "previous_policy_generations",
     "tool_retries",

@@ -6,6 +6,12 @@ user's own pass the same door.
 """
 
 from .choice import UnreadableTemplateError as UnreadableTemplateError, choose_reader as choose_reader
+from .parsers import (
+    ToolParserFunction as ToolParserFunction,
+    ToolParserLike as ToolParserLike,
+    resolve_tool_parser as resolve_tool_parser,
+    vllm_parser_names as vllm_parser_names,
+)
 from .reading import (
     CallReader as CallReader,
     Reading as Reading,

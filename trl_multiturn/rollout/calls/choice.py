@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -10,10 +11,14 @@ from typing import Any
 from ... import _upstream
 from .harmony import HarmonyReader
 from .learned import learned_readers
+from .parsers import ToolParserLike, named_reader, resolve_tool_parser
 from .reading import CallReader
 from .response_template import ResponseTemplateReader
-from .round_trip import ReaderFit, RoundTrip
-from .samples import Samples
+from .round_trip import TEXTS, ReaderFit, RoundTrip
+from .samples import SAMPLE, Samples
+
+
+_LOGGER = logging.getLogger(__name__)
 
 
 class UnreadableTemplateError(ValueError):
@@ -24,7 +29,11 @@ class UnreadableTemplateError(ValueError):
 _FITS: weakref.WeakKeyDictionary[Any, dict[str, ReaderFit]] = weakref.WeakKeyDictionary()
 
 
-def choose_reader(processing_class: Any, chat_template_kwargs: Mapping[str, Any] | None = None) -> ReaderFit:
+def choose_reader(
+    processing_class: Any,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    tool_parser: ToolParserLike = None,
+) -> ReaderFit:
     """The reader that fits a chat template best.
 
     Readers are tried on what the template prints: calls with text, code, numbers, nothing, beside words and
@@ -36,12 +45,17 @@ def choose_reader(processing_class: Any, chat_template_kwargs: Mapping[str, Any]
             With the chat template.
         chat_template_kwargs (`dict`, *optional*):
             Keyword arguments of the template.
+        tool_parser (`str` or `Callable`, *optional*):
+            Reads calls instead: a name from vLLM's registry, a function `(text, tools)` or its dotted path.
 
     Raises:
         [`UnreadableTemplateError`]: if the template does not show calls and their results, or prints calls that no
             reader gives back.
+        `ValueError`: if `tool_parser` does not read what the template prints.
     """
     kwargs = dict(chat_template_kwargs or {})
+    if tool_parser is not None:
+        return _named(processing_class, kwargs, tool_parser)
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
     known = _FITS.setdefault(tokenizer, {})
     own = getattr(tokenizer, "response_template", None)
@@ -69,6 +83,29 @@ def _best(processing_class: Any, kwargs: Mapping[str, Any]) -> ReaderFit:
             else "the chat template prints tool calls in a way that a policy cannot sample in one turn"
         )
     return best
+
+
+def _named(processing_class: Any, kwargs: Mapping[str, Any], tool_parser: ToolParserLike) -> ReaderFit:
+    samples = show_calls(processing_class, kwargs)
+    found = resolve_tool_parser(tool_parser)
+    assert found is not None
+    reader = named_reader(found, samples)
+    fit = RoundTrip(samples).fit(reader)
+    if fit is None:
+        raise ValueError(
+            f"`tool_parser={tool_parser!r}` does not read a tool call as the chat template prints it, which is "
+            f"{samples.calls(SAMPLE)!r}. Leave `tool_parser` out, so that a reader is chosen that does, or pass "
+            "another one."
+        )
+    changed = [name for name in fit.faults if name in TEXTS]
+    if changed:
+        _LOGGER.warning(
+            "%s changes text arguments on the way to the tool (%s). Leave `tool_parser` out for a reader that does "
+            "not, where there is one.",
+            reader.name,
+            ", ".join(changed),
+        )
+    return fit
 
 
 def show_calls(processing_class: Any, kwargs: Mapping[str, Any]) -> Samples:

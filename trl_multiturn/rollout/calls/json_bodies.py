@@ -9,12 +9,11 @@ from typing import Any
 
 from .literals import flexible
 from .reading import Call, call_of
-from .samples import IDS, NAME, VALUE
+from .samples import IDS, NAME, SAMPLE
 from .values import DECODER
 
 
 Path = tuple[str, ...]
-SAMPLE = {"prbalpha": VALUE}
 NAME_PATTERN = r"(?P<name>[\w.\-]+)(?![\w.\-])"
 
 

@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from .json_bodies import SAMPLE, NamedBody, RecordBody
+from .json_bodies import NamedBody, RecordBody
 from .literals import Literals, flexible
 from .python_body import PythonBody
 from .reading import Call, Reading, Sampled, UnreadableCallError
-from .samples import SAYS, THINKS, VALUE, WORTH, Samples
+from .samples import SAMPLE, SAYS, THINKS, VALUE, WORTH, Samples
 from .tagged_body import TaggedBody
 
 

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from .json_bodies import SAMPLE
 from .reading import CallReader, Reading, Sampled
-from .samples import SAYS, SCHEMA, THINKS, VALUE, WORTH, Samples
+from .samples import SAMPLE, SAYS, SCHEMA, THINKS, VALUE, WORTH, Samples
 
 
 # Code as policies write it: indentation, every bracket and quote, a backslash, blanks at both ends

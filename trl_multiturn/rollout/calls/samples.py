@@ -14,6 +14,7 @@ NAME = "prbtool"
 IDS = ("prb1call9", "prb2call9")
 VALUE, WORTH, NUMBER, COUNT = "prbvalue", "prbworth", 27182, 31415
 SAYS, THINKS = "prbsays", "prbthinks"
+SAMPLE: dict[str, Any] = {"prbalpha": VALUE}
 # Alphabetical, for templates that sort arguments
 PARAMETERS: dict[str, Any] = {
     "prbalpha": {"type": "string", "description": "Probed text."},

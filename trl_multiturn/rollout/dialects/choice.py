@@ -19,6 +19,8 @@ from .native import NativeCallsImpossible, NativeDialect
 class _Defaults:
     answer_pattern: str | None = None
     action_prefix: str = "Action:"
+    chat_template_kwargs: Any = None
+    tool_parser: Any = None
 
 
 def _auto(processing_class: Any, schemas: Sequence[dict[str, Any]], config: DialectSettings) -> Dialect:
@@ -26,7 +28,7 @@ def _auto(processing_class: Any, schemas: Sequence[dict[str, Any]], config: Dial
     try:
         return NativeDialect.from_config(processing_class, schemas, config)
     except NativeCallsImpossible:
-        if not all(text_parameter(schema) for schema in schemas):
+        if config.tool_parser is not None or not all(text_parameter(schema) for schema in schemas):
             raise
         return FencedDialect.from_config(processing_class, schemas, config)
 

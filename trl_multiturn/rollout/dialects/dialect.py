@@ -74,6 +74,8 @@ class DialectSettings(Protocol):
 
     answer_pattern: str | None
     action_prefix: str
+    chat_template_kwargs: Any
+    tool_parser: Any
 
 
 DialectFactory = Callable[[Any, Sequence[dict[str, Any]], Any], Dialect]

@@ -60,11 +60,12 @@ class NativeDialect:
 
         Raises:
             [`NativeCallsImpossible`]: if the chat template cannot render tool calls, or no reader gives them back.
+            `ValueError`: if `tool_parser` does not.
         """
         if not schemas:
             return cls(None, schemas, config.answer_pattern)
         try:
-            fit = choose_reader(processing_class, getattr(config, "chat_template_kwargs", None))
+            fit = choose_reader(processing_class, config.chat_template_kwargs, config.tool_parser)
         except UnreadableTemplateError as error:
             raise NativeCallsImpossible(
                 f"Native tool calls are not possible: {error}. Use a chat template with tool calls, set "
