@@ -138,6 +138,15 @@ def test_reasoning_stands_apart_where_the_template_shows_it_apart():
     assert turn.message["reasoning_content"] == "Hm." and turn.message["content"] == ""
 
 
+@pytest.mark.parametrize(
+    ("family", "opening"), [("qwen3", "<think>\n"), ("qwen3_5_think", ""), ("lfm2_2_5_v2", "<think>")]
+)
+def test_a_call_that_is_only_thought_of_is_not_run(family, opening):
+    call = WRITTEN.get(family, WRITTEN["qwen3_5_nothink"]).replace("{json}", '"1"').replace("{raw}", "1")
+    turn = read(family, f"{opening}Shall I write {call}, or <tool_call>?\n</think>\n\nIt is 5.")
+    assert turn.answered and turn.message["content"].strip() == "It is 5."
+
+
 def test_a_parser_of_trl_that_changes_text_is_passed_over():
     assert choose_reader(tokenizer("qwen3_5_nothink")).reader.name == "the format of the chat template"
     assert choose_reader(tokenizer("llama3_1")).reader.name == "TRL's response template `llama3`"

@@ -68,6 +68,12 @@ class Thought:
         start = opening.end() if opening is not None and opening.end() <= closing.start() else 0
         return text[start : closing.start()], closing.end()
 
+    def end(self, text: str) -> int:
+        """Where the reasoning ends with which a text begins, 0 where it does not: a call in it is only thought of."""
+        opens = not self.opening.pattern.strip(r"\sn*?") or (lead := self.opening.match(text)) and lead[0].strip()
+        closing = self.closing.search(text) if opens else None
+        return closing.end() if closing is not None else 0
+
 
 class LearnedReader:
     """Reads calls as a chat template prints them.
@@ -122,23 +128,24 @@ class LearnedReader:
     def _first(self, turn: Sampled) -> tuple[int, list[Call], int]:
         """Where the first call's opening stands, the call, and its end; the end of the text where there is none."""
         text, failure = turn.text, None
-        for match in self._candidates(text):
+        begin = self._thought.end(text) if self._thought is not None else 0
+        for match in self._candidates(text, begin):
             try:
                 calls, end = self._body.read(text, match.end(), turn.tools, self._after)
                 return match.start(), calls, self._closed(text, end)
             except (ValueError, RecursionError) as error:
                 failure = error
-        if failure is not None and self._begun is not None and self._begun.search(text):
+        if failure is not None and self._begun is not None and self._begun.search(text, begin):
             raise UnreadableCallError(str(failure)) from failure
         return len(text), [], len(text)
 
-    def _candidates(self, text: str) -> Iterator[re.Match[str]]:
-        starts = self._starts(text)
+    def _candidates(self, text: str, begin: int) -> Iterator[re.Match[str]]:
+        starts = [start for start in self._starts(text) if start >= begin]
         for opening, anchored in self._openings:
             if anchored:
                 yield from (match for start in starts if (match := opening.match(text, start)) is not None)
             else:
-                yield from opening.finditer(text)
+                yield from opening.finditer(text, begin)
 
     def _starts(self, text: str) -> list[int]:
         """Where a call without a mark of its own may begin: at the beginning of the words."""

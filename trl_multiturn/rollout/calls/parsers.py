@@ -96,7 +96,7 @@ class VLLMReader:
     def read(self, turn: Sampled) -> Reading:
         reasoning, start, key = "", 0, "reasoning_content"
         if self._thought is not None:
-            limit = turn.text.find(self._begun) if self._begun else -1
+            limit = turn.text.find(self._begun, self._thought.end(turn.text)) if self._begun else -1
             reasoning, start = self._thought.split(turn.text, limit if limit >= 0 else len(turn.text))
             key = self._thought.key
         text = turn.text[start:]

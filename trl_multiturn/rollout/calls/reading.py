@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 
@@ -36,10 +36,6 @@ class Reading:
         if self.reasoning:
             message[self.reasoning_key] = self.reasoning
         return {**message, "tool_calls": self.calls} if self.calls else message
-
-    def with_calls(self, calls: list[Call]) -> Reading:
-        """The same with other calls."""
-        return replace(self, calls=calls)
 
 
 @dataclass(frozen=True)

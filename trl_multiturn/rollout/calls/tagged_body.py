@@ -14,7 +14,7 @@ from .samples import COUNT, NAME, NUMBER, VALUE, WORTH, Samples
 from .values import literal, properties, typed
 
 
-_KEY = r"(?P<key>[^\s<>\"'={}\[\]]+?)"
+_KEY = r"(?P<key>[^\s<>\"'={}\[\]/]+?)"
 _CDATA = re.compile(r"<!\[CDATA\[(.*?)\]\]>", re.DOTALL)
 
 
