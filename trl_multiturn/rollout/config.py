@@ -185,15 +185,10 @@ class RolloutConfig:
                 raise ValueError(f"`{name}` must be at least {least}, got {value}.")
         if self.malformed_calls not in ("observe", "end"):
             raise ValueError(f"`malformed_calls={self.malformed_calls!r}` is none of 'observe', 'end'.")
-        resolve_dialect(self.dialect)
+        self._check_dialect()
         resolve_rewriter(self.rewrite_history)
         if self.earlier_turns not in ("rendered", "as_sampled"):
             raise ValueError(f"`earlier_turns={self.earlier_turns!r}` is none of 'rendered', 'as_sampled'.")
-        if resolve_tool_parser(self.tool_parser) is not None and self.dialect in ("fenced", "action"):
-            raise ValueError(
-                f"`tool_parser` reads native tool calls, and `dialect={self.dialect!r}` has none. Leave one of the "
-                "two out."
-            )
         if (self.previous_policy_generations or 0) > self.num_generations:
             raise ValueError(
                 f"`previous_policy_generations={self.previous_policy_generations}` is more than "
@@ -211,6 +206,14 @@ class RolloutConfig:
         self._read_texts()
         for sample in range(1 + len(self.temperature_variants)):
             self.sampling(1, sample)  # checks temperatures, top_p, top_k and min_p
+
+    def _check_dialect(self) -> None:
+        resolve_dialect(self.dialect)
+        if resolve_tool_parser(self.tool_parser) is not None and self.dialect in ("fenced", "action"):
+            raise ValueError(
+                f"`tool_parser` reads native tool calls, and `dialect={self.dialect!r}` has none. Leave one of the "
+                "two out."
+            )
 
     def _read_texts(self) -> None:
         if isinstance(self.chat_template_kwargs, str):  # from a command line
