@@ -70,6 +70,10 @@ class SandboxConfig:
         seed (`int`, *optional*):
             Seeds `random` and `numpy.random` at the start of every session. The addresses in `<… object at 0x7f…>` are
             then numbered as they appear, so that an observation repeats; `id(…)` still differs from run to run.
+        repeats_arithmetic (`bool`, *optional*, defaults to `True`):
+            Whether a session without a process answers plain arithmetic (numbers, variables, `+ - * / // %`, and
+            `print`, `abs`, `round` and the like) as an earlier session with the very same cells did, instead of
+            running it again. Fork server only.
         python (`str`, *optional*):
             Interpreter of the sessions (it needs IPython); the running one by default.
         launcher (`tuple[str, ...]`, *optional*):
@@ -97,6 +101,7 @@ class SandboxConfig:
     environment: dict[str, str] = field(default_factory=dict)
     include_stderr: bool = False
     seed: int | None = None
+    repeats_arithmetic: bool = True
     python: str | None = None
     launcher: tuple[str, ...] = ()
     kernel_name: str = "python3"

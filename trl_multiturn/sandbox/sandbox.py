@@ -12,6 +12,7 @@ from typing import Any
 
 from ._admission import Gate
 from ._loop import LoopThread
+from .arithmetic import Answers
 from .backend import Backend, Interpreter
 from .config import SandboxConfig
 from .session import Session
@@ -41,6 +42,8 @@ class Sandbox:
     def __init__(self, config: SandboxConfig | None = None, backend: Backend | None = None) -> None:
         self.config = config or SandboxConfig()
         self._custom_backend = backend
+        repeats = self.config.repeats_arithmetic and backend is None and self.config.backend == "forkserver"
+        self.answers = Answers() if repeats else None
         self._backend: Backend | None = None
         self._thread: LoopThread | None = None
         self._guard = threading.Lock()
@@ -97,13 +100,16 @@ class Sandbox:
             return self._thread
 
     async def _open(self) -> Session:
+        await self._started_backend()
         session = Session(self)
-        await session._start()
         self._sessions.add(session)
         return session
 
     async def spawn(self) -> Interpreter:
         """An interpreter process for a session, from the backend, which starts with the first."""
+        return await (await self._started_backend()).spawn()
+
+    async def _started_backend(self) -> Backend:
         async with self._starting:
             if self._thread is None:
                 raise RuntimeError("The sandbox was closed while a session was starting.")
@@ -111,7 +117,7 @@ class Sandbox:
                 backend = self._custom_backend or make_backend(self.config)
                 await backend.start()
                 self._backend = backend
-        return await self._backend.spawn()
+        return self._backend
 
     def forget(self, session: Session) -> None:
         """Called by a session that is closed."""

@@ -13,10 +13,12 @@ import contextlib
 import logging
 import threading
 import time
+from collections.abc import AsyncIterator, Set
 from typing import Any, Protocol
 
 from ._admission import Gate, Visit
 from ._loop import LoopThread
+from .arithmetic import MOST_CELLS, Answers, Key, names_after
 from .backend import Begins, Begun, Interpreter, Reply
 from .config import SandboxConfig
 from .observation import Addresses, clean, truncate
@@ -33,6 +35,7 @@ class SessionHost(Protocol):
 
     config: SandboxConfig
     admission: Gate  # bounds the cells that run at the same time
+    answers: Answers | None  # of plain arithmetic, where it need not run again
 
     @property
     def running_thread(self) -> LoopThread | None: ...
@@ -47,8 +50,8 @@ class SessionHost(Protocol):
 class Session:
     """One stateful interpreter, as the cells of one notebook; made by [`Sandbox.open`].
 
-    The process behind it may die (a crash, a kill after a timeout): the next cell then runs in a fresh one, in which
-    the earlier successful cells have been run again.
+    The process behind it starts with the first cell that needs one. It may die (a crash, a kill after a timeout): the
+    next cell then runs in a fresh one, in which the earlier successful cells have been run again.
     """
 
     def __init__(self, sandbox: SessionHost) -> None:
@@ -57,6 +60,7 @@ class Session:
         self._interpreter: Interpreter | None = None
         self._begins: Begins | None = None  # the same, if it can begin a cell on the caller's thread
         self._history: list[str] = []
+        self._names: Set[str] | None = frozenset()  # assigned so far, if all cells were plain arithmetic
         self._cells = 0
         self._addresses = Addresses()
         self._turn = Gate(1)
@@ -85,7 +89,11 @@ class Session:
         """[`Session.run`] for event loops. A cancelled call kills the cell; the session can go on."""
         thread, visit = self._enter()
         try:
-            self._turn.join(visit)
+            if self._turn.join(visit) and self._interpreter is None and not self._closed:
+                known = None if self._refusal(code) else self._known_answer(code)
+                if known is not None:
+                    visit.leave()
+                    return known
             return await thread.wait(self._run(visit, code))
         except BaseException:
             if visit.take_over():
@@ -132,12 +140,14 @@ class Session:
         """Runs a cell without a change of thread, unless others come first or it turns out to be a long one."""
         if not self._turn.join(visit):
             return None
-        begins = self._begins
-        if begins is None or self._closed or thread.is_current or not thread.usable:
+        if self._closed or thread.is_current or not thread.usable:
             return None
         refusal = self._refusal(code)
         if refusal is not None:
             return ToolResult(refusal, "error")
+        begins = self._begins
+        if begins is None:
+            return self._known_answer(code)
         if not self._sandbox.admission.try_enter(visit):
             return None
         visit.caller = threading.get_ident()
@@ -192,22 +202,50 @@ class Session:
                 refusal = self._refusal(code)
                 if refusal is not None:
                     return ToolResult(refusal, "error")
-            admission = visit.gates[1]
-            await admission.enter(visit)
-            start = time.monotonic() if begun is None else begun.start
-            try:
-                reply = await self._execute(code, begun)
-            except BaseException:
-                # cancelled in the middle: nobody knows what the process is doing now
-                await asyncio.shield(self._discard())
-                raise
-            admission.leave(visit)
-            result = self._conclude(code, reply, time.monotonic() - start)
-            if not reply.alive:
-                await self._discard()
-            return result
+            if begun is not None or self._interpreter is not None:
+                return await self._run_in_process(visit, code, begun)
+            async with self._known_or_new(code) as known:
+                return known or await self._run_in_process(visit, code)
         finally:
             visit.leave()
+
+    async def _run_in_process(self, visit: Visit, code: str, begun: Begun | None = None) -> ToolResult:
+        admission = visit.gates[1]
+        await admission.enter(visit)
+        start = time.monotonic() if begun is None else begun.start
+        try:
+            reply = await self._execute(code, begun)
+        except BaseException:
+            # cancelled in the middle: nobody knows what the process is doing now
+            await asyncio.shield(self._discard())
+            raise
+        admission.leave(visit)
+        result = self._conclude(code, reply, time.monotonic() - start)
+        if not reply.alive:
+            await self._discard()
+        return result
+
+    @contextlib.asynccontextmanager
+    async def _known_or_new(self, code: str) -> AsyncIterator[ToolResult | None]:
+        """The answer of a session without a process, if it is known; of equal new cells, one runs before the others."""
+        key, answers = self._key(code), self._sandbox.answers
+        if key is None or answers is None:
+            yield None
+            return
+        async with answers.one_first(key):
+            yield self._known_answer(code)
+
+    def _known_answer(self, code: str) -> ToolResult | None:
+        """What a session without a process would answer, if another one has."""
+        start, key, answers = time.monotonic(), self._key(code), self._sandbox.answers
+        reply = answers.get(key) if answers is not None and key is not None else None
+        return None if reply is None else self._conclude(code, reply, time.monotonic() - start)
+
+    def _key(self, code: str) -> Key | None:
+        """The cells up to this one, if they are plain arithmetic."""
+        if self._names is None or names_after(code, self._names) is None or len(self._history) >= MOST_CELLS:
+            return None
+        return (*self._history, code)
 
     def _refusal(self, code: str) -> str | None:
         config = self._config
@@ -220,6 +258,10 @@ class Session:
         return None
 
     def _conclude(self, code: str, reply: Reply, seconds: float) -> ToolResult:
+        if self._names is not None:
+            if self._sandbox.answers is not None and (key := self._key(code)) is not None:
+                self._sandbox.answers.keep(key, reply)
+            self._names = names_after(code, self._names) if reply.status == "ok" else None
         self._cells += 1
         if reply.status == "ok":
             self._history.append(code)

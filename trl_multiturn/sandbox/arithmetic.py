@@ -1,0 +1,122 @@
+"""Cells of plain arithmetic, whose text decides their answer: what such a cell has answered once, it answers again.
+
+A policy that samples many solutions of one problem writes the same few lines again and again, and a process costs a
+hundred times what they compute. Nothing is evaluated here: the first such cell runs in a process as any other does,
+and its answer is kept. A session gets its process with the first cell that is new or of another kind; the arithmetic
+before that is then run in it, as after a crash.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import builtins
+import contextlib
+import keyword
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Set
+
+from .backend import Reply
+
+
+Key = tuple[str, ...]  # the cells of a session, the last one included
+
+_LONGEST = 1000  # characters of a cell, and of its answer
+MOST_CELLS = 8  # of a session
+_FUNCTIONS = frozenset(("abs", "float", "int", "max", "min", "print", "round"))
+_RESERVED = frozenset((*keyword.kwlist, *dir(builtins), "In", "Out", "display", "get_ipython")) - _FUNCTIONS
+_TOKEN = re.compile(
+    r"[ \t]*(?:(?P<name>[A-Za-z][A-Za-z0-9_]*)|(?P<number>[0-9]{1,15}(?:\.[0-9]{0,15})?)|(?P<comment>#[ -~]*)"
+    r"|(?P<operator>//=?|[-+*/%]=?|==|[<>]=?|=|[(),]))[ \t]*"
+)
+# Elsewhere than at these, a statement is a command of the shell or nothing that runs
+_BEGINNINGS = frozenset("+-(")
+
+
+def names_after(code: str, names: Set[str]) -> Set[str] | None:
+    """The variables that exist after a cell of plain arithmetic, where `names` existed before; `None` of other cells.
+
+    Plain arithmetic is numbers, variables that were assigned before, `+ - * / // %`, comparisons, brackets, a few
+    functions of numbers, assignments and comments. What it says depends on nothing else, if it ends without an error:
+    not on time, chance, files, the process, or the history that the shell keeps.
+    """
+    if len(code) > _LONGEST or "**" in code:
+        return None
+    found = set(names)
+    for line in code.split("\n"):
+        after = _names_after_line(line, found)
+        if after is None:
+            return None
+        found = after
+    return found
+
+
+def _names_after_line(line: str, names: set[str]) -> set[str] | None:
+    tokens, position = [], 0
+    while position < len(line):
+        match = _TOKEN.match(line, position)
+        if match is None:
+            return None if line.strip(" \t") else names
+        tokens.append((match.lastgroup, match[match.lastgroup or 0]))
+        position = match.end()
+    if not tokens:
+        return names
+    kind, first = tokens[0]
+    if kind == "operator" and first not in _BEGINNINGS:
+        return None
+    assigned = {first} if kind == "name" and tokens[1:2] == [("operator", "=")] else set()
+    for (kind, text), (_, following) in zip(tokens[len(assigned) :], [*tokens[len(assigned) + 1 :], ("", "")], strict=True):
+        if kind == "name" and text not in names | _FUNCTIONS:
+            return None
+        if text == "=" and following.startswith("%"):  # `x = %magic`
+            return None
+    return None if assigned & _RESERVED else names | assigned
+
+
+class Answers:
+    """What plain arithmetic has answered, by the cells that led to it; the least recently used are forgotten.
+
+    Args:
+        most (`int`, *optional*, defaults to `4096`):
+            How many answers are kept.
+    """
+
+    def __init__(self, most: int = 4096) -> None:
+        self._most = most
+        self._replies: OrderedDict[Key, Reply] = OrderedDict()
+        self._guard = threading.Lock()
+        self._running: dict[Key, asyncio.Future[None]] = {}  # of the event loop
+
+    def get(self, key: Key) -> Reply | None:
+        """The answer, if it is known."""
+        with self._guard:
+            if key in self._replies:
+                self._replies.move_to_end(key)
+            return self._replies.get(key)
+
+    def keep(self, key: Key, reply: Reply) -> None:
+        """Keeps an answer, if it is one that the cells' text decided."""
+        if reply.status != "ok" or not reply.alive or reply.dropped or len(reply.output) > _LONGEST:
+            return
+        with self._guard:
+            self._replies[key] = reply
+            if len(self._replies) > self._most:
+                self._replies.popitem(last=False)
+
+    @contextlib.asynccontextmanager
+    async def one_first(self, key: Key) -> AsyncIterator[None]:
+        """Around a cell that may be new: of those that run at the same time, the others wait until one has its answer.
+
+        They wait once, so that a cell that has no answer does not hold them up in turn. Everything on one event loop.
+        """
+        if (running := self._running.get(key)) is not None:
+            await asyncio.wait([running])
+            yield
+            return
+        self._running[key] = running = asyncio.get_running_loop().create_future()
+        try:
+            yield
+        finally:
+            del self._running[key]
+            running.set_result(None)
