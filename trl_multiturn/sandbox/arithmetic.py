@@ -66,7 +66,9 @@ def _names_after_line(line: str, names: set[str]) -> set[str] | None:
     if kind == "operator" and first not in _BEGINNINGS:
         return None
     assigned = {first} if kind == "name" and tokens[1:2] == [("operator", "=")] else set()
-    for (kind, text), (_, following) in zip(tokens[len(assigned) :], [*tokens[len(assigned) + 1 :], ("", "")], strict=True):
+    for (kind, text), (_, following) in zip(
+        tokens[len(assigned) :], [*tokens[len(assigned) + 1 :], ("", "")], strict=True
+    ):
         if kind == "name" and text not in names | _FUNCTIONS:
             return None
         if text == "=" and following.startswith("%"):  # `x = %magic`

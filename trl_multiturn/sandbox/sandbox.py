@@ -50,13 +50,18 @@ class Sandbox:
         self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
         _sandboxes.add(self)
 
-    def open(self) -> Session:
-        """Opens a session. Raises [`ToolFailure`] where no interpreter can be started."""
-        return self.loop_thread().run(self._open())
+    def open(self, on_first_use: bool = False) -> Session:
+        """Opens a session. Raises [`ToolFailure`] where no interpreter can be started.
 
-    async def aopen(self) -> Session:
+        Args:
+            on_first_use (`bool`, *optional*, defaults to `False`):
+                Whether its process starts with the first cell that needs one, instead of now.
+        """
+        return self.loop_thread().run(self._open(on_first_use))
+
+    async def aopen(self, on_first_use: bool = False) -> Session:
         """[`Sandbox.open`] for event loops."""
-        return await self.loop_thread().wait(self._open())
+        return await self.loop_thread().wait(self._open(on_first_use))
 
     def close(self) -> None:
         """Ends every session and the warm interpreter. The sandbox starts anew if it is used again."""
@@ -99,9 +104,12 @@ class Sandbox:
                 self.admission = Gate(self.config.running_cells)
             return self._thread
 
-    async def _open(self) -> Session:
-        await self._started_backend()
+    async def _open(self, on_first_use: bool) -> Session:
         session = Session(self)
+        if on_first_use:
+            await self._started_backend()  # of which the user must know at once where it does not start
+        else:
+            await session._start()
         self._sessions.add(session)
         return session
 

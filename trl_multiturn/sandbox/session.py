@@ -61,6 +61,7 @@ class Session:
         self._begins: Begins | None = None  # the same, if it can begin a cell on the caller's thread
         self._history: list[str] = []
         self._names: Set[str] | None = frozenset()  # assigned so far, if all cells were plain arithmetic
+        self._had_process = False
         self._cells = 0
         self._addresses = Addresses()
         self._turn = Gate(1)
@@ -89,7 +90,7 @@ class Session:
         """[`Session.run`] for event loops. A cancelled call kills the cell; the session can go on."""
         thread, visit = self._enter()
         try:
-            if self._turn.join(visit) and self._interpreter is None and not self._closed:
+            if self._turn.join(visit) and not self._closed:
                 known = None if self._refusal(code) else self._known_answer(code)
                 if known is not None:
                     visit.leave()
@@ -170,6 +171,7 @@ class Session:
     async def _start(self) -> Interpreter:
         if self._closed:
             raise RuntimeError(_CLOSED)
+        self._had_process = True
         self._interpreter = interpreter = await self._sandbox.spawn()
         self._begins = interpreter if isinstance(interpreter, Begins) else None
         return interpreter
@@ -202,7 +204,7 @@ class Session:
                 refusal = self._refusal(code)
                 if refusal is not None:
                     return ToolResult(refusal, "error")
-            if begun is not None or self._interpreter is not None:
+            if begun is not None or self._had_process:
                 return await self._run_in_process(visit, code, begun)
             async with self._known_or_new(code) as known:
                 return known or await self._run_in_process(visit, code)
@@ -227,7 +229,7 @@ class Session:
 
     @contextlib.asynccontextmanager
     async def _known_or_new(self, code: str) -> AsyncIterator[ToolResult | None]:
-        """The answer of a session without a process, if it is known; of equal new cells, one runs before the others."""
+        """The answer of a session that had no process, if it is known; of equal new cells, one runs first."""
         key, answers = self._key(code), self._sandbox.answers
         if key is None or answers is None:
             yield None
@@ -236,7 +238,9 @@ class Session:
             yield self._known_answer(code)
 
     def _known_answer(self, code: str) -> ToolResult | None:
-        """What a session without a process would answer, if another one has."""
+        """What a session that needed no process so far would answer, if another one has."""
+        if self._had_process:
+            return None
         start, key, answers = time.monotonic(), self._key(code), self._sandbox.answers
         reply = answers.get(key) if answers is not None and key is not None else None
         return None if reply is None else self._conclude(code, reply, time.monotonic() - start)

@@ -63,12 +63,12 @@ class PythonTool:
         return f"python-{__version__}-{self.config.backend}"
 
     def open(self) -> Session:
-        """Opens a session for one trajectory."""
-        return self.sandbox.open()
+        """Opens a session for one trajectory; its process starts with the first cell that needs one."""
+        return self.sandbox.open(on_first_use=True)
 
     async def aopen(self) -> Session:
         """[`PythonTool.open`] for event loops."""
-        return await self.sandbox.aopen()
+        return await self.sandbox.aopen(on_first_use=True)
 
     def close(self) -> None:
         """Ends all sessions, unless the sandbox was handed in."""

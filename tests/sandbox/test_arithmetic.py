@@ -1,0 +1,175 @@
+"""Plain arithmetic: what counts as it, when a session is answered from memory, and that nobody can tell."""
+
+import asyncio
+import sys
+
+import pytest
+
+from trl_multiturn.sandbox import forkserver
+from trl_multiturn.sandbox.arithmetic import names_after
+from trl_multiturn.sandbox.config import SandboxConfig
+from trl_multiturn.sandbox.sandbox import Sandbox
+
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="the fork server needs Linux")
+
+
+@pytest.fixture
+def sandbox():
+    with Sandbox(SandboxConfig(preload=())) as sandbox:
+        yield sandbox
+
+
+@pytest.fixture
+def forks(monkeypatch):
+    """Numbers of the processes that were forked for sessions."""
+    spawn, forked = forkserver.ForkServer.spawn, []
+
+    async def counted(server, *args):
+        forked.append(len(forked))
+        return await spawn(server, *args)
+
+    monkeypatch.setattr(forkserver.ForkServer, "spawn", counted)
+    return forked
+
+
+@pytest.mark.parametrize(
+    ("code", "names"),
+    [
+        ("x = 36\n# first eats 2\nx -= 2\nx", {"x"}),
+        ("total = (3 + 4.5) * 2 // 3 % 5\nprint(total, round(total / 3, 2))", {"total"}),
+        ("", set()),
+        ("x = 1\ny = x == 1", {"x", "y"}),
+        ("max = 3\nmax", {"max"}),
+        ("-3 + abs(-4)", set()),
+        ("   x = 1", {"x"}),
+    ],
+)
+def test_cells_of_numbers_are_plain_arithmetic(code, names):
+    assert names_after(code, frozenset()) == names
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "x",  # unknown, or a command of the shell
+        "pwd",
+        "x += 1",
+        "import random",
+        "random.random()",
+        "'text'",
+        "id(3)",
+        "input()",
+        "Out",
+        "In",
+        "_",
+        "x = 2 ** 9",
+        "x = 5; x",
+        "%time 3",
+        "x = %time 3",
+        "x = 3\n%time 3",
+        "!ls",
+        "x = !ls",
+        "print?",
+        "/print 3",
+        ", print 3",
+        "exec = 3",
+        "[1, 2]",
+        "for i in range(3): print(i)",
+        "(lambda: 3)()",
+        "x = 1\r\nx",
+        "x = 1\u00a0+ 1",
+        "x = 1\\\n+ 1",
+        "# caf\u00e9",
+        "1e400",
+        "0x10",
+        "(3).real",
+        "print(3, file=1)",
+        "x = 1\n" * 200,
+    ],
+)
+def test_other_cells_are_not(code):
+    assert names_after(code, frozenset()) is None
+
+
+def test_a_name_of_an_earlier_cell_is_known():
+    assert names_after("x *= 2\nx", {"x"}) == {"x"}
+
+
+@linux
+def test_equal_arithmetic_runs_in_one_process(sandbox, forks):
+    for _ in range(3):
+        with sandbox.open(on_first_use=True) as session:
+            results = [session.run("x = 12"), session.run("print(x)\nx + 1")]
+        assert [(result.output, result.status) for result in results] == [("", "ok"), ("12\n13", "ok")]
+    assert len(forks) == 1
+
+
+@linux
+@pytest.mark.parametrize("code", ["import math\nmath.floor(x / 2)", "x = 0\n1 / x", "x; _ih[1:-1]"])
+def test_the_first_cell_of_another_kind_finds_what_came_before(sandbox, forks, code):
+    answers = []
+    for _ in range(2):
+        with sandbox.open(on_first_use=True) as session:
+            session.run("x = 41")
+            answers.append(session.run(code))
+    assert len(forks) == 2 and answers[0].output == answers[1].output and answers[0].status == answers[1].status
+
+
+@linux
+def test_chance_is_never_repeated(sandbox, forks):
+    outputs = set()
+    for _ in range(2):
+        with sandbox.open(on_first_use=True) as session:
+            outputs.add(session.run("import secrets\nsecrets.token_hex()").output)
+    assert len(outputs) == len(forks) == 2
+
+
+@linux
+def test_an_error_is_not_repeated(sandbox, forks):
+    for _ in range(2):
+        with sandbox.open(on_first_use=True) as session:
+            assert session.run("1 / 0").output == "ZeroDivisionError: division by zero"
+            assert session.run("x = 3\nx").output == "3"
+    assert len(forks) == 2
+
+
+@linux
+def test_equal_cells_that_run_at_the_same_time_share_a_process(sandbox, forks):
+    async def session():
+        async with await sandbox.aopen(on_first_use=True) as session:
+            return (await session.arun("x = 7\nx * 6")).output
+
+    async def all_of_them():
+        return await asyncio.gather(*(session() for _ in range(5)))
+
+    assert asyncio.run(all_of_them()) == ["42"] * 5 and len(forks) == 1
+
+
+@linux
+def test_answers_from_memory_count_as_cells(forks):
+    with Sandbox(SandboxConfig(preload=(), max_cells=1)) as sandbox:
+        for _ in range(2):
+            with sandbox.open(on_first_use=True) as session:
+                assert session.run("x = 1\nx").output == "1"
+                assert session.run("x").output == "RuntimeError: the limit of 1 cells is reached"
+    assert len(forks) == 1
+
+
+@linux
+def test_a_closed_session_answers_nothing_from_memory(sandbox):
+    for _ in range(2):
+        session = sandbox.open(on_first_use=True)
+        session.run("x = 1")
+        session.close()
+        with pytest.raises(RuntimeError, match="closed"):
+            session.run("x = 1")
+
+
+@linux
+def test_every_cell_runs_where_the_config_says_so(forks):
+    with Sandbox(SandboxConfig(preload=(), repeats_arithmetic=False)) as sandbox:
+        for _ in range(2):
+            with sandbox.open(on_first_use=True) as session:
+                assert session.run("1 + 1").output == "2"
+    assert len(forks) == 2
