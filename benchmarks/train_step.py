@@ -294,15 +294,20 @@ def peak_memory(setting: Setting, arm: str, real: Path | None) -> float:
     for _ in range(2):
         batch = next(source)
         batch = _without_reference(batch) if arm == "TRL" else batch
-        for parameter in trainer.model.parameters():
-            parameter.grad = None
-        gc.collect()
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-        before = _memory("VmRSS")
-        run_step(trainer, batch)
-        peaks.append(_memory("VmHWM") - before)
+        peaks.append(peak_of_step(trainer, batch)[0])
     return max(peaks)
+
+
+def peak_of_step(trainer: Any, batch: dict[str, torch.Tensor]) -> tuple[float, Step]:
+    """Gigabytes that one step adds to the process's resident memory at its peak, and the step."""
+    for parameter in trainer.model.parameters():
+        parameter.grad = None
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _memory("VmRSS")
+    step = run_step(trainer, batch)
+    return _memory("VmHWM") - before, step
 
 
 def _memory(name: str) -> float:

@@ -19,6 +19,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
 from .row import Chunk, PackedRow
+from .slices import RowSlice
 from .varlen import varlen_attention, varlen_kernel
 
 
@@ -92,7 +93,7 @@ def packed_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    row: PackedRow,
+    row: PackedRow | RowSlice,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -105,7 +106,7 @@ def packed_attention(
     Args:
         query (`Tensor`): `(1, heads, T, head_dim)`, rotated by depth (`row.position_ids`).
         key, value (`Tensor`): `(1, key_value_heads, T, head_dim)`.
-        row ([`PackedRow`]): where the paths run.
+        row ([`PackedRow`] or [`RowSlice`]): where the paths run.
         sliding_window (`int`, *optional*): a token sees the last `sliding_window` tokens of its path, itself included.
         softcap (`float`, *optional*): `c` of `c * tanh(scores / c)`.
 
@@ -118,11 +119,10 @@ def packed_attention(
         raise NotImplementedError("attention dropout")
     if not getattr(module, "is_causal", True):
         raise NotImplementedError("bidirectional attention")
+    if isinstance(row, RowSlice):
+        return _slice_attention(module, query, key, value, row, scaling, sliding_window, softcap)
     row.windows_seen.append(sliding_window)
-    if torch.is_autocast_enabled(query.device.type):
-        # As autocast does inside SDPA, but before keys are gathered, and for kernels that autocast does not know
-        dtype = torch.get_autocast_dtype(query.device.type)
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    query, key, value = _as_autocast(query, key, value)
     row.dtypes_seen.add(query.dtype)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     kernel = varlen_kernel(query, softcap)
@@ -144,6 +144,47 @@ def packed_attention(
             prefix_q = []
         outputs.append(_chunk_attention(row, chunk, prefix_q, q, k, v, scaling, sliding_window, softcap))
     return torch.cat([output.transpose(1, 2) for output in outputs], dim=1)
+
+
+def _as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """As autocast does inside SDPA, but before keys are gathered, and for kernels that autocast does not know."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    return tuple(tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors)
+
+
+def _slice_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    row: RowSlice,
+    scaling: float | None,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """Attention of one slice to its path, whose keys and values are given; its own are left in `row`."""
+    layer = cast(int, module.layer_idx)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    query, key, value = _as_autocast(query, key, value)
+    row.own[layer] = key, value
+    if layer in row.prefix:
+        key, value = (torch.cat(pair, dim=2) for pair in zip(row.prefix[layer], (key, value), strict=True))
+    new, total = query.shape[2], key.shape[2]
+    window = None if window is not None and total <= window else window
+    grouped = query.shape[1] != key.shape[1]
+    if window is None and softcap is None and new == total:
+        output = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=grouped)
+        return output.transpose(1, 2)
+    mask = row.causal_mask(new, window, query.device)
+    if softcap is None:
+        output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling, enable_gqa=grouped)
+    else:
+        bias = torch.zeros(mask.shape, dtype=query.dtype, device=query.device)
+        bias = bias.masked_fill(~mask, torch.finfo(query.dtype).min)
+        output = _softmax_attention(query, key, value, bias, scaling, softcap, 0.0)[0]
+    return output.transpose(1, 2)
 
 
 def _chunk_attention(

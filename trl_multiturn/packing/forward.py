@@ -8,6 +8,7 @@ So nothing is replaced; PyTorch's hooks change what goes in and what comes out:
     before the model      batch            -> packed row, and the scored tokens as `shift_labels`
     before the backbone   no mask          -> a NaN mask, which only the packed attention ignores
     in its last layer     all states       -> the feed-forward block on those that predict a scored token
+    (a long row)          the row          -> slice by slice, see `slices`; the backbone's own call gets one token
     after the backbone    hidden states    -> those that predict a scored token
     after the model       scores           -> the padded fields of the batch that came in
 
@@ -22,16 +23,20 @@ from contextlib import contextmanager
 from typing import Any, cast
 from weakref import WeakKeyDictionary, ref
 
-from torch import nn
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from .attention import packed_arguments, switch_attention
+from .attention import packed_arguments, poison_mask, switch_attention
 from .decoder import CAPTURED, ROWS_IN_FLIGHT, without_adapters
 from .last_layer import READ, LastFeedForward
 from .plan import Plan, PlanCache, chunk_overhead
+from .row import PackedRow
 from .scored_head import FIELDS, TokenScores, score_tokens
 from .sequences import sequences_of
+from .slices import RowSlice, SlicedScores, slice_tokens
 
 
 # What a call may carry for us to answer it; anything else (images, token types) goes by unchanged
@@ -61,6 +66,8 @@ class PackedForward:
             whose shapes say that it pays. With `False` every batch stays padded and only the LM head is spared the
             tokens that are not scored, which is exact for every architecture.
         plans ([`PlanCache`], *optional*): another model's, to plan a batch once for the policy and its reference.
+        slices (`int`, *optional*): rows of more tokens are computed in slices of so many, 0 for never. By default, on
+            a CPU, long rows of a model with gradient checkpointing are.
     """
 
     def __init__(
@@ -69,6 +76,7 @@ class PackedForward:
         fields: Iterable[str] = (),
         pack: bool | str = "auto",
         plans: PlanCache | None = None,
+        slices: int | None = None,
     ) -> None:
         self.model = model
         self.causal_lm = without_adapters(model)
@@ -77,6 +85,8 @@ class PackedForward:
         self.enabled = True
         self.calls: dict[str, int] = {"packed": 0, "padded": 0}
         self._pack = pack
+        self._slices = slices
+        self._slice_tokens = 0  # of the present call; 0 where it is not cut
         self.last_plan: Plan | None = None
         self._plan: Plan | None = None
         self._scores: TokenScores | None = None
@@ -163,9 +173,11 @@ class PackedForward:
         if plan.row is None and (sequences_of(kwargs["input_ids"]) is not None or not self._scores_here()):
             return None  # TRL's own head already skips what is not scored
         self._plan = self.last_plan = plan
+        self._slice_tokens = self._tokens_of_a_slice(plan, kwargs)
         self.calls["padded" if plan.row is None else "packed"] += 1
         kwargs = {name: value for name, value in kwargs.items() if name != "labels"}
-        targets = plan.targets if not self._scores_here() else plan.targets[:0]
+        ours = self._scores_here() or self._slice_tokens
+        targets = plan.targets if not ours else plan.targets[:0]
         kwargs["shift_labels"] = targets[None]
         if plan.row is not None:
             # Without a mask, so that the router's balancing loss counts every state that it is given
@@ -175,6 +187,8 @@ class PackedForward:
     def _before_backbone(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
         if self._plan is None:
             return None
+        if self._plan.row is not None and self._slice_tokens:
+            return args, self._score_in_slices(self._plan, self._plan.row, kwargs)
         if self._plan.row is not None:
             ROWS_IN_FLIGHT[module] = self._plan.row
             arguments = packed_arguments(self._plan.row, kwargs, self.causal_lm.dtype)
@@ -193,13 +207,12 @@ class PackedForward:
         if plan is None or output is None:
             return None
         hidden = output.last_hidden_state
+        if self._scores is not None:  # of a row in slices, of which this was one token
+            output.last_hidden_state = hidden[:, :0]
+            return output
         selected = hidden.flatten(0, 1).index_select(0, plan.sources)
         if self._scores_here():
-            head = self._head()
-            softcap = getattr(self.causal_lm.config.get_text_config(), "final_logit_softcapping", None)
-            self._scores = score_tokens(
-                selected, head.weight, head.bias, plan.targets, softcap=softcap, fields=self.fields
-            )
+            self._scores = self._score(selected, plan.targets)
             selected = selected[:0]
         output.last_hidden_state = selected[None]
         if plan.row is not None and getattr(output, "router_logits", None) is not None:
@@ -223,6 +236,55 @@ class PackedForward:
             output.loss = output.loss + getattr(config, "router_aux_loss_coef", 0.0) * output.aux_loss
         return output
 
+    def _score(self, hidden: Tensor, targets: Tensor) -> TokenScores:
+        head = self._head()
+        softcap = getattr(self.causal_lm.config.get_text_config(), "final_logit_softcapping", None)
+        return score_tokens(hidden, head.weight, head.bias, targets, softcap=softcap, fields=self.fields)
+
+    def _tokens_of_a_slice(self, plan: Plan, kwargs: dict[str, Any]) -> int:
+        """Tokens of the slices in which a call's row is computed; 0 where it is computed at once."""
+        row = plan.row
+        if row is None or self._slices == 0 or self.backbone in CAPTURED or kwargs.get("output_router_logits"):
+            return 0
+        if not self._has_plain_head() or (dist.is_initialized() and dist.get_world_size() > 1):
+            return 0  # gradients arrive where no reducer waits for them
+        if self._slices is not None:
+            return self._slices if len(row) > self._slices else 0
+        tokens = slice_tokens(len(row), self.causal_lm.config.get_text_config().num_hidden_layers)
+        wanted = row.input_ids.device.type == "cpu" and torch.is_grad_enabled() and checkpoints(self.causal_lm)
+        return tokens if wanted and len(row) > 4 * tokens else 0
+
+    def _score_in_slices(self, plan: Plan, row: PackedRow, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Scores the plan's tokens; arguments for the call that this stands in for."""
+        device = row.input_ids.device.type
+        autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+        others = kwargs | {"attention_mask": poison_mask(row, self.causal_lm.dtype)}
+
+        def run(ids: Tensor, positions: Tensor, part: RowSlice) -> Tensor:
+            states = self.backbone(**others | {"input_ids": ids, "position_ids": positions, "packed_row": part})
+            return cast(Tensor, states.last_hidden_state[0])
+
+        @contextmanager
+        def as_now() -> Iterator[None]:
+            with torch.autocast(device, dtype=autocast[1], enabled=autocast[0]), without_checkpoints(self.causal_lm):
+                yield
+
+        self._plan = None  # the decoder's calls of a slice are none of ours
+        try:
+            self._scores = SlicedScores(plan, self._slice_tokens, run, self._score, as_now)()
+        finally:
+            self._plan = plan
+        return kwargs | {"input_ids": row.input_ids[:, :1], "attention_mask": None}
+
+    def _has_plain_head(self) -> bool:
+        """Whether the head is a linear map whose logits are at most soft-capped."""
+        head, config = self._head(), self.causal_lm.config.get_text_config()
+        return (
+            type(head) is nn.Linear
+            and type(head.weight) is nn.Parameter
+            and all(getattr(config, name, None) is None for name in _LOGIT_SCALES)
+        )
+
     def _head(self) -> nn.Linear:
         """The output embeddings in use: where PEFT trains a copy (`modules_to_save`), that of the active adapter."""
         head: Any = self.causal_lm.get_output_embeddings()
@@ -234,12 +296,23 @@ class PackedForward:
         return head.modules_to_save[saved[0]]
 
     def _scores_here(self) -> bool:
-        """Whether our head scores: off CUDA, for a plain linear head whose logits are at most soft-capped."""
-        head = self._head()
-        config = self.causal_lm.config.get_text_config()
-        return (
-            type(head) is nn.Linear
-            and type(head.weight) is nn.Parameter
-            and head.weight.device.type == "cpu"
-            and all(getattr(config, name, None) is None for name in _LOGIT_SCALES)
-        )
+        """Whether our head scores: off CUDA, where it is plain."""
+        return self._has_plain_head() and self._head().weight.device.type == "cpu"
+
+
+def checkpoints(model: nn.Module) -> bool:
+    """Whether a model in training computes its layers again in the backward pass."""
+    return model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
+@contextmanager
+def without_checkpoints(model: nn.Module) -> Iterator[None]:
+    """Inside, no layer is computed again in the backward pass."""
+    modules = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    for module in modules:
+        module.gradient_checkpointing = False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.gradient_checkpointing = True  # type: ignore[assignment]

@@ -92,6 +92,14 @@ class PackedRow:
         """`(raw_tokens,)`, the row's indices of all sequences' tokens, one sequence after the other."""
         return self.cells[self.cells >= 0]
 
+    def path_before(self, chunk: Chunk) -> list[tuple[int, int]]:
+        """The row's stretches `[start, end)` that precede a chunk on its path."""
+        return [(self._segment_starts[s], self._segment_starts[s + 1]) for s in chunk.prefix_segments]
+
+    @cached_property
+    def _segment_starts(self) -> list[int]:
+        return [0, *np.cumsum(self.segment_lengths).tolist()]
+
     def unpack(self, states: Tensor) -> Tensor:
         """`(1, T, H)` states of the row as the padded batch's `(B, L, H)`; padded positions hold some token's."""
         return states[0].index_select(0, self.cells.clamp(min=0).flatten()).view(*self.cells.shape, -1)

@@ -150,7 +150,8 @@ class PackedTrainerMixin(TrainerHost):
         if reason is None:
             reason = self._reason_against_rows() or _first(reason_against_packing(model) for model, _ in models)
             pack = False if reason else packed
-            self._packed_forwards = [PackedForward(m, fields, pack, plans).install() for m, fields in models]
+            slices = getattr(self.args, "max_tokens_per_slice", None)
+            self._packed_forwards = [PackedForward(m, fields, pack, plans, slices).install() for m, fields in models]
             if reason is None:
                 reason = _first(self_test(forward) for forward in self._causal_forwards())
         if reason is None:

@@ -51,6 +51,14 @@ class PackedConfig:
         },
     )
 
+    max_tokens_per_slice: int | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens whose activations are in memory at a time: a longer packed row is computed in slices. By "
+            "default long rows are cut on a CPU, where gradient checkpointing is on; 0 cuts none."
+        },
+    )
+
     def __post_init__(self):
         if str(self.packed).lower() not in _PACKED:
             raise ValueError(f"`packed` must be True, False or 'auto', got {self.packed!r}.")
@@ -59,5 +67,10 @@ class PackedConfig:
             raise ValueError(
                 f"`max_tokens_per_batch={self.max_tokens_per_batch}` leaves no room for a token. Pass a positive "
                 "number, or `None` for no limit."
+            )
+        if self.max_tokens_per_slice is not None and self.max_tokens_per_slice < 0:
+            raise ValueError(
+                f"`max_tokens_per_slice={self.max_tokens_per_slice}` is negative. Pass a positive number, 0 to cut no "
+                "row, or `None` to leave it to gradient checkpointing."
             )
         super().__post_init__()  # type: ignore[misc]  # that of the TRL configuration beside which it stands
