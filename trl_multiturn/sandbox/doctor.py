@@ -15,11 +15,10 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from .advice import advice
 from .config import SandboxConfig
 from .forkserver import ForkServer
 from .inside.confinement import landlock_abi
-from .result import ToolFailure
+from .result import ToolFailure, advice
 
 
 @dataclass(frozen=True)

@@ -23,11 +23,10 @@ import threading
 import weakref
 from typing import Any
 
-from .advice import advice
 from .config import SandboxConfig
 from .forked import Exit, ForkedInterpreter
 from .inside import scratch
-from .result import IsolationError, ToolFailure
+from .result import IsolationError, ToolFailure, advice
 
 
 logger = logging.getLogger(__name__)
