@@ -45,6 +45,9 @@ class EvaluationArguments(PromptArguments):
     eval_temperature: float = field(default=0.7, metadata={"help": "Temperature of the samples (not the search)."})
     value_model: str | None = field(default=None, metadata={"help": "Folder of a value model that guides a search."})
     beam: int = field(default=3, metadata={"help": "Partial trajectories that the search keeps."})
+    search_vote: str = field(
+        default="weighted", metadata={"help": "How its answer is chosen: `none` (highest value), `plain`, `weighted`."}
+    )
     search_step: str = field(default="turn", metadata={"help": "What it decides on: `turn`, `line` or `sentence`."})
     device: str | None = field(default=None, metadata={"help": "Where model and values run; a GPU if there is one."})
     output: str | None = field(default=None, metadata={"help": "JSON file for the numbers."})
@@ -86,13 +89,21 @@ def main(script_args, model_args, rollout_args, engine_args):
     if script_args.value_model:
         values = ValueModel.from_pretrained(script_args.value_model).to(device)
         search = functools.partial(
-            value_guided_search, score=values.score, beam=script_args.beam, step=script_args.search_step
+            value_guided_search,
+            score=values.score,
+            beam=script_args.beam,
+            step=script_args.search_step,
+            finished="pool",
+            vote=script_args.search_vote,
         )
-        found = evaluate_policy(*arguments, config=config, search=search).greedy
-        metrics |= {"search": found.value, "search_se": found.standard_error}
+        found = evaluate_policy(*arguments, n=max(n, 2), temperature=temperature, config=config, search=search)
+        metrics |= {"search": found.greedy.value, "search_se": found.greedy.standard_error}
+        metrics |= found.comparison.metrics()
 
-    for name in (name for name in metrics if f"{name}_se" in metrics):
+    for name in (name for name in metrics if f"{name}_se" in metrics and not name.startswith("search/")):
         print(f"{name:<10} {100 * metrics[name]:5.1f} ± {100 * metrics[f'{name}_se']:.1f} % of {len(prompts)}")
+    if script_args.value_model:
+        print(f"At the same number of sampled tokens:\n{found.comparison}")
     print(", ".join(f"{name} {count}" for name, count in sorted(result.counts.items())))
     if script_args.output:
         Path(script_args.output).write_text(json.dumps(metrics, indent=2), encoding="utf-8")

@@ -29,8 +29,10 @@ if TYPE_CHECKING:
     from .journal.journal import Journal as Journal
     from .models.reward_model import RewardModel as RewardModel, reward_model_from_policy as reward_model_from_policy
     from .models.value_model import ValueModel as ValueModel
+    from .online.distillation import distilled_rows as distilled_rows
     from .online.report import IterationReport as IterationReport
     from .rollout.config import RolloutConfig as RolloutConfig
+    from .rollout.guided.search_comparison import SearchComparison as SearchComparison
     from .rollout.loop import (
         TooManyToolFailures as TooManyToolFailures,
         agenerate_trajectories as agenerate_trajectories,
@@ -84,6 +86,7 @@ else:
             ".data.preview": ["preview_masks"],
             ".data.tokenization": ["tokenize_trajectory"],
             ".data.value_preview": ["preview_values"],
+            ".online.distillation": ["distilled_rows"],
             ".engines.engine": ["Engine", "Generation", "SamplingParams"],
             ".engines.scripted_engine": ["ScriptedEngine"],
             ".engines.transformers.engine": ["TransformersEngine"],
@@ -105,6 +108,7 @@ else:
             ".sandbox.config": ["SandboxConfig"],
             ".sandbox.result": ["ToolFailure", "ToolResult"],
             ".sandbox.sandbox": ["Sandbox"],
+            ".rollout.guided.search_comparison": ["SearchComparison"],
             ".tabular": ["TabularToolMDP"],
             ".templates": ["TurnTemplate"],
             ".tools.base": ["current_rollout"],

@@ -22,8 +22,11 @@ from .completions.logger import log_completions as show_completions
 from .engines.engine import Engine
 from .journal.export import write_trajectories
 from .rollout.config import RolloutConfig
+from .rollout.guided.estimates import Estimate as Estimate
+from .rollout.guided.search_comparison import SearchComparison, compare_search, correctness, elected, samples_for
 from .rollout.loop import generate_trajectories
 from .rollout.options import RolloutOptions
+from .rollout.scoring import Score
 from .trajectory import Trajectory, Verdict
 from .verify.answers import canonical_answer, final_answer
 
@@ -53,36 +56,6 @@ def majority_vote(answers: Iterable[str | None]) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """A mean over prompts.
-
-    Attributes:
-        value (`float`): the mean; NaN where no prompt could be decided.
-        standard_error (`float`): of the mean; NaN for fewer than two prompts.
-        num_prompts (`int`): prompts that entered it.
-    """
-
-    value: float
-    standard_error: float
-    num_prompts: int
-
-    @classmethod
-    def of(cls, values: Iterable[float | None]) -> Estimate:
-        """The mean of per-prompt values; `None` (undecided) does not enter."""
-        known = [value for value in values if value is not None]
-        m = len(known)
-        if m == 0:
-            return cls(math.nan, math.nan, 0)
-        mean = math.fsum(known) / m
-        if m == 1:
-            return cls(mean, math.nan, 1)
-        return cls(mean, math.sqrt(math.fsum((value - mean) ** 2 for value in known) / (m * (m - 1))), m)
-
-    def __str__(self) -> str:
-        return f"{100 * self.value:.1f} ± {100 * self.standard_error:.1f} %"
-
-
-@dataclass(frozen=True)
 class EvaluationResult:
     """What [`evaluate_policy`] measured.
 
@@ -93,6 +66,8 @@ class EvaluationResult:
         n (`int`): samples per prompt.
         counts (`Counter`): trajectories by verdict (`"correct"`, …) and by stop reason (`"stop:answered"`, …).
         trajectories (`list[Trajectory]`): all of them: one greedy trajectory per prompt, then `n` samples per prompt.
+        comparison ([`SearchComparison`], *optional*): the search beside greedy decoding, samples and votes at the same
+            number of sampled tokens; `None` without a `search`, and with `n=1`.
     """
 
     greedy: Estimate
@@ -101,6 +76,7 @@ class EvaluationResult:
     n: int
     counts: Counter[str]
     trajectories: list[Trajectory] = field(repr=False)
+    comparison: SearchComparison | None = None
 
     @property
     def pass_at_1(self) -> float:
@@ -125,6 +101,8 @@ class EvaluationResult:
         flat: dict[str, float] = {}
         for name, estimate in estimates.items():
             flat |= {name: estimate.value, f"{name}_se": estimate.standard_error}
+        if self.comparison is not None:
+            flat |= self.comparison.metrics()
         return {**flat, "undecided": float(self.counts[Verdict.UNDECIDED.value])}
 
 
@@ -166,7 +144,8 @@ def evaluate_policy(
             The answer with which a trajectory votes in maj@n; by default the last `\boxed{}` of its last turn.
         search (`Callable`, *optional*):
             Decodes in place of greedy decoding, and at `config`'s temperature, e.g.
-            `functools.partial(value_guided_search, score=value_model.score, beam=7)`.
+            `functools.partial(value_guided_search, score=value_model.score, beam=7)`. With `n > 1` it is also compared
+            with greedy decoding and with as many samples as take its number of sampled tokens (`comparison`).
         log_completions (`bool`, *optional*, defaults to `False`):
             Whether to print a few trajectories, chosen as by [`CompletionPicker`], and to log them to the runs of W&B
             and trackio that are under way in this process.
@@ -190,7 +169,10 @@ def evaluate_policy(
     def labelled(policy: str) -> RolloutOptions:
         return {**options, "policy": options.get("policy", policy)}
 
-    def roll_out(count: int, at: float, policy: str) -> list[Trajectory]:
+    def roll_out(count: int, at: float, label: str, first: int = 0) -> list[Trajectory]:
+        own: RolloutOptions = labelled(label)
+        if first:
+            own = {**own, "sample_offset": first}
         return generate_trajectories(
             prompts,
             engine,
@@ -198,7 +180,7 @@ def evaluate_policy(
             replace(config, temperature=at, temperature_variants=[]),
             reward_funcs=reward_funcs,
             num_generations=count,
-            **labelled(policy),
+            **own,
         )
 
     if search is None:
@@ -208,13 +190,43 @@ def evaluate_policy(
         greedy = search(prompts, engine, tools, config=config, reward_funcs=reward_funcs, **own)
     samples = roll_out(n, temperature, "evaluation-samples") if n > 1 else []
     result = summarize(greedy, samples, answer)
-    undecided = result.counts[Verdict.UNDECIDED.value]
-    if undecided:
-        logger.warning("%d of %d evaluation trajectories have no verdict.", undecided, len(result.trajectories))
+    if search is not None and samples:
+        size = samples_for(greedy, samples)
+        more = roll_out(size - n, temperature, "evaluation-samples", first=n) if size > n else []
+        decoded = roll_out(1, 0.0, "evaluation-greedy")
+        result = replace(result, comparison=_compared(search, greedy, decoded, samples + more, size, answer))
+    _warn_about_undecided(result)
     if log_completions:
         picker = CompletionPicker(num_completions_to_print).see_all(result.trajectories)
         show_completions(picker.picks(), "Evaluation", report_to="all", name="eval_completions")
     return result
+
+
+def _warn_about_undecided(result: EvaluationResult) -> None:
+    undecided = result.counts[Verdict.UNDECIDED.value]
+    if undecided:
+        logger.warning("%d of %d evaluation trajectories have no verdict.", undecided, len(result.trajectories))
+
+
+def _compared(
+    search: Callable[..., list[Trajectory]],
+    found: list[Trajectory],
+    greedy: list[Trajectory],
+    pool: list[Trajectory],
+    size: int,
+    answer: Callable[[Trajectory], str | None] | None,
+) -> SearchComparison:
+    """The search beside the first `size` samples of each prompt, weighed by its own score where it has one."""
+    told: dict[str, Any] = getattr(search, "keywords", {})
+    score: Score | None = told.get("score")
+    taken: Counter[int] = Counter()
+    samples = []
+    for trajectory in pool:
+        taken[trajectory.info["prompt_index"]] += 1
+        if taken[trajectory.info["prompt_index"]] <= size:
+            samples.append(trajectory)
+    answer = answer or (lambda trajectory: final_answer(trajectory.completion))
+    return compare_search(found, greedy, samples, score, answer, told.get("score_at", "state"))
 
 
 def summarize(
@@ -246,38 +258,16 @@ def summarize(
     counts.update(f"stop:{trajectory.stop_reason.value}" for trajectory in trajectories)
     votes = any(answer(trajectory) for trajectory in samples)
     return EvaluationResult(
-        greedy=Estimate.of(_correct([trajectory.verdict]) for trajectory in greedy),
+        greedy=Estimate.of(correctness([trajectory]) for trajectory in greedy),
         pass_at_k={k: Estimate.of(_pass_at_k(row, k) for row in verdicts) for k in range(1, n + 1)} if groups else {},
-        majority=Estimate.of(_majority(group, answer) for group in groups.values()) if votes else None,
+        majority=Estimate.of(elected(group, [1.0] * n, answer) for group in groups.values()) if votes else None,
         n=n,
         counts=counts,
         trajectories=trajectories,
     )
 
 
-def _correct(verdicts: Sequence[Verdict]) -> float | None:
-    """The share of correct ones among the decided; `None` where none is decided."""
-    decided = [verdict is Verdict.CORRECT for verdict in verdicts if verdict is not Verdict.UNDECIDED]
-    return sum(decided) / len(decided) if decided else None
-
-
 def _pass_at_k(verdicts: Sequence[Verdict], k: int) -> float | None:
     counts = Counter(verdicts)
     n = counts[Verdict.CORRECT] + counts[Verdict.INCORRECT]
     return pass_at_k(n, counts[Verdict.CORRECT], k) if n >= k else None
-
-
-def _majority(group: Sequence[Trajectory], answer: Callable[[Trajectory], str | None]) -> float | None:
-    """Whether the majority's answer is correct; the expected value over a tie; `None` where that is undecided."""
-    answers = {id(trajectory): answer(trajectory) for trajectory in group}
-    winners = majority_vote(answers.values())
-    if not winners:  # nobody answered: wrong, unless nobody could be judged at all
-        return None if _correct([trajectory.verdict for trajectory in group]) is None else 0.0
-    by_answer: dict[str, list[Verdict]] = {winner: [] for winner in winners}
-    for trajectory in group:
-        text = answers[id(trajectory)]
-        if text and canonical_answer(text) in by_answer:
-            by_answer[canonical_answer(text)].append(trajectory.verdict)
-    shares = [_correct(verdicts) for verdicts in by_answer.values()]
-    decided = [share for share in shares if share is not None]
-    return None if len(decided) < len(shares) else sum(decided) / len(decided)

@@ -17,8 +17,8 @@ from trl_multiturn.rollout import (
     ScriptedEngine,
     TransformersEngine,
     generate_trajectories,
-    search as search_module,
 )
+from trl_multiturn.rollout.guided import settings as settings_module
 from trl_multiturn.rollout.search import value_guided_search
 from trl_multiturn.tools import PythonTool
 from trl_multiturn.trajectory import StopReason, Verdict
@@ -69,7 +69,8 @@ def test_the_beam_finds_the_answer_that_greedy_choices_miss():
     (wide,), _ = search(TRAP, Table(TRAP_SCORES), beam=2)
     # plain: the first of each; narrow: left (0.7 > 0.6), then 1 (0.2 > 0.1); wide: both kept, then 2 (0.9)
     assert [answer(t) for t in (plain, narrow, wide)] == [boxed(1), boxed(1), boxed(2)]
-    assert wide.info["search"] == {"score": 0.9, "drawn": 6, "duplicates": 0}  # 2 from the prompt, 2 from each of 2
+    told = wide.info["search"]
+    assert (told["score"], told["drawn"], told["duplicates"]) == (0.9, 6, 0)  # 2 from the prompt, 2 from each of 2
     assert wide.info["decoding"]["beam"] == 2 and wide.stop_reason is StopReason.ANSWERED
 
 
@@ -205,7 +206,8 @@ def test_finished_candidates_compete_in_the_ranking_or_wait_in_the_pool():
     # rank: 0.7 and 0.6 push 0.5 out of the beam, and then end at 0.3 and 0.2; the pool still has 0.5
     assert (answer(ranked), answer(pooled)) == (boxed(3), boxed(5))
     # each parent's three children are one and the same
-    assert ranked.info["search"] == {"score": 0.3, "drawn": 9, "duplicates": 4}
+    told = ranked.info["search"]
+    assert (told["score"], told["drawn"], told["duplicates"]) == (0.3, 9, 4)
 
 
 def test_a_finished_candidate_keeps_its_place_in_the_ranking():
@@ -290,7 +292,7 @@ def test_a_turn_that_runs_out_of_tokens_in_the_middle_of_a_line_is_cut():
 
 def test_a_real_policy_and_a_real_value_model(monkeypatch):
     # a random model seldom breaks a line: here steps end at lower-case letters
-    monkeypatch.setitem(search_module.STEP_STOPS, "line", tuple("abcdefghijklmnopqrstuvwxyz"))
+    monkeypatch.setitem(settings_module.STEP_STOPS, "line", tuple("abcdefghijklmnopqrstuvwxyz"))
     model = tiny_model(TOKENIZER)
     value_model = ValueModel.from_policy(model, "full")
     torch.nn.init.normal_(value_model.head.weight)
@@ -312,7 +314,7 @@ def test_candidates_share_what_was_read_of_their_prefix(monkeypatch):
     class WithoutFork(TransformersEngine):
         fork = None
 
-    monkeypatch.setitem(search_module.STEP_STOPS, "line", tuple("abcdefghijklmnopqrstuvwxyz"))
+    monkeypatch.setitem(settings_module.STEP_STOPS, "line", tuple("abcdefghijklmnopqrstuvwxyz"))
     config = replace(CONFIG, max_turn_tokens=30)
     found, read = {}, {}
     for kind in (TransformersEngine, WithoutFork):

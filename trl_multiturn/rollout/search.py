@@ -7,10 +7,9 @@ any callable from token ids to numbers; a value model's `score` is one.
 from __future__ import annotations
 
 import asyncio
-import math
 import time
-from collections.abc import Coroutine, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal, TypeVar, Unpack
 
 from datasets import Dataset
@@ -21,8 +20,13 @@ from ..sandbox.result import ToolFailure
 from ..tools.base import enter_rollout
 from ..tools.toolbox import Toolbox
 from ..trajectory import StopReason, Trajectory
+from ..verify.answers import final_answer
+from ..verify.votes import elect
 from .config import RolloutConfig
+from .dialects.dialect import Message
 from .episode import Episode
+from .guided.candidate import Candidate, best_action, finite, ranked
+from .guided.settings import SearchSettings, Step, Vote
 from .loop import agenerate_trajectories
 from .options import RolloutOptions
 from .provenance import derive_seed
@@ -31,11 +35,8 @@ from .transcript import Transcript
 
 
 T = TypeVar("T")
-Step = Literal["turn", "line", "sentence"]
-
-# What ends a step inside a turn: the OREO paper's delimiters for GSM8K and for MATH
-STEP_STOPS: dict[str, tuple[str, ...]] = {"turn": (), "line": ("\n",), "sentence": ("\n", ". ", ".$ ")}
-_CHOICES = {"step": tuple(STEP_STOPS), "finished": ("rank", "pool"), "score_at": ("state", "action")}
+Answer = Callable[[list[Message]], str | None]
+Candidates = list[Candidate]
 
 
 def value_guided_search(
@@ -50,6 +51,10 @@ def value_guided_search(
     step: Step = "turn",
     finished: Literal["rank", "pool"] = "rank",
     score_at: Literal["state", "action"] = "state",
+    vote: Vote = "none",
+    max_sampled_tokens: int | None = None,
+    keep_candidates: bool = False,
+    answer: Answer = final_answer,
     reward_funcs: Any = None,
     num_generations: int = 1,
     **options: Unpack[RolloutOptions],
@@ -86,8 +91,9 @@ def value_guided_search(
         config ([`RolloutConfig`], *optional*):
             How to sample. With `beam=1, candidates=1` and whole turns the trajectories are those of
             [`generate_trajectories`].
-        step (`str`, *optional*, defaults to `"turn"`):
-            `"turn"`, `"line"` or `"sentence"` (line breaks and periods). A step never crosses the end of a turn.
+        step (`str` or `int`, *optional*, defaults to `"turn"`):
+            `"turn"`, `"line"` or `"sentence"` (line breaks and periods), or a number: a block of so many tokens. A
+            step never crosses the end of a turn.
         finished (`str`, *optional*, defaults to `"rank"`):
             Where finished candidates compete. `"rank"`: in the beam, with those that go on. `"pool"`: in a pool apart,
             the best of which is taken once no candidate goes on (the authors' code).
@@ -95,6 +101,18 @@ def value_guided_search(
             What `score` reads. `"state"`, for value models: the state after the step, its observation included; where
             nothing answers a turn, the state before the token that ended it, for none comes after. `"action"`, for
             reward models: everything up to the step's last sampled token.
+        vote (`str`, *optional*, defaults to `"none"`):
+            How the result is chosen among the candidates that answered and compete. `"none"`: by the highest score.
+            `"plain"`: the answer that was drawn most often. `"weighted"`: the answer with the largest sum of scores,
+            for scores that are chances (below 0 they count nothing). Of an answer, the trajectory of the highest score
+            is returned. With `finished="pool"` all that answered vote, with `"rank"` the beam.
+        max_sampled_tokens (`int`, *optional*):
+            Tokens to sample for a prompt. The search is repeated, with other draws, as long as one more fits by what
+            they took so far, and the candidates of all compete. The first is always finished.
+        keep_candidates (`bool`, *optional*, defaults to `False`):
+            Whether `info["search"]["candidates"]` holds the other candidates that ended, for [`distilled_rows`].
+        answer (`Callable[[list[dict]], str | None]`, *optional*):
+            The answer with which a completion votes; by default its last box.
         reward_funcs (`Callable`, `str` or list of them, *optional*):
             As in [`generate_trajectories`].
         num_generations (`int`, *optional*, defaults to `1`):
@@ -103,8 +121,8 @@ def value_guided_search(
             As in [`generate_trajectories`], e.g. `environment_factory`, `reward_weights`, `journal`.
 
     Returns:
-        `list[Trajectory]`: ids as sampled, with masks and log-probabilities. `info["search"]` holds the `score`, and
-        how many steps were `drawn` and how many were `duplicates`.
+        `list[Trajectory]`: ids as sampled, with masks and log-probabilities. `info["search"]` holds the `score`, how
+        many steps were `drawn` and how many were `duplicates`, all `sampled_tokens`, and the number of `searches`.
 
     Raises:
         `ValueError`: for arguments that allow no search, or if `score` does not give one finite number per state.
@@ -128,6 +146,10 @@ def value_guided_search(
             step=step,
             finished=finished,
             score_at=score_at,
+            vote=vote,
+            max_sampled_tokens=max_sampled_tokens,
+            keep_candidates=keep_candidates,
+            answer=answer,
             reward_funcs=reward_funcs,
             num_generations=num_generations,
             **options,
@@ -147,6 +169,10 @@ async def avalue_guided_search(
     step: Step = "turn",
     finished: Literal["rank", "pool"] = "rank",
     score_at: Literal["state", "action"] = "state",
+    vote: Vote = "none",
+    max_sampled_tokens: int | None = None,
+    keep_candidates: bool = False,
+    answer: Answer = final_answer,
     reward_funcs: Any = None,
     num_generations: int = 1,
     **options: Unpack[RolloutOptions],
@@ -155,8 +181,18 @@ async def avalue_guided_search(
     config = RolloutConfig.of(config)
     candidates = beam if candidates is None else candidates
     rewindable = options.get("environment_factory") is None
-    _refuse(score, beam, candidates, config, rewindable, step, finished, score_at)
-    settings = _Settings(beam, candidates, step, finished, score_at, rewindable)
+    settings = SearchSettings(
+        beam=beam,
+        candidates=candidates,
+        step=step,
+        finished=finished,
+        score_at=score_at,
+        vote=vote,
+        max_sampled_tokens=max_sampled_tokens,
+        keep_candidates=keep_candidates,
+        rewindable=rewindable,
+    )
+    settings.check(score, config)
     return await agenerate_trajectories(
         prompts,
         engine,
@@ -164,87 +200,41 @@ async def avalue_guided_search(
         config,
         reward_funcs=reward_funcs,
         num_generations=num_generations,
-        player=_SearchPlayer(Scorer(score), settings),
+        player=_SearchPlayer(Scorer(score), settings, answer),
         **options,
     )
-
-
-def _refuse(
-    score: Any, beam: int, candidates: int, config: RolloutConfig, rewindable: bool, step: str, *choices: str
-) -> None:
-    if not callable(score):
-        raise TypeError(f"`score` is a {type(score).__name__}, which cannot be called. Pass e.g. `value_model.score`.")
-    if beam < 1 or candidates < 1:
-        raise ValueError(f"`beam` and `candidates` must be at least 1, got {beam} and {candidates}.")
-    for (name, known), value in zip(_CHOICES.items(), (step, *choices), strict=True):
-        if value not in known:
-            raise ValueError(f"`{name}={value!r}` is none of {', '.join(map(repr, known))}.")
-    if candidates > 1 and config.temperature == 0 and not any(config.temperature_variants):
-        raise ValueError(
-            f"At `temperature=0` all {candidates} candidates of a step are the same, so there is nothing to choose. "
-            "Raise the temperature, or draw one candidate."
-        )
-    if not rewindable and (beam > 1 or step != "turn"):
-        raise ValueError(
-            f"An environment cannot be taken back, so `beam={beam}` trajectories with `step={step!r}` cannot be tried "
-            "in it. Use `beam=1, step='turn'` with `candidates=K`: the best of K actions."
-        )
-
-
-@dataclass(frozen=True)
-class _Settings:
-    beam: int
-    candidates: int
-    step: str
-    finished: str
-    score_at: str
-    rewindable: bool
 
 
 class _SearchPlayer:
     """Plays a trajectory by searching for it."""
 
-    def __init__(self, scorer: Scorer, settings: _Settings):
-        self.scorer, self.settings = scorer, settings
+    def __init__(self, scorer: Scorer, settings: SearchSettings, answer: Answer):
+        self.scorer, self.settings, self.answer = scorer, settings, answer
         self.provenance: dict[str, Any] = {"decoding": {"score": scorer.name, **vars(settings)}}
 
     async def __call__(self, episode: Episode) -> Trajectory:
         enter_rollout(episode.context)
-        return await _Search(episode, self.scorer, self.settings).run()
-
-
-@dataclass(eq=False)
-class _Node:
-    """A partial trajectory.
-
-    `toolbox` is at the transcript's state; without one, a new one is brought there when it is needed.
-    """
-
-    transcript: Transcript
-    session: str
-    toolbox: Toolbox | None = None
-    stop_reason: StopReason | None = None
-    failure: str | None = None
-    score: float = -math.inf
+        return await _Search(episode, self.scorer, self.settings, self.answer).run()
 
 
 class _Search:
     """The search for one prompt."""
 
-    def __init__(self, episode: Episode, scorer: Scorer, settings: _Settings):
-        self.episode, self.scorer, self.settings = episode, scorer, settings
+    def __init__(self, episode: Episode, scorer: Scorer, settings: SearchSettings, answer: Answer):
+        self.episode, self.scorer, self.settings, self.answer_of = episode, scorer, settings, answer
         self.toolboxes: set[Toolbox] = set()
         self.sessions: set[str] = set()
         self.named = 0
-        self.counts = {"drawn": 0, "duplicates": 0}
+        self.counts = {"drawn": 0, "duplicates": 0, "sampled_tokens": 0, "searches": 0}
+        self.found: list[Candidate] = []  # all candidates that ended, in the order of ending
 
     async def run(self) -> Trajectory:
         start, reward = time.monotonic(), None
-        root = _Node(Transcript(self.episode.prompt), self._new_session())
+        root = Candidate(Transcript(self.episode.prompt), self._new_session())
         best = root
         try:
             await self._prepare(root)
-            best = await self._search(root)
+            best = await self._search_within_budget(root)
             if best.toolbox is not None and best.stop_reason is not StopReason.TOOL_FAILED:
                 reward = await best.toolbox.reward()
         except ToolFailure as error:  # the environment's
@@ -257,10 +247,36 @@ class _Search:
         assert best.stop_reason is not None
         seconds = time.monotonic() - start
         trajectory = best.transcript.finish(self.episode.context, best.stop_reason, seconds, best.failure, reward)
-        trajectory.info["search"] = {"score": best.score if math.isfinite(best.score) else None, **self.counts}
+        trajectory.info["search"] = {"score": finite(best.score), **self.counts}
+        if self.settings.keep_candidates:
+            others = [node.told(self.episode.context) for node in self.found if node is not best]
+            trajectory.info["search"]["candidates"] = others
         return trajectory
 
-    async def _prepare(self, root: _Node) -> None:
+    async def _search_within_budget(self, root: Candidate) -> Candidate:
+        """Searches once, and then again as often as the budget allows by what a search took so far."""
+        opened, answered, stopped = root.transcript.fork(), list[Candidate](), list[Candidate]()
+        while True:
+            more_answered, more_stopped = await self._search(root)
+            answered, stopped = answered + more_answered, stopped + more_stopped
+            self.counts["searches"] += 1
+            spent, times = self.counts["sampled_tokens"], self.counts["searches"]
+            budget = self.settings.max_sampled_tokens
+            if budget is None or not spent or spent * (times + 1) > budget * times:
+                return self._choose(answered, stopped)
+            root = Candidate(opened.fork(), self._new_session())
+
+    def _choose(self, answered: list[Candidate], stopped: list[Candidate]) -> Candidate:
+        if not answered:
+            failed = [node for node in stopped if node.stop_reason is StopReason.TOOL_FAILED]
+            return failed[0] if failed else ranked(stopped)[0]
+        if self.settings.vote == "none":
+            return ranked(answered)[0]
+        weights = [node.draws * (node.score if self.settings.vote == "weighted" else 1.0) for node in answered]
+        answers = [self.answer_of(node.transcript.completion) for node in answered]
+        return answered[elect(answers, weights, [node.score for node in answered])]
+
+    async def _prepare(self, root: Candidate) -> None:
         """The prompt, with an environment's first observation."""
         observation = None
         if not self.settings.rewindable:
@@ -272,9 +288,10 @@ class _Search:
                 raise
         self.episode.open(root.transcript, observation)
 
-    async def _search(self, root: _Node) -> _Node:
-        live, answered = [root], list[_Node]()
-        stopped: list[_Node] = []
+    async def _search(self, root: Candidate) -> tuple[list[Candidate], list[Candidate]]:
+        """The candidates that answered and compete, and those that stopped without an answer."""
+        live, answered = [root], list[Candidate]()
+        stopped: list[Candidate] = []
         while live:
             parents = live
             children = await self._expand(parents)
@@ -283,25 +300,23 @@ class _Search:
                 await self._score(children)
             else:
                 await self._score(children)
-                children = [_best_action(children)]
+                children = [best_action(children)]
                 await self._answer(children[0])
             new = [child for child in children if child.stop_reason is StopReason.ANSWERED]
             live = [child for child in children if child.stop_reason is None]
             stopped += [child for child in children if child not in new and child not in live]
+            self.found += [child for child in children if child.stop_reason is not None]
             live, answered = self._keep(live, answered, new)
             await self._let_go(parents + children, live)
-        if answered:
-            return _ranked(answered)[0]
-        failed = [node for node in stopped if node.stop_reason is StopReason.TOOL_FAILED]
-        return failed[0] if failed else _ranked(stopped)[0]
+        return answered, stopped
 
-    def _keep(self, live: list[_Node], answered: list[_Node], new: list[_Node]) -> tuple[list[_Node], list[_Node]]:
+    def _keep(self, live: Candidates, answered: Candidates, new: Candidates) -> tuple[Candidates, Candidates]:
         if self.settings.finished == "pool":
-            return _ranked(live)[: self.settings.beam], answered + new
-        kept = _ranked(answered + new + live)[: self.settings.beam]
+            return ranked(live)[: self.settings.beam], answered + new
+        kept = ranked(answered + new + live)[: self.settings.beam]
         return [node for node in kept if node in live], [node for node in kept if node not in live]
 
-    async def _let_go(self, nodes: list[_Node], live: list[_Node]) -> None:
+    async def _let_go(self, nodes: list[Candidate], live: list[Candidate]) -> None:
         """Ends what only dropped candidates hold. A played environment stays open: it may give the reward."""
         in_use = {node.session for node in live}
         for session in [*self.sessions - in_use]:
@@ -313,7 +328,7 @@ class _Search:
 
     # One round
 
-    async def _expand(self, parents: list[_Node]) -> list[_Node]:
+    async def _expand(self, parents: list[Candidate]) -> list[Candidate]:
         """The next steps of all partial trajectories, each distinct one once."""
         places = [(rank, k) for rank in range(len(parents)) for k in range(self.settings.candidates)]
         # Forked before anything is drawn: the first candidate goes on in its parent's session and takes its cache
@@ -321,9 +336,11 @@ class _Search:
         draws = zip(places, sessions, strict=True)
         drawn = await _all(self._draw(parents[rank], rank, k, session) for (rank, k), session in draws)
         self.counts["drawn"] += len(drawn)
-        children: dict[tuple[int, ...], _Node] = {}
+        children: dict[tuple[int, ...], Candidate] = {}
         for (rank, _), child in zip(places, drawn, strict=True):
-            if children.setdefault(tuple(child.transcript.ids), child) is not child:
+            first = children.setdefault(tuple(child.transcript.ids), child)
+            if first is not child:
+                first.draws += 1
                 self.counts["duplicates"] += 1
             elif self.settings.rewindable:  # the first child goes on with the sessions, the others replay
                 child.toolbox, parents[rank].toolbox = parents[rank].toolbox, None
@@ -331,19 +348,24 @@ class _Search:
                 child.toolbox = parents[rank].toolbox
         return list(children.values())
 
-    async def _draw(self, parent: _Node, rank: int, k: int, session: str) -> _Node:
+    async def _draw(self, parent: Candidate, rank: int, k: int, session: str) -> Candidate:
         """Samples one step after `parent`; blank lines belong to the step before them and are no step."""
         conversation, transcript = self.episode.conversation, parent.transcript.fork()
-        child = _Node(transcript, session)
-        alike = self.episode.sampling(k, STEP_STOPS[self.settings.step])
+        child = Candidate(transcript, session)
+        alike = self.episode.sampling(k, self.settings.stops)
         earlier = len(transcript.begun.token_ids)
         while True:
             begun = len(transcript.begun.token_ids)
-            place = () if rank == k == begun == 0 else (rank, k, begun)
+            place: tuple[int, ...] = () if rank == k == begun == 0 else (rank, k, begun)
+            if self.counts["searches"]:
+                place = (rank, k, begun, self.counts["searches"])
             room = transcript.room(self.episode.config)
+            room = min(room, self.settings.block or room)
             seed = derive_seed(self.episode.context.seed, len(transcript.turns), *place)
             sampling = replace(alike, max_new_tokens=room, seed=seed)
-            transcript.add_sampled(await self.episode.generate(transcript.ids, sampling, session, transcript.images))
+            piece = await self.episode.generate(transcript.ids, sampling, session, transcript.images)
+            self.counts["sampled_tokens"] += len(piece.token_ids)
+            transcript.add_sampled(piece)
             sampled, transcript.begun = transcript.begun, conversation.within_turn(transcript.begun)
             if transcript.begun is not sampled or self._turn_ended(transcript):
                 turn = conversation.read(transcript.begun, transcript.last_read)
@@ -354,6 +376,8 @@ class _Search:
 
     def _turn_ended(self, transcript: Transcript) -> bool:
         begun, conversation = transcript.begun, self.episode.conversation
+        if self.settings.block:
+            return begun.finish_reason != "length" or transcript.room(self.episode.config) < 1
         if self.settings.step == "turn" or begun.finish_reason != "stop_string":
             return True
         text = conversation.text(begun.token_ids)
@@ -364,7 +388,7 @@ class _Search:
             return True
         return False
 
-    async def _answer(self, node: _Node) -> None:
+    async def _answer(self, node: Candidate) -> None:
         """Runs the calls of a turn that was just sampled."""
         transcript = node.transcript
         if transcript.unanswered is None or node.stop_reason is not None:
@@ -379,13 +403,13 @@ class _Search:
         except ToolFailure as error:
             node.stop_reason, node.failure = StopReason.TOOL_FAILED, str(error)
 
-    async def _score(self, nodes: list[_Node]) -> None:
+    async def _score(self, nodes: list[Candidate]) -> None:
         scored = [node for node in nodes if node.stop_reason is not StopReason.TOOL_FAILED]
         if scored:
             for node, score in zip(scored, await self.scorer([self._state(n) for n in scored]), strict=True):
                 node.score = score
 
-    def _state(self, node: _Node) -> list[int]:
+    def _state(self, node: Candidate) -> list[int]:
         ids, mask = node.transcript.ids, node.transcript.action_mask
         if node.transcript.begun.token_ids:
             return ids
@@ -418,17 +442,6 @@ class _Search:
     async def _close(self, toolbox: Toolbox) -> None:
         await toolbox.close()
         self.toolboxes.discard(toolbox)
-
-
-def _ranked(nodes: Iterable[_Node]) -> list[_Node]:
-    """Best first; the earlier drawn first among equals."""
-    return sorted(nodes, key=lambda node: -node.score)
-
-
-def _best_action(children: list[_Node]) -> _Node:
-    """The action of the highest score; one that stops without an answer only where all do."""
-    going = [child for child in children if child.stop_reason in (None, StopReason.ANSWERED)]
-    return _ranked(going or children)[0]
 
 
 async def _all(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:

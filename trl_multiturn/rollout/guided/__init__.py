@@ -1,0 +1,1 @@
+"""What surrounds a guided search: its settings, and the rows that it leaves to train on."""
