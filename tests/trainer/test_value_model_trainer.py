@@ -140,7 +140,7 @@ def test_rows_of_messages_are_tokenized_as_oreo_does(policy):
     ]
     args = SimpleNamespace(
         value_objective="classification", max_length=None, train_on_turns="all", dataset_num_proc=None,
-        drop_reasoning=False,
+        drop_reasoning=False, training_template=False,
     )  # fmt: skip
     prepared = prepared_rows(Dataset.from_list(rows), tokenizer, args, "train")
     assert prepared["reward"][:] == [1.0, 0.0] and all(any(mask) for mask in prepared["action_mask"])
