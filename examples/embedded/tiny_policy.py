@@ -73,9 +73,9 @@ def build_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
 
     Returns:
         `PreTrainedTokenizerFast` whose end-of-turn token `<|im_end|>` is its end-of-sequence token, whose padding
-        token is another one, and whose chat template renders tools and marks the assistant's tokens. It has no
-        `response_template`, so that `RolloutConfig(dialect="auto")` chooses the fenced dialect, in which the teacher
-        of [`word_problems`] writes.
+        token is another one, and whose chat template renders tools and marks the assistant's tokens. The teacher of
+        [`word_problems`] writes in the fenced dialect: say `RolloutConfig(dialect="fenced")`, as the template can
+        also call tools natively.
     """
     pieces = pre_tokenizers.Sequence(
         [
