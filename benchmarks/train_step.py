@@ -10,7 +10,8 @@ One training step of TRL's trainers and of the packed path, side by side in one 
 Each arm is a real trainer's `compute_loss` and `backward()` on padded batches as TRL collates them, whose
 `completion_mask` leaves out observations. Arms alternate batch by batch and start from the same weights. A row is
 printed only if every arm's loss and gradient norm agree with the first arm's; then the median of the paired ratios,
-with minimum and maximum. TRL has no OREO and no DQO: there the first arm is our trainer with `packed=False`.
+with minimum and maximum. TRL has no OREO, no DQO and no group regression: there the first arm is our trainer with
+`packed=False`.
 In bfloat16 each arm's loss is held against the same loss in float32 instead, and may be as far off as TRL's.
 Times are CPU seconds of one thread, or wall-clock seconds of several (`--threads`) or of a GPU, packing and metrics
 included; peak memory is that of a process which runs one arm alone, above what the process held before the step (on a
@@ -49,7 +50,14 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 
 from trl_multiturn.packing import pack_rows
-from trl_multiturn.trainer import DQOConfig, DQOTrainer, OREOConfig, OREOTrainer
+from trl_multiturn.trainer import (
+    DQOConfig,
+    DQOTrainer,
+    GroupRegressionConfig,
+    GroupRegressionTrainer,
+    OREOConfig,
+    OREOTrainer,
+)
 from trl_multiturn.trainer.packed import PackedTrainerMixin
 
 
@@ -59,6 +67,14 @@ class PackedDPOTrainer(PackedTrainerMixin, DPOTrainer):
 
 class PackedKTOTrainer(PackedTrainerMixin, KTOTrainer):
     pass
+
+
+# Trained on trajectories with a reward, by trainers that TRL does not have
+ON_OUTCOMES: dict[str, tuple[type, type]] = {
+    "oreo": (OREOConfig, OREOTrainer),
+    "dqo": (DQOConfig, DQOTrainer),
+    "group": (GroupRegressionConfig, GroupRegressionTrainer),
+}
 
 
 # --- arms ------------------------------------------------------------------------------------------------------------
@@ -72,9 +88,10 @@ def make_trainer(setting: Setting, packed: bool, precomputed: bool) -> DPOTraine
         disable_tqdm=True, gradient_checkpointing=setting.checkpointing, max_length=None,
         per_device_train_batch_size=2,
     )  # fmt: skip
-    if setting.kind in ("oreo", "dqo"):
-        config, trainer_class = {"oreo": (OREOConfig, OREOTrainer), "dqo": (DQOConfig, DQOTrainer)}[setting.kind]
-        args = config(**common, packed=packed, value_model=setting.value)
+    if setting.kind in ON_OUTCOMES:
+        config, trainer_class = ON_OUTCOMES[setting.kind]
+        values = {} if setting.kind == "group" else {"value_model": setting.value}
+        args = config(**common, packed=packed, **values)
         rows = [{"prompt_ids": [3, 4], "completion_ids": [5, 6], "action_mask": [1, 1], "reward": 1.0}] * 2
     else:
         base, config = (DPOTrainer, DPOConfig) if setting.kind == "dpo" else (KTOTrainer, KTOConfig)
@@ -191,7 +208,7 @@ def source_of_rows(setting: Setting, real: Path | None, seed: int = 0) -> Synthe
 
 def arms_of(setting: Setting) -> dict[str, Callable[[dict], Step]]:
     """The compared computations, the baseline first."""
-    if setting.kind in ("oreo", "dqo"):
+    if setting.kind in ON_OUTCOMES:
         padded, packed = (make_trainer(setting, packed=packed, precomputed=False) for packed in (False, True))
         return {"padded": lambda batch: run_step(padded, batch), "packed": lambda batch: run_step(packed, batch)}
     stock = make_trainer(setting, packed=False, precomputed=False)
@@ -219,9 +236,9 @@ def loss_in_float32(setting: Setting) -> Callable[[dict], float]:
 def batches_of(setting: Setting, real: Path | None) -> Iterator[dict[str, torch.Tensor]]:
     """Batches with reference log-probabilities, as precomputation leaves them in the dataset."""
     rows = source_of_rows(setting, real)
-    scorer = make_trainer(setting, packed=setting.kind in ("oreo", "dqo"), precomputed=False)
+    scorer = make_trainer(setting, packed=setting.kind in ON_OUTCOMES, precomputed=False)
     while True:
-        if setting.kind in ("oreo", "dqo"):
+        if setting.kind in ON_OUTCOMES:
             prepared = scorer._prepare_dataset(
                 Dataset.from_list(trajectories_of(rows)), scorer.processing_class, scorer.args, "benchmark"
             )
@@ -317,7 +334,7 @@ def _memory(name: str) -> float:
 
 def measure_memory(table: str, index: int, arguments: argparse.Namespace) -> dict[str, float]:
     memory = {}
-    for arm in ("padded", "packed") if TABLES[table][index].kind in ("oreo", "dqo") else ("TRL", "packed"):
+    for arm in ("padded", "packed") if TABLES[table][index].kind in ON_OUTCOMES else ("TRL", "packed"):
         command = [sys.executable, __file__, table, "--memory-of", f"{index}:{arm}", "--threads", arguments.threads]
         command += ["--scale", arguments.scale]
         command += ["--real", str(arguments.real)] if arguments.real else []

@@ -44,6 +44,16 @@ TABLES: dict[str, list[Setting]] = {
         Setting("OREO, full value model", kind="oreo", trajectories=8, turns_shared=0.5, value="full", body=SMALL),
         Setting("DQO, value head", kind="dqo", trajectories=8, turns_shared=0.5, value="head", body=SMALL),
     ],
+    "group-regression": [
+        Setting(
+            f"group regression, 12 trajectories, turns shared with probability {p:.1f}",
+            kind="group",
+            trajectories=12,
+            turns_shared=p,
+            body=SMALL,
+        )
+        for p in (0.0, 0.5)
+    ],
     "trajectories": [
         Setting(
             f"DQO, value head, {n} trajectories",

@@ -18,6 +18,7 @@ from trl_multiturn.losses import (
 from trl_multiturn.packing.sequences import Sequences
 from trl_multiturn.segments import RowBuilder
 from trl_multiturn.tabular import Paths, TabularToolMDP
+from trl_multiturn.trainer.outcomes.turn_rewards import turn_sums
 
 
 BETA = 0.3
@@ -266,6 +267,17 @@ def test_training_reaches_the_optimum_where_histories_are_rewritten(name):
 
     model.train(loss, steps=600)
     assert model.policy_error(optimum, paths) < 2e-3
+
+
+def test_turn_rewards_of_a_policy_that_preferences_trained_are_advantages():
+    """With certain tools: β log π/π_ref of a turn, as DQO gets it, is Q* − V* there."""
+    mdp, paths = make(stochastic=False)
+    optimum, model = mdp.solve(BETA), Tabular(mdp)
+    model.train(lambda: mdpo_loss(model, paths), steps=600)
+    rewards = turn_sums(BETA * columns(paths.pick(model.log_ratios().detach())), column_mask(paths))
+    advantages = paths.pick(optimum.q_values - optimum.values.unsqueeze(1))
+    assert advantages.abs().max() > 0.1
+    torch.testing.assert_close(torch.tensor(rewards, dtype=torch.float64), advantages, atol=1e-3, rtol=0)
 
 
 @pytest.fixture(scope="module")

@@ -68,6 +68,8 @@ if TYPE_CHECKING:
     from .trainer.oreo_trainer import OREOTrainer as OREOTrainer
     from .trainer.outcomes.group_regression_config import GroupRegressionConfig as GroupRegressionConfig
     from .trainer.outcomes.group_regression_trainer import GroupRegressionTrainer as GroupRegressionTrainer
+    from .trainer.outcomes.step_regression_trainer import StepRegressionTrainer as StepRegressionTrainer
+    from .trainer.outcomes.turn_rewards import implicit_turn_rewards as implicit_turn_rewards
     from .trainer.values.value_model_config import ValueModelConfig as ValueModelConfig
     from .trainer.values.value_model_trainer import (
         ValueModelTrainer as ValueModelTrainer,
@@ -124,6 +126,8 @@ else:
             ".trainer.oreo_trainer": ["OREOTrainer"],
             ".trainer.outcomes.group_regression_config": ["GroupRegressionConfig"],
             ".trainer.outcomes.group_regression_trainer": ["GroupRegressionTrainer"],
+            ".trainer.outcomes.step_regression_trainer": ["StepRegressionTrainer"],
+            ".trainer.outcomes.turn_rewards": ["implicit_turn_rewards"],
             ".trainer.values.value_model_config": ["ValueModelConfig"],
             ".trainer.values.value_model_trainer": ["ValueModelTrainer", "train_value_model"],
             ".trajectory": ["StopReason", "Trajectory", "Verdict"],

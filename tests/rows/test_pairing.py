@@ -245,6 +245,18 @@ def test_equal_index_with_another_prompt_is_another_group():
     assert build_preference_dataset([one, other])[0]["prompt_index"] == -1
 
 
+def test_siblings_part_after_a_turn_whatever_they_earned():
+    def of(last, reward):
+        return trajectory(0, reward, turns=((7, 8), (last, 8)), observations=((1, 2),))
+
+    stranger = trajectory(0, 1.0, turns=((6, 8), (9, 8)), observations=((1, 2),))
+    config = PairingConfig(strategy="siblings", max_pairs_per_prompt=9)
+    pairs = select([of(3, 0.0), of(4, 0.0), stranger], config).pairs
+    assert [(pair.shared_turns, pair.chosen.reward, pair.rejected.reward) for pair in pairs] == [(1, 0.0, 0.0)]
+    (pair,) = select([of(3, 0.0), of(4, 1.0)], config).pairs
+    assert (pair.chosen.reward, pair.rejected.reward) == (1.0, 0.0)
+
+
 def test_step_pairs_start_where_the_trajectories_part():
     shared = {"turns": ((7, 8), (9, 8)), "observations": ((1, 2),)}
     winner = trajectory(0, 1.0, turns=((7, 8), (9, 8), (4, 8)), observations=((1, 2), (3,)))

@@ -20,6 +20,7 @@ from .oreo import oreo_policy_loss, oreo_value_loss
 from .outcomes import outcome_classification_loss, soft_value
 from .returns import lambda_returns
 from .segments import Segments, merge_segments, turn_ids
+from .step_regression import first_turn_log_ratios, step_regression_loss
 
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "dqo_value_loss",
     "dro_policy_loss",
     "dro_value_loss",
+    "first_turn_log_ratios",
     "full_vocab_kl",
     "group_means",
     "group_regression_loss",
@@ -43,6 +45,7 @@ __all__ = [
     "oreo_value_loss",
     "outcome_classification_loss",
     "soft_value",
+    "step_regression_loss",
     "terminal_rewards",
     "turn_ids",
 ]

@@ -6,6 +6,7 @@ interrupted and resumed selects what an undisturbed one does.
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from collections import Counter
@@ -33,8 +34,9 @@ class PairingConfig:
             "help": "`random`: a random correct and a random incorrect trajectory of the prompt. `best_worst`: the "
             "highest against the lowest reward, the second highest against the second lowest, and so on. `step`: a "
             "correct and an incorrect trajectory that share their first turns; these become part of the prompt, so "
-            "that the pair compares the turns where the two part. Also the dotted path of a function of your own; in "
-            "Python the function, too (see `trl_multiturn.rows.strategies.Strategy`)."
+            "that the pair compares the turns where the two part. `siblings`: any two that do so, whatever they "
+            "earned, for regression on the difference. Also the dotted path of a function of your own; in Python the "
+            "function, too (see `trl_multiturn.rows.strategies.Strategy`)."
         },
     )
     max_pairs_per_prompt: int = field(
@@ -56,7 +58,7 @@ class PairingConfig:
         metadata={"help": "Smallest difference in reward between the sides; equal rewards are never a pair."},
     )
     min_shared_turns: int = field(
-        default=1, metadata={"help": "Assistant turns that the sides of a `step` pair share at least."}
+        default=1, metadata={"help": "Assistant turns that the sides of a `step` or `siblings` pair share at least."}
     )
     seed: int = field(default=0, metadata={"help": "Seed of the random choices."})
 
@@ -114,7 +116,8 @@ class Pair:
 
     Attributes:
         chosen ([`Trajectory`]), rejected ([`Trajectory`]): the two sides.
-        shared_tokens (`int`): completion tokens that belong to the prompt of the pair: 0 but for `strategy="step"`.
+        shared_tokens (`int`): completion tokens that belong to the prompt of the pair: 0 but for `strategy="step"` and
+            `"siblings"`.
         shared_turns (`int`): assistant turns among them.
     """
 
@@ -328,24 +331,39 @@ def _best_worst_pairs(group: list[Trajectory], config: PairingConfig, rng: rando
 
 
 def _step_pairs(group: list[Trajectory], config: PairingConfig, rng: random.Random) -> list[Pair]:
-    candidates = []
-    for winner in _with(Verdict.CORRECT, group):
-        for loser in _with(Verdict.INCORRECT, group):
-            turns, tokens = _shared_prefix(winner, loser)
-            if turns >= config.min_shared_turns and _wide_enough(winner, loser, config):
-                candidates.append(Pair(winner, loser, tokens, turns))
-    rng.shuffle(candidates)
-    candidates.sort(key=lambda pair: pair.shared_turns, reverse=True)
+    sides = itertools.product(_with(Verdict.CORRECT, group), _with(Verdict.INCORRECT, group))
+    return _parting_pairs([pair for pair in sides if _wide_enough(*pair, config)], config, rng)
+
+
+def _sibling_pairs(group: list[Trajectory], config: PairingConfig, rng: random.Random) -> list[Pair]:
+    """Not chosen by what they earned; the side that earned more is the chosen one."""
+    sides = (sorted(pair, key=terminal_reward, reverse=True) for pair in itertools.combinations(group, 2))
+    return _parting_pairs([(better, worse) for better, worse in sides], config, rng)
+
+
+def _parting_pairs(
+    candidates: list[tuple[Trajectory, Trajectory]], config: PairingConfig, rng: random.Random
+) -> list[Pair]:
+    """Those that share enough turns, the longest common way first; each trajectory once."""
+    parting = [Pair(one, other, *reversed(_shared_prefix(one, other))) for one, other in candidates]
+    parting = [pair for pair in parting if pair.shared_turns >= config.min_shared_turns]
+    rng.shuffle(parting)
+    parting.sort(key=lambda pair: pair.shared_turns, reverse=True)
     used: set[int] = set()
     pairs = []
-    for pair in candidates:
+    for pair in parting:
         if used.isdisjoint((id(pair.chosen), id(pair.rejected))):
             used.update((id(pair.chosen), id(pair.rejected)))
             pairs.append(pair)
     return pairs
 
 
-PAIRINGS: dict[str, Strategy] = {"random": _random_pairs, "best_worst": _best_worst_pairs, "step": _step_pairs}
+PAIRINGS: dict[str, Strategy] = {
+    "random": _random_pairs,
+    "best_worst": _best_worst_pairs,
+    "step": _step_pairs,
+    "siblings": _sibling_pairs,
+}
 """Every strategy of a [`PairingConfig`] by name."""
 
 
