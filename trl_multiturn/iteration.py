@@ -22,6 +22,7 @@ from .errors import JournalError
 from .journal.export import dropped_writer
 from .journal.journal import Journal, Places
 from .journal.run_folder import IterationFolder, RunFolder
+from .online.agreement import SamplerAgreement
 from .online.arrivals import await_trajectories
 from .online.plan import found_otherwise
 from .online.reference import with_reference
@@ -90,10 +91,14 @@ def run_iteration(
     if (processes := trainer.args.world_size) > 1:
         on_main_at_own_pace(lambda: await_trajectories(Journal(folder.journal), places, processes), patience)
 
-    # Filter and pair, prompt by prompt.
-    report = on_main_at_own_pace(
-        lambda: find_rows(folder.journal, folder, places, settings.pairing, trainer.row_format, see), patience
-    )
+    # Filter and pair, prompt by prompt. On the way: did the engine sample from the policy that is trained?
+    def select_rows() -> IterationReport:
+        agreement = SamplerAgreement(settings.rollout, see)
+        found = find_rows(folder.journal, folder, places, settings.pairing, trainer.row_format, agreement.see)
+        found.agreement = agreement.measure(trainer)
+        return found
+
+    report = on_main_at_own_pace(select_rows, patience)
     rows = load_rows(folder.rows)
 
     # Train on these rows, or on all so far, against the reference of this iteration.

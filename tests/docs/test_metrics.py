@@ -8,11 +8,13 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from datasets import Dataset
 
 import trl_multiturn
 from tests.support import assistant, byte_tokenizer, tiny_model, user
 from trl_multiturn import IterationReport
+from trl_multiturn.online.agreement import agreement_metrics
 
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -60,7 +62,15 @@ def test_each_metric_that_a_trainer_logs_is_explained_on_its_page(page, tmp_path
 
 
 def test_each_metric_of_an_iteration_is_explained():
-    report = IterationReport(0, trajectories=2, correct=1, incorrect=1, tool_calls=2, reward_errors=1)
+    report = IterationReport(
+        0,
+        trajectories=2,
+        correct=1,
+        incorrect=1,
+        tool_calls=2,
+        reward_errors=1,
+        agreement=agreement_metrics([torch.zeros(4)]),
+    )
     assert set(report.metrics()) - documented("loop.md") == set()
 
 

@@ -60,6 +60,7 @@ class IterationReport:
         rollout_seconds, train_seconds, eval_seconds (`float`): wall time by stage.
         evaluation (`dict[str, float]`, *optional*): metrics of the policy *after* the iteration on held-out prompts.
         evaluated_by (`str`, *optional*): hash of what decides the evaluation; those of others are not compared.
+        agreement (`dict[str, float]`): how far the engine's log-probabilities are from the trainer's (`sampling/…`).
         step_layout (`dict`, *optional*): what decides which of its rows each optimizer step trains on.
     """
 
@@ -90,6 +91,7 @@ class IterationReport:
     samples: dict[str, list[list[int]]] | None = None
     evaluated_by: str | None = None
     step_layout: dict[str, Any] | None = None
+    agreement: dict[str, float] = field(default_factory=dict)
 
     @property
     def correct_share(self) -> float:
@@ -136,6 +138,7 @@ class IterationReport:
             **({"rollout/reward_errors": self.reward_errors} if self.reward_errors else {}),
             **{f"data/dropped_{name}": count for name, count in self.dropped.items()},
             **{f"data/unused_{name}": count for name, count in self.unused.items()},
+            **self.agreement,
         }
 
     def save(self, folder: str | os.PathLike) -> None:
