@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 
 from tests.rollout.test_calls import read_with
@@ -11,7 +13,8 @@ from trl_multiturn import RolloutConfig
 from trl_multiturn.rollout.dialects import choose_dialect
 
 
-pytestmark = pytest.mark.vllm
+HAS_VLLM = importlib.util.find_spec("vllm") is not None
+pytestmark = [pytest.mark.vllm, pytest.mark.skipif(not HAS_VLLM, reason="vLLM is not installed in this environment")]
 
 
 def dialect(parser, family="qwen2_5"):

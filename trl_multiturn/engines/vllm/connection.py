@@ -79,6 +79,7 @@ class ServerConnection:
         self._sentinel: socket.socket | None = None
         self._broken = False
         self._started: float | None = None
+        self._restarts = 0
 
     # Requests
 
@@ -97,7 +98,9 @@ class ServerConnection:
             while True:
                 try:
                     await self._whole()
+                    restarts = self._restarts
                     response = await self._client().post(path, json=payload)
+                    self._refuse_another_process(restarts)
                     return read(_answer(path, response))
                 except (httpx.TransportError, _Passing, WrongAnswer) as error:
                     self._broken |= isinstance(error, httpx.TransportError)
@@ -156,6 +159,11 @@ class ServerConnection:
             return
         await asyncio.to_thread(self._make_whole)
 
+    def _refuse_another_process(self, restarts: int) -> None:
+        """An answer whose request was made to the old process, and reached the new one before that had its weights."""
+        if restarts != self._restarts or self._sentinel_is_closed():
+            raise _Passing("the server was restarted before it answered", None)
+
     def _make_whole(self) -> None:
         with self._restoring:
             if not self._broken and not self._sentinel_is_closed():
@@ -164,6 +172,7 @@ class ServerConnection:
                 _answer("/health", client.get("/health"), json_only=False)
             started = self._start_time()
             if started is None or started != self._started:
+                self._restarts += 1
                 self._restore()
             self.remember()
 
