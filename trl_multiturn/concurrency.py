@@ -7,7 +7,7 @@ import concurrent.futures
 import contextlib
 import contextvars
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, TypeVar
 
 
@@ -85,3 +85,14 @@ def _inside_a_loop() -> bool:
     except RuntimeError:
         return False
     return True
+
+
+async def await_all(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """Awaits all; the first error cancels the others, so that none goes on with what is being closed.
+
+    Raises:
+        `ExceptionGroup`: of what failed.
+    """
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(coroutine) for coroutine in coroutines]
+    return [task.result() for task in tasks]

@@ -6,15 +6,14 @@ any callable from token ids to numbers; a value model's `score` is one.
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal, TypeVar, Unpack
+from typing import Any, Literal, Unpack
 
 from datasets import Dataset
 
-from ..concurrency import run_coroutine
+from ..concurrency import await_all, run_coroutine
 from ..engines.engine import Engine, Forks
 from ..sandbox.result import ToolFailure
 from ..tools.base import enter_rollout
@@ -34,7 +33,6 @@ from .scoring import Score, Scorer
 from .transcript import Transcript
 
 
-T = TypeVar("T")
 Answer = Callable[[list[Message]], str | None]
 Candidates = list[Candidate]
 
@@ -296,7 +294,7 @@ class _Search:
             parents = live
             children = await self._expand(parents)
             if self.settings.rewindable:
-                await _all(self._answer(child) for child in children)
+                await await_all(self._answer(child) for child in children)
                 await self._score(children)
             else:
                 await self._score(children)
@@ -324,7 +322,7 @@ class _Search:
             self.episode.engine.release(session)
         if self.settings.rewindable:
             held = {node.toolbox for node in live}
-            await _all(self._close(toolbox) for toolbox in [*self.toolboxes] if toolbox not in held)
+            await await_all(self._close(toolbox) for toolbox in [*self.toolboxes] if toolbox not in held)
 
     # One round
 
@@ -334,7 +332,7 @@ class _Search:
         # Forked before anything is drawn: the first candidate goes on in its parent's session and takes its cache
         sessions = [self._fork_session(parents[rank].session) if k else parents[rank].session for rank, k in places]
         draws = zip(places, sessions, strict=True)
-        drawn = await _all(self._draw(parents[rank], rank, k, session) for (rank, k), session in draws)
+        drawn = await await_all(self._draw(parents[rank], rank, k, session) for (rank, k), session in draws)
         self.counts["drawn"] += len(drawn)
         children: dict[tuple[int, ...], Candidate] = {}
         for (rank, _), child in zip(places, drawn, strict=True):
@@ -442,10 +440,3 @@ class _Search:
     async def _close(self, toolbox: Toolbox) -> None:
         await toolbox.close()
         self.toolboxes.discard(toolbox)
-
-
-async def _all(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """Awaits all; the first error cancels the others, so that none goes on with tools that are being closed."""
-    async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(coroutine) for coroutine in coroutines]
-    return [task.result() for task in tasks]
