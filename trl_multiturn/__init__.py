@@ -6,11 +6,11 @@ interpreter or an engine.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from ._lazy import attach
 from .version import __version__ as __version__
 
+
+TYPE_CHECKING = False  # true for type checkers, as that of `typing`, whose import takes half of this one's time
 
 if TYPE_CHECKING:
     from .callbacks import ToolRolloutGenerator as ToolRolloutGenerator
