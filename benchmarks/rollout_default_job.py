@@ -40,7 +40,7 @@ def roll_out(policy: str, prompts: int) -> dict[str, Any]:
     tokenizer = AutoTokenizer.from_pretrained(policy)
     engine = TransformersEngine(AutoModelForCausalLM.from_pretrained(policy).eval(), tokenizer, max_batch_size=256)
     config = RolloutConfig(
-        num_generations=12, max_turn_tokens=80, max_trajectory_tokens=256, system_prompt="", seed=42
+        num_generations=12, max_turn_tokens=80, max_trajectory_tokens=256, system_prompt="", dialect="fenced", seed=42
     )
     rows = make_problems(prompts, 1042)
     before, started = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()

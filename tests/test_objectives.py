@@ -7,7 +7,7 @@ import pytest
 from benchmarks.objectives import OBJECTIVES, figure, measure, table
 
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("objectives")]
 
 # Largest distance over seeds with certain and with uncertain tools: reached, or missed by every seed
 REACHED, MISSED = "reached", "missed"

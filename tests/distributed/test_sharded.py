@@ -8,6 +8,9 @@ import torch
 from tests.launch import run_module, torchrun
 
 
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("sharded")]
+
+
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
     base = tmp_path_factory.mktemp("sharded")
@@ -28,7 +31,6 @@ def assert_same_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Ten
         torch.testing.assert_close(other[name], weight, **tolerance)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("case", ["plain_dpo", "plain_kto", "oreo_resumed", "dqo_head", "online_dpo", "online_oreo"])
 def test_same_losses_and_weights_as_ddp(outcomes, case):
     ddp, *fsdp = outcomes(case)
@@ -40,7 +42,6 @@ def test_same_losses_and_weights_as_ddp(outcomes, case):
         assert_same_weights(ddp["weights"], run["weights"], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("case", ["online_dpo", "online_oreo"])
 def test_same_rows_to_the_byte_and_same_policies_as_ddp(outcomes, case):
     ddp, *fsdp = outcomes(case)
@@ -49,7 +50,6 @@ def test_same_rows_to_the_byte_and_same_policies_as_ddp(outcomes, case):
             assert run[key] == ddp[key]
 
 
-@pytest.mark.slow
 def test_policy_and_value_model_resume_and_are_saved_whole(outcomes):
     ddp, *fsdp = outcomes("oreo_resumed")
     for run in fsdp:
@@ -61,7 +61,6 @@ def test_policy_and_value_model_resume_and_are_saved_whole(outcomes):
         assert run["eval"] == pytest.approx(ddp["eval"], rel=1e-5)
 
 
-@pytest.mark.slow
 def test_snapshots_go_in_and_out_and_each_process_samples_at_its_own_pace(outcomes):
     ddp, *fsdp = outcomes("swapped")
     assert fsdp[0]["revision"] == fsdp[1]["revision"]

@@ -11,6 +11,9 @@ from tests.launch import accelerate_launch, run_module
 from .distributed_run import CASES, main
 
 
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("distributed")]
+
+
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
     """One process's, then each of the two's; each has a result per case."""
@@ -21,7 +24,6 @@ def outcomes(tmp_path_factory):
     return list(zip(alone, *both, strict=True))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("case", range(len(CASES)), ids=["-".join(case) for case in CASES])
 def test_two_processes_equal_one(outcomes, case):
     alone, first, second = outcomes[case]

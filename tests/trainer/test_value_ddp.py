@@ -10,6 +10,9 @@ from tests.launch import run_module, torchrun
 from .value_ddp_worker import CASES, main
 
 
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("value_ddp")]
+
+
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
     base = tmp_path_factory.mktemp("ddp")
@@ -20,7 +23,6 @@ def outcomes(tmp_path_factory):
     return base
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_two_processes_equal_one(outcomes, name):
     one = torch.load(outcomes / "1" / f"{name}.rank0.pt")
