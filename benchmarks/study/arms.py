@@ -22,6 +22,7 @@ class Arm:
         rollout (`dict`): over [`RolloutConfig`]; online arms only.
         loop (`dict`): over [`ToolRolloutGenerator`]'s arguments; online arms only.
         online (`bool`): whether the arm rolls out itself, in several iterations.
+        process (`int`): completions per prefix for DQO's process rewards; 0 for none.
         samples (`int`): samples per problem of the evaluation for pass@n, beside greedy decoding; 0 for none.
         widths (`tuple[int, ...]`): of searches guided by the arm's values: beams or, where an environment cannot be
             taken back, actions to choose from.
@@ -32,6 +33,7 @@ class Arm:
     rollout: dict[str, Any] = field(default_factory=dict)
     loop: dict[str, Any] = field(default_factory=dict)
     online: bool = False
+    process: int = 0
     samples: int = 0
     widths: tuple[int, ...] = ()
 
@@ -60,6 +62,7 @@ OFFLINE = {
     "dqo-lam0.95": Arm("dqo", {"lam": 0.95}),
     "dro": Arm("dqo", {"horizon": "response"}),
     "dqo-unweighted": Arm("dqo", {"importance_weights": False}),
+    "dqo-process": Arm("dqo", process=8),  # 20 in the paper
     "oreo-classes": Arm("oreo", {"value_objective": "classification"}),
     "group": Arm("group"),
     "m-dpo-lr1e-4": Arm("dpo", {"learning_rate": 1e-4}),

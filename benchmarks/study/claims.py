@@ -405,4 +405,13 @@ CLAIMS = (
         "dqo-unweighted",
         ("late",),
     ),
+    Claim(
+        DQO,
+        "table 7",
+        "Process rewards help",
+        "65.0 / 25.5 > 63.9 / 24.9",
+        "dqo-process",
+        "dqo",
+        ("late",),
+    ),
 )

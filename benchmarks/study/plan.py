@@ -20,7 +20,7 @@ BLOCKS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     (("uncertain",), ("start", "m-dpo", "oreo")),
     (("late",), ("start", "m-dpo", "oreo", "oreo-response", "raft", "dqo", "dro", "m-kto")),
     (("late",), ("online", "online-initial", "online-n4", "online-current")),
-    (("late",), ("dpo", "kto", "dqo-lam0.95", "oreo-step", "m-dpo-nll", "dqo-unweighted")),
+    (("late",), ("dpo", "kto", "dqo-lam0.95", "oreo-step", "m-dpo-nll", "dqo-unweighted", "dqo-process")),
     (("late",), ("start-samples", "m-dpo-samples")),
     (("noisy",), ("m-dpo-lr1e-4", "dpo-lr1e-4", "group", "oreo-classes")),
     (("words",), ("start", "m-dpo", "dpo", "raft", "m-kto", "kto")),

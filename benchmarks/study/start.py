@@ -54,6 +54,18 @@ def rollouts(setting: Setting, seed: int, folder: Path) -> list[Any]:
         )
 
 
+def with_process_rewards(setting: Setting, seed: int, folder: Path, trajectories: list[Any], count: int) -> list[Any]:
+    """The same trajectories with DQO's process rewards; the starting policy completes each prefix `count` times."""
+    from trl_multiturn import TransformersEngine
+    from trl_multiturn.rollout.prefix_completion import reward_longest_good_prefix
+
+    engine = TransformersEngine(*load(starting_policy(setting, seed, folder)))
+    config, prompts = setting.rollout_config(seed), training_prompts(setting, seed, 1)
+    return reward_longest_good_prefix(
+        trajectories, prompts, engine, config=config, num_completions=count, progress=False, **setting.tools()
+    )
+
+
 def training_prompts(setting: Setting, seed: int, iterations: int) -> Any:
     """Prompts for so many iterations; those of the first are the offline arms' own."""
     count = setting.sizes.prompts

@@ -7,7 +7,7 @@ from typing import Any
 
 from .arms import METHOD_ARGS, Arm
 from .settings import Setting
-from .start import load, rollouts, starting_policy, training_prompts
+from .start import load, rollouts, starting_policy, training_prompts, with_process_rewards
 
 
 # What every arm's configuration says
@@ -49,6 +49,8 @@ def train(arm: Arm, setting: Setting, seed: int, shared: Path, scratch: Path) ->
     if arm.online:
         return _train_online(arm, setting, seed, common)
     trajectories = rollouts(setting, seed, shared)
+    if arm.process:
+        trajectories = with_process_rewards(setting, seed, shared, trajectories, arm.process)
     rows = training_rows(arm, setting, trajectories, tokenizer)
     trainer = trainer_class(arm)(train_dataset=rows, **common)
     trainer.train()
