@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 
 from trl_multiturn.tools import current_rollout
@@ -36,6 +37,8 @@ class Maze:
             time.sleep(600)
         if way == "raise":
             raise LookupError("there is a wall")
+        if way == "modules":
+            return " ".join(name for name in ("colorsys", "sndhdr_that_is_not_there") if name in sys.modules)
         if way == "where":
             return f"{os.getpid()} {current_rollout().trajectory_id} {current_rollout().row['name']}"
         self.steps += 1

@@ -6,12 +6,20 @@ import random
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from tests.support import byte_tokenizer
+from tests.support import byte_tokenizer, needs
 from trl_multiturn import RolloutConfig, ScriptedEngine, Verdict, generate_trajectories
-from trl_multiturn.tools.alfworld import INSTRUCTION, TASK_TYPES, alfworld_games, make_alfworld_games
+from trl_multiturn.tools.alfworld import (
+    INSTRUCTION,
+    TASK_TYPES,
+    ALFWorldEnvironment,
+    _WordsOnce,
+    alfworld_games,
+    make_alfworld_games,
+)
 from trl_multiturn.tools.alfworld_rooms import HouseTask, Room, Tables, rooms_of
 
 
@@ -81,13 +89,11 @@ def test_where_the_data_is_missing_the_error_says_what_to_do(monkeypatch):
 
 @pytest.fixture(scope="module")
 def games(tmp_path_factory):
-    pytest.importorskip("alfworld", reason="needs the extra `alfworld`")
+    needs("alfworld")
     return make_alfworld_games(tmp_path_factory.mktemp("games"), range(6), furniture=0.3, num_things=5)
 
 
 def play(games, script, **options):
-    from trl_multiturn.tools.alfworld import ALFWorldEnvironment
-
     return generate_trajectories(
         games,
         ScriptedEngine(script, byte_tokenizer("qwen2_5")),
@@ -143,13 +149,42 @@ def test_games_in_the_layout_of_alfworlds_data_are_found(games, tmp_path):
 
 @pytest.mark.slow
 def test_spelling_out_each_command_once_changes_no_word(games, monkeypatch):
-    from trl_multiturn.tools.alfworld import ALFWorldEnvironment
-
     def observations():
         environment = ALFWorldEnvironment(admissible_commands=True)
         first = environment.reset(**games[5])
         return [first, *(environment.act(command) for command in games[5]["walkthrough"])]
 
     quick = observations()
-    monkeypatch.setattr(ALFWorldEnvironment, "_prepare", lambda self, game: None)
+    monkeypatch.setattr(ALFWorldEnvironment, "_quicken", lambda self, game: None)
     assert observations() == quick and "Admissible commands: " in quick[1]
+
+
+@pytest.mark.slow
+def test_textworlds_engine_has_the_grammar_that_is_asked_once(games):
+    """Upstream: without it games are played all the same, at a third of the speed."""
+    import textworld
+    from textworld.envs.pddl.textgen import ContextSensitiveGrammar
+
+    engine = textworld.start(games[0]["game"])
+    assert isinstance(engine._logic.grammar, ContextSensitiveGrammar)
+    engine._logic.grammar = _WordsOnce(engine._logic.grammar)
+    engine.reset()
+    assert engine._logic.grammar._known
+
+
+def test_an_engine_of_another_make_is_played_as_it_is():
+    game = SimpleNamespace(unwrapped=SimpleNamespace(_rules=1))
+    ALFWorldEnvironment._quicken(ALFWorldEnvironment, game)
+    assert vars(game.unwrapped) == {"_rules": 1}
+
+
+@pytest.mark.slow
+def test_an_environment_plays_one_game_after_another_as_if_each_was_its_first(games):
+    kept = ALFWorldEnvironment(max_steps=3)
+    for game in (games[0], games[2], games[2]):
+        new = ALFWorldEnvironment(max_steps=3)
+        for environment in (kept, new):
+            environment.reset(**game)
+        commands = [*game["walkthrough"][:2], "inventory"]
+        assert [kept.act(command) for command in commands] == [new.act(command) for command in commands]
+    assert not kept.won

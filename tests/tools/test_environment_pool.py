@@ -135,6 +135,12 @@ def test_a_function_tells_in_its_process_what_its_environments_offer():
         assert roll_out(["on"], pool)[0].verdict is Verdict.CORRECT
 
 
+@pytest.mark.parametrize(("preload", "loaded"), [((), ""), (("colorsys", "sndhdr_that_is_not_there"), "colorsys")])
+def test_what_is_preloaded_is_there_in_every_process(preload, loaded):
+    with EnvironmentPool(Maze, max_environments=1, isolation="process", preload=preload) as pool:
+        assert walk_once(pool, "modules") == loaded
+
+
 class WithHelper(Maze):
     def render(self, colors):
         return "..."
@@ -150,6 +156,7 @@ def test_a_public_helper_is_explained():
     [
         ({"isolation": "vm"}, ValueError, "isolation='vm'"),
         ({"max_environments": 0}, ValueError, "at least 1, got 0"),
+        ({"isolation": "process", "preload": "textworld"}, TypeError, "no list of names of modules"),
     ],
 )
 def test_arguments_that_cannot_be_are_refused(arguments, error, match):

@@ -27,6 +27,7 @@ from .alfworld_rooms import TASK_ROOMS, HouseTask, Room, Tables, rooms_of
 from .textworld import TextWorldEnvironment
 
 
+_DEMANGLER = "alfworld.agents.environment.alfred_tw_env"
 TASK_TYPES = tuple(TASK_ROOMS)
 SPLITS = ("train", "valid_seen", "valid_unseen")
 
@@ -55,20 +56,35 @@ class ALFWorldEnvironment(TextWorldEnvironment):
             Whether observations list the possible commands.
     """
 
+    preload = (*TextWorldEnvironment.preload, "textworld.envs.pddl", "alfworld.gen", _DEMANGLER)
+
     def __init__(self, max_steps: int = 40, admissible_commands: bool = False):
-        super().__init__(max_steps, admissible_commands)
         _alfworld()
+        super().__init__(max_steps, admissible_commands, wrappers=[_demangler()])
+        self._loaded = ""
 
     def reset(self, game: str, **row: Any) -> str:
         """Starts the game; what is seen, and the task."""
-        self._wrappers = [_demangler()]
         return super().reset(game, **row)
 
-    def _prepare(self, game: Any) -> None:
-        # The engine spells out every possible command after every step, which is two thirds of its work
+    def _load(self, game: str) -> None:
+        # One engine for all games: each engine opens a copy of its library, which it never closes
+        if self._game is not None and game == self._loaded:
+            return
+        self._loaded = ""
+        if self._game is None:
+            super()._load(game)
+        else:
+            self._game.load(game)
+        self._quicken(self._game)
+        self._loaded = game
+
+    def _quicken(self, game: Any) -> None:
+        # The engine spells out every possible command after every step, which is two thirds of its work. Its grammar
+        # is private to it: where there is none of that name, games are as they were, and slower
         logic = getattr(game.unwrapped, "_logic", None)
         if logic is not None and hasattr(logic, "grammar"):
-            logic.grammar = _words_once(logic.grammar)
+            logic.grammar = _WordsOnce(logic.grammar)
 
     def _opening(self, state: Any) -> str:
         text: str = state["feedback"]
@@ -226,26 +242,20 @@ def _demangler() -> Any:
     return AlfredDemangler()
 
 
-def _words_once(grammar: Any) -> Any:
+class _WordsOnce:
     """A game's grammar that spells out each command once: its words depend on what it names, which never changes."""
-    from textworld.envs.pddl.textgen import ContextSensitiveGrammar
 
-    class WordsOnce(ContextSensitiveGrammar):
-        def __init__(self) -> None:
-            super().__init__()
-            self._known: dict[Any, str] = {}
+    def __init__(self, grammar: Any):
+        self._grammar = grammar
+        self._known: dict[Any, str] = {}
 
-        def derive(self, start: str, context: Any = {}) -> str:  # noqa: B006  (the signature is the parent's)
-            if start.startswith("#"):  # what is seen, which does change
-                return super().derive(start, context)
-            key = (start, frozenset((name, entity.id) for name, entity in context["variables"].items()))
-            if key not in self._known:
-                self._known[key] = super().derive(start, context)
-            return self._known[key]
-
-    words = WordsOnce()
-    words.update(grammar)
-    return words
+    def derive(self, start: str, context: Any) -> str:
+        if start.startswith("#"):  # what is seen, which does change
+            return str(self._grammar.derive(start, context))
+        key = (start, frozenset((name, entity.id) for name, entity in context["variables"].items()))
+        if key not in self._known:
+            self._known[key] = self._grammar.derive(start, context)
+        return self._known[key]
 
 
 def _alfworld() -> None:

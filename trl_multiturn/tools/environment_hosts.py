@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import dill
@@ -183,12 +183,17 @@ class WarmInterpreter:
     Args:
         factory (`Callable`):
             Makes an environment; a class or function of a notebook or script travels, too.
+        preload (`Sequence[str]`, *optional*, defaults to `()`):
+            Names of modules to import before the first fork.
 
     Raises:
         `TypeError`: if the factory cannot travel to another process.
     """
 
-    def __init__(self, factory: Callable[[], Any]):
+    def __init__(self, factory: Callable[[], Any], preload: Sequence[str] = ()):
+        if isinstance(preload, str) or not all(isinstance(name, str) for name in preload):
+            raise TypeError(f"`preload={preload!r:.80}` is no list of names of modules. Pass e.g. `['textworld']`.")
+        self._preload = list(preload)
         try:
             self._factory = dill.dumps(factory, recurse=True)
         except Exception as error:
@@ -267,7 +272,7 @@ class WarmInterpreter:
                 start_new_session=True,  # Ctrl-C in a terminal is for the trainer
             )
         self._finish = weakref.finalize(self, _finish, control, process)
-        send(control, self._factory)
+        send(control, (self._preload, self._factory))
         error = receive(control)
         if error is not None:
             self._finish()

@@ -8,7 +8,7 @@ import os
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Literal
 
@@ -32,8 +32,8 @@ class EnvironmentPool:
         generate_trajectories(rows, engine, environment_factory=pool)
     ```
 
-    What is not passed is read from the environment's class: its attributes `isolation`, `max_environments` and
-    `reusable`. A plain class as `environment_factory` is pooled in the same way, for one call of
+    What is not passed is read from the environment's class: its attributes `isolation`, `max_environments`, `reusable`
+    and `preload`. A plain class as `environment_factory` is pooled in the same way, for one call of
     [`generate_trajectories`]; a pool outlives the call, until it is closed. In [`~trl.GRPOTrainer`] a pool is a
     factory like any other.
 
@@ -51,6 +51,9 @@ class EnvironmentPool:
             Whether an environment is as good as new after `reset`.
         start_seconds (`float`, *optional*, defaults to `120.0`):
             Longest wait for an environment to be made.
+        preload (`Sequence[str]`, *optional*, defaults to `()`):
+            Modules that the environments import when they are made or played. With `isolation="process"` they are
+            imported once, before the first process is forked, and shared. They must start no threads when imported.
 
     Raises:
         `TypeError`, `ValueError`: if the factory, or what it makes, cannot be used.
@@ -63,6 +66,7 @@ class EnvironmentPool:
         isolation: Isolation | None = None,
         reusable: bool | None = None,
         start_seconds: float = 120.0,
+        preload: Sequence[str] | None = None,
     ):
         if not callable(factory):
             raise TypeError(
@@ -75,7 +79,8 @@ class EnvironmentPool:
         self.isolation = isolation or str(getattr(kind, "isolation", "thread"))
         if self.isolation not in ("thread", "process"):
             raise ValueError(f"`isolation={self.isolation!r}` is unknown. Use 'thread' or 'process'.")
-        self._interpreter = WarmInterpreter(factory) if self.isolation == "process" else None
+        modules = getattr(kind, "preload", ()) if preload is None else preload
+        self._interpreter = WarmInterpreter(factory, modules) if self.isolation == "process" else None
         first: list[Host] = []
         if self._interpreter is None:  # the first is made now: what is wrong with it is told before any rollout
             instance = factory()

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
+import importlib
 import inspect
 import os
 import pickle
@@ -16,7 +18,7 @@ import signal
 import socket
 import struct
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 
@@ -44,11 +46,9 @@ def receive(connection: socket.socket) -> Any:
 
 def main(descriptor: int) -> None:
     """Loads the environment's code and forks on request."""
-    import dill
-
     control = socket.socket(fileno=descriptor)
     try:
-        factory = dill.loads(receive(control))
+        factory = _load(*receive(control))
     except Exception as error:
         send(control, portable(error))
         return
@@ -71,6 +71,19 @@ def main(descriptor: int) -> None:
     finally:
         for pid in forks:
             _end(pid, gently=False)
+
+
+def _load(preload: Sequence[str], factory: bytes) -> Callable[[], Any]:
+    """The factory, and the modules that its environments need, so that no fork imports them again."""
+    import dill
+
+    for module in preload:
+        with contextlib.suppress(ImportError):  # the environment says better what is missing
+            importlib.import_module(module)
+    made: Callable[[], Any] = dill.loads(factory)
+    gc.collect()
+    gc.freeze()  # a collection in a fork would write to, and so copy, every page of what is shared
+    return made
 
 
 def _fork(factory: Callable[[], Any], control: socket.socket, descriptor: int) -> int:

@@ -13,7 +13,8 @@ The same class works in [`~trl.GRPOTrainer`]. Beyond TRL, an environment may hav
   stops;
 - a method `close`, which frees what the environment holds and is no tool;
 - class attributes `reusable` (an instance is as good as new after `reset`), `max_environments` (most instances at a
-  time) and `isolation` (`"process"` where it is not thread-safe); see [`EnvironmentPool`].
+  time), `isolation` (`"process"` where it is not thread-safe) and `preload` (modules to import before processes are
+  forked); see [`EnvironmentPool`].
 """
 
 from __future__ import annotations

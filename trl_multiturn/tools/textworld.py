@@ -60,6 +60,7 @@ class TextWorldEnvironment:
     isolation = "process"
     reusable = True
     max_environments = 64
+    preload: tuple[str, ...] = ("textworld", "textworld.generator")
 
     def __init__(self, max_steps: int = 40, admissible_commands: bool = True, wrappers: Sequence[Any] = ()):
         if max_steps < 1:
@@ -75,19 +76,13 @@ class TextWorldEnvironment:
 
     def reset(self, game: str, **row: Any) -> str:
         """Starts the game; the objective and what is seen first."""
-        textworld = _textworld()
         if not Path(game).exists():
             raise FileNotFoundError(
                 f"The game {game!r} does not exist, so its row cannot be played. Make games with `make_games`, or fix "
                 "the column `game`."
             )
-        self._close()
-        wanted = textworld.EnvInfos(
-            feedback=True, description=True, objective=True, won=True, lost=True, admissible_commands=True
-        )
         try:
-            self._game = textworld.start(game, wanted, wrappers=self._wrappers)
-            self._prepare(self._game)
+            self._load(game)
             state = self._game.reset()
         except OSError as error:
             self._close()
@@ -119,8 +114,13 @@ class TextWorldEnvironment:
         """1.0 for a won game, else 0.0."""
         return float(self.won)
 
-    def _prepare(self, game: Any) -> None:
-        """What is done with a game that was loaded, before it begins."""
+    def _load(self, game: str) -> None:
+        self._close()
+        textworld = _textworld()
+        wanted = textworld.EnvInfos(
+            feedback=True, description=True, objective=True, won=True, lost=True, admissible_commands=True
+        )
+        self._game = textworld.start(game, wanted, wrappers=self._wrappers)
 
     def _opening(self, state: Any) -> str:
         # The first feedback opens with a banner; games of other engines come without the other two
