@@ -33,12 +33,14 @@ accelerate launch examples/alfworld_oreo.py \
 
 import argparse
 import functools
+import hashlib
 import json
 import random
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 from trl import ScriptArguments
 
 
@@ -50,7 +52,7 @@ EMBEDDED = {
     "value_model": "full",
     "value_learning_rate": 1e-3,
     "per_device_train_batch_size": 8,
-    "max_length": 1024,
+    "max_length": 640,
     "logging_steps": 10,
     "save_strategy": "no",
     "report_to": "none",
@@ -71,22 +73,24 @@ class ALFWorldScriptArguments(ScriptArguments):
     dataset_name: str | None = field(default=None, metadata={"help": "Not used: games are played."})
     data: str = field(default="made_up", metadata={"help": "`made_up` rooms, or `alfworld`: its data."})
     games_folder: str = field(default="outputs/alfworld_games", metadata={"help": "Where games and episodes stay."})
-    num_games: int = field(default=48, metadata={"help": "Games to train on."})
-    num_eval_games: int = field(default=18, metadata={"help": "Games in unseen rooms to evaluate on."})
-    num_rooms: int = field(default=6, metadata={"help": "Made-up rooms of each kind and split."})
+    num_games: int = field(default=240, metadata={"help": "Games to train on."})
+    num_eval_games: int = field(default=60, metadata={"help": "Games in unseen rooms to evaluate on."})
+    eval_split: str = field(
+        default="valid_unseen", metadata={"help": "Their rooms: `valid_unseen`, or `valid_seen` to try settings out."}
+    )
+    task_types: list[str] = field(
+        default_factory=lambda: ["pick_and_place_simple"], metadata={"help": "Of ALFWorld's six, for made-up rooms."}
+    )
+    num_rooms: int = field(default=60, metadata={"help": "Made-up rooms of each kind and split."})
     num_things: int = field(default=6, metadata={"help": "Things in a made-up room."})
-    furniture: float = field(default=0.4, metadata={"help": "Furniture of a made-up room, as a share of the usual."})
+    furniture: float = field(default=0.3, metadata={"help": "Furniture of a made-up room, as a share of the usual."})
     max_commands: int = field(default=20, metadata={"help": "Commands after which a game is lost (40 in the paper)."})
     max_turn_tokens: int = field(default=24, metadata={"help": "Most tokens of one command."})
-    astray: list[float] = field(
-        default_factory=lambda: [0.0, 0.3, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9],
-        metadata={
-            "help": "The players of each game: how often they play a command of no use. The planner never does."
-        },
+    hesitation: list[float] = field(
+        default_factory=lambda: [0.4, 0.55, 0.7, 0.7],
+        metadata={"help": "The players of each game, beside the planner: how often each plays a useless command."},
     )
-    won_per_game: int = field(default=3, metadata={"help": "Episodes of a game to learn from, of those won."})
-    lost_per_game: int = field(default=2, metadata={"help": "And of those lost."})
-    imitation_epochs: int = field(default=40, metadata={"help": "Epochs of behavior cloning."})
+    imitation_epochs: int = field(default=6, metadata={"help": "Epochs of behavior cloning."})
     methods: list[str] = field(default_factory=lambda: [*METHODS], metadata={"help": f"Among {', '.join(METHODS)}."})
     best_of: int = field(default=5, metadata={"help": "Commands among which the value model chooses (K)."})
 
@@ -103,7 +107,7 @@ def main(script_args, training_args, model_args):
 
         def compare(name, policy, values=None):
             results[name] = evaluate(name, policy, unseen, pool, script_args, training_args, values)
-            Path(folder, "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+            Path(folder, "results.json").write_text(json.dumps(results), encoding="utf-8")
 
         compare("behavior_cloning", cloned)
         for method in script_args.methods:
@@ -112,6 +116,7 @@ def main(script_args, training_args, model_args):
             compare(method, trained)
             if method == "oreo":
                 compare(f"oreo_best_of_{script_args.best_of}", trained, trained / "value_model")
+    print_table(Path(training_args.output_dir))
 
 
 def load_games(script_args):
@@ -122,28 +127,22 @@ def load_games(script_args):
         rng = random.Random(0)
         splits = zip(("train", "valid_unseen"), (script_args.num_games, script_args.num_eval_games), strict=True)
         return tuple(rng.sample(alfworld_games(split), count) for split, count in splits)
-    size = {name: getattr(script_args, name) for name in ("num_rooms", "num_things", "furniture")}
+    size = {name: getattr(script_args, name) for name in ("task_types", "num_rooms", "num_things", "furniture")}
     make = functools.partial(make_alfworld_games, script_args.games_folder, instruction=INSTRUCTION, **size)
-    return make(range(script_args.num_games)), make(range(script_args.num_eval_games), "valid_unseen")
+    return make(range(script_args.num_games)), make(range(script_args.num_eval_games), script_args.eval_split)
 
 
 def load_episodes(games, script_args):
     """The players' episodes, game by game; played once and kept."""
     from embedded.household import episodes
 
-    path = Path(script_args.games_folder, "episodes.json")
+    played = [[game["game"] for game in games], script_args.hesitation, script_args.max_commands]
+    name = hashlib.sha256(json.dumps(played).encode()).hexdigest()[:8]
+    path = Path(script_args.games_folder, f"episodes-{name}.json")
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(episodes(games, script_args.astray, script_args.max_commands)), encoding="utf-8")
-    return [choose(group, script_args) for group in json.loads(path.read_text(encoding="utf-8"))]
-
-
-def choose(group, script_args):
-    """Of a game the planner's episode and a few others, won and lost."""
-    rng = random.Random(group[0]["prompt"][-1]["content"])
-    won, lost = ([row for row in group[1:] if row["reward"] == reward] for reward in (1.0, 0.0))
-    won = rng.sample(won, min(len(won), script_args.won_per_game - 1))
-    return [group[0], *won, *rng.sample(lost, min(len(lost), script_args.lost_per_game))]
+        rows = episodes(games, script_args.hesitation, script_args.max_commands)
+        path.write_text(json.dumps(rows), encoding="utf-8")
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def player_pool(script_args):
@@ -160,12 +159,13 @@ def clone_behavior(rows, folder, script_args, training_args, model_args):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if model_args.model_name_or_path is None:
+        from embedded.household import PIECES
         from embedded.tiny_policy import build_policy, build_tokenizer
 
         texts = {message["content"] for row in rows for message in row["prompt"] + row["completion"]}
-        tokenizer = build_tokenizer(sorted(texts))
+        tokenizer = build_tokenizer(sorted(texts), PIECES)
         model = build_policy(tokenizer, seed=training_args.seed)
-        options = {"learning_rate": 3e-3, "num_train_epochs": script_args.imitation_epochs}
+        options = {"learning_rate": 3e-3, "num_train_epochs": script_args.imitation_epochs, "whole_text": True}
     else:
         tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path)
         model = AutoModelForCausalLM.from_pretrained(model_args.model_name_or_path, dtype="float32")
@@ -178,7 +178,8 @@ def shared(training_args):
     return {name: getattr(training_args, name) for name in SHARED}
 
 
-def imitate(model, tokenizer, rows, folder, training_args, **options):
+def imitate(model, tokenizer, rows, folder, training_args, whole_text=False, **options):
+    """Imitates rows; an untrained policy reads the games' own texts, too, from which it learns to copy names."""
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
@@ -186,8 +187,10 @@ def imitate(model, tokenizer, rows, folder, training_args, **options):
 
     settings = shared(training_args) | options
     dataset = Dataset.from_list([{name: row[name] for name in ("prompt", "completion")} for row in rows])
+    dataset = supervised_rows(dataset, tokenizer)
+    dataset = dataset.remove_columns("labels") if whole_text else dataset
     config = SFTConfig(output_dir=str(folder), lr_scheduler_type="cosine", warmup_steps=10, **settings)
-    SFTTrainer(model, config, train_dataset=supervised_rows(dataset, tokenizer), processing_class=tokenizer).train()
+    SFTTrainer(model, config, train_dataset=dataset, processing_class=tokenizer).train()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -246,7 +249,14 @@ def evaluate(name, folder, games, pool, script_args, training_args, values=None)
     """The share of games that a policy wins, and its standard error; by value where a value model is named."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from trl_multiturn import RolloutConfig, TransformersEngine, ValueModel, evaluate_policy, value_guided_search
+    from trl_multiturn import (
+        RolloutConfig,
+        TransformersEngine,
+        ValueModel,
+        Verdict,
+        evaluate_policy,
+        value_guided_search,
+    )
 
     config = RolloutConfig(
         dialect="action",
@@ -263,8 +273,28 @@ def evaluate(name, folder, games, pool, script_args, training_args, values=None)
         search = functools.partial(value_guided_search, score=score, beam=1, candidates=script_args.best_of)
     result = evaluate_policy(games, engine, config=config, search=search, environment_factory=pool)
     print(f"unseen rooms, {name}: {result.greedy} of {result.greedy.num_prompts} done.", flush=True)
+    done = [float(trajectory.verdict is Verdict.CORRECT) for trajectory in result.trajectories]
     commands = [trajectory.num_turns for trajectory in result.trajectories]
-    return {"done": result.greedy.value, "standard_error": result.greedy.standard_error, "commands": commands}
+    return {"done": done, "commands": commands}
+
+
+def print_table(folder):
+    """What all seeds so far have done, and how far OREO is ahead in the same games; errors are over games."""
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("seed_*/results.json"))]
+    methods = [name for name in found[-1] if all(name in results for results in found)]
+    done = {name: np.mean([results[name]["done"] for results in found], axis=0) for name in methods}
+    print(f"{len(found)} seeds, {len(done[methods[0]])} games in unseen rooms, % done and standard error over games")
+    print("| method | done | of each seed | OREO is ahead by |")
+    print("| --- | --- | --- | --- |")
+    for name in methods:
+        seeds = ", ".join(f"{100 * np.mean(results[name]['done']):.1f}" for results in found)
+        ahead = percent(done["oreo"] - done[name]) if "oreo" in done else ""
+        print(f"| {name} | {percent(done[name])} | {seeds} | {ahead} |")
+
+
+def percent(shares):
+    """Mean and standard error."""
+    return f"{100 * shares.mean():.1f} ± {100 * shares.std(ddof=1) / len(shares) ** 0.5:.1f}"
 
 
 def make_parser(subparsers: argparse._SubParsersAction | None = None, prog: str | None = None):

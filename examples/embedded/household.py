@@ -1,41 +1,91 @@
-"""Players of ALFWorld games who know the solution: one plays it, others go astray on the way."""
+"""Players of ALFWorld games: the planner, and others who search for things and hesitate on the way."""
 
 from __future__ import annotations
 
 import asyncio
 import random
+import re
 from collections.abc import Sequence
 from typing import Any
 
 
 LISTED = "\n\nAdmissible commands: "
-# What a player who goes astray may do instead of going on
-ASTRAY = ("go to", "go to", "go to", "open", "close", "examine", "look", "inventory")
+# What a player does who hesitates: for the most part it looks around
+USELESS = (*["look"] * 7, "inventory", "go to", "examine")
+
+# Pieces of the games' texts for `tiny_policy.build_tokenizer`: a word with the blank before it and a number with the
+# one before it, so that what is read and what is written are the same tokens; a few phrases are one piece each
+PIECES = (
+    r"(?:system|user|assistant|tool)\n|Action: [a-z]+(?: to)?|\n+|You are in the middle of a room|Looking quickly "
+    r"around you|You arrive at|\. On the|\. The| is closed|You open the| is open\. In it|Your task is to:|"
+    r",? you see|,(?: and)? an?(?= )| \d+| ?[A-Za-z]+|\s|[^\s\w]|\w"
+)
 
 
 class Player:
-    """Plays the planner's commands, and a command of no use now and then.
+    """Plays a game by the planner's commands, but searches for the things; now and then does something of no use.
 
     Args:
         walkthrough (`Sequence[str]`):
             The planner's commands.
-        astray (`float`):
-            How often another command is played.
+        hesitation (`float`):
+            How often a command of no use is played.
         rng (`random.Random`):
             Chooses.
+        searches (`bool`, *optional*, defaults to `True`):
+            Whether things are searched for, in one place after the other as the room lists them. The planner knows
+            where they lie.
     """
 
-    def __init__(self, walkthrough: Sequence[str], astray: float, rng: random.Random):
+    def __init__(self, walkthrough: Sequence[str], hesitation: float, rng: random.Random, searches: bool = True):
         self.left = list(walkthrough)
+        self.hesitation, self.rng, self.searches = hesitation, rng, searches
+        self.places: list[str] = []
+        self.contents: dict[str, list[str]] = {}
+        self.here = ""
         self.goal_place = ""  # where the planner is by now
-        self.astray, self.rng = astray, rng
 
-    def choose(self, possible: Sequence[str]) -> str:
-        """The next of the possible commands."""
-        if self.rng.random() < self.astray:
-            kind = self.rng.choice(ASTRAY)
+    def choose(self, seen: str, possible: Sequence[str]) -> str:
+        """The next of the possible commands, after what was seen last."""
+        self._note(seen)
+        if self.rng.random() < self.hesitation:
+            kind = self.rng.choice(USELESS)
             if useless := [command for command in possible if command.startswith(kind)]:
                 return self.rng.choice(useless)
+        return self._find(possible) or self._go_on(possible)
+
+    def _note(self, seen: str) -> None:
+        if not self.places:
+            self.places = things_in(seen)
+        if arrival := re.match(r"You arrive at ([a-z]+ \d+)\.", seen):
+            self.here = arrival[1]
+        if "On the" in seen or "In it" in seen:
+            self.contents[self.here] = things_in(seen)
+
+    def _find(self, possible: Sequence[str]) -> str | None:
+        """A command that leads to the thing that is to be taken next; `None` if nothing is, or it is not searched."""
+        take = next((command for command in self.left if not command.startswith(("go to", "open"))), "")
+        if not self.searches or not take.startswith("take"):
+            return None
+        kind, planned = take.split()[1], " ".join(take.split()[1:3])
+        for command in possible:
+            if command.startswith(f"take {kind} ") and self.here != self._put_at():
+                taken = " ".join(command.split()[1:3])
+                later = self.left[self.left.index(take) + 1 :]
+                self.left = [swapped(each, planned, taken) for each in later]
+                self.contents[self.here].remove(taken)
+                return command
+        for place in self.places:
+            known = self.contents.get(place)
+            if place != self._put_at() and (known is None or any(thing.split()[0] == kind for thing in known)):
+                return f"go to {place}" if place != self.here else f"open {place}"
+        return None
+
+    def _put_at(self) -> str:
+        """Where the thing that is taken next is to be put: what lies there already is done."""
+        return next((command.rpartition(" to ")[2] for command in self.left if command.startswith("move")), "")
+
+    def _go_on(self, possible: Sequence[str]) -> str:
         while self.left:
             command = self.left[0]
             if command.startswith("go to"):
@@ -43,8 +93,8 @@ class Player:
             if command in possible:
                 self.left.pop(0)
                 return command
-            if command.startswith(("go to", "open")) and self._is_there(possible):
-                self.left.pop(0)  # it is done already
+            if command.startswith(("go to", "open")) and self.goal_place not in possible:
+                self.left.pop(0)  # the player is there, and it is open
             elif self.goal_place in possible:
                 return self.goal_place  # back to where the plan goes on
             else:
@@ -52,32 +102,38 @@ class Player:
         opened = [command for command in possible if command.startswith("open")]  # was closed again
         return opened[0] if opened else "look"
 
-    def _is_there(self, possible: Sequence[str]) -> bool:
-        return self.goal_place not in possible
+
+def things_in(text: str) -> list[str]:
+    """Names of what a text lists: `a mug 1, and a pen 2`."""
+    return re.findall(r"\ban? ([a-z]+ \d+)", text)
 
 
-async def play(game: dict[str, Any], astray: float, pool: Any, seed: str) -> dict[str, Any]:
+def swapped(command: str, one: str, other: str) -> str:
+    """A command with two names in each other's place."""
+    names = {one: other, other: one}
+    return re.sub(rf"{re.escape(one)}\b|{re.escape(other)}\b", lambda match: names[match[0]], command)
+
+
+async def play(player: Player, game: dict[str, Any], host: Any) -> dict[str, Any]:
     """One episode as a row of messages with its `reward`; the policy does not see which commands are possible."""
     from trl_multiturn.tools.environments import append_observation
 
-    player, host = Player(game["walkthrough"], astray, random.Random(seed)), await pool.acquire()
-    try:
-        seen, _, possible = (await host.call("reset", game)).partition(LISTED)
-        prompt, completion = append_observation(game["prompt"], seen), []
-        while True:
-            command = player.choose(possible.split(", "))
-            completion.append({"role": "assistant", "content": f"Action: {command}"})
-            seen, _, possible = (await host.call("act", {"command": command})).partition(LISTED)
-            if host.done:
-                break
-            completion.append({"role": "user", "content": seen})
-        return {"prompt": prompt, "completion": completion, "reward": await host.call("get_reward", {})}
-    finally:
-        await pool.release(host)
+    seen, _, possible = (await host.call("reset", game)).partition(LISTED)
+    prompt, completion = append_observation(game["prompt"], seen), []
+    while True:
+        command = player.choose(seen, possible.split(", "))
+        completion.append({"role": "assistant", "content": f"Action: {command}"})
+        seen, _, possible = (await host.call("act", {"command": command})).partition(LISTED)
+        if host.done:
+            break
+        completion.append({"role": "user", "content": seen})
+    return {"prompt": prompt, "completion": completion, "reward": await host.call("get_reward", {})}
 
 
-def episodes(games: Sequence[dict[str, Any]], astray: Sequence[float], max_steps: int) -> list[list[dict[str, Any]]]:
-    """For each game an episode of each player; how far players go astray is in `astray`."""
+def episodes(
+    games: Sequence[dict[str, Any]], hesitation: Sequence[float], max_steps: int
+) -> list[list[dict[str, Any]]]:
+    """For each game the planner's episode, and that of a player for each number in `hesitation`."""
     import functools
 
     from trl_multiturn import EnvironmentPool
@@ -86,12 +142,19 @@ def episodes(games: Sequence[dict[str, Any]], astray: Sequence[float], max_steps
 
     factory = functools.partial(ALFWorldEnvironment, max_steps=max_steps, admissible_commands=True)
 
-    async def play_all(pool: Any) -> list[list[dict[str, Any]]]:
-        async def play_game(index: int, game: dict[str, Any]) -> list[dict[str, Any]]:
-            plays = (play(game, share, pool, f"{index} {number}") for number, share in enumerate(astray))
-            return list(await asyncio.gather(*plays))
+    async def play_game(pool: Any, index: int, game: dict[str, Any]) -> list[dict[str, Any]]:
+        host = await pool.acquire()  # for all episodes of the game: to start it again is quicker than to load another
+        try:
+            rows = [await play(Player(game["walkthrough"], 0.0, random.Random(), searches=False), game, host)]
+            for number, share in enumerate(hesitation):
+                player = Player(game["walkthrough"], share, random.Random(f"{index} {number}"))
+                rows.append(await play(player, game, host))
+            return rows
+        finally:
+            await pool.release(host)
 
-        return list(await asyncio.gather(*(play_game(index, game) for index, game in enumerate(games))))
+    async def play_all(pool: Any) -> list[list[dict[str, Any]]]:
+        return list(await asyncio.gather(*(play_game(pool, index, game) for index, game in enumerate(games))))
 
     with EnvironmentPool(factory, max_environments=4) as pool:
         return run_coroutine(play_all(pool))

@@ -61,7 +61,7 @@ PIECES = (
 )
 
 
-def build_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
+def build_tokenizer(words: list[str], pieces: str = PIECES) -> PreTrainedTokenizerFast:
     """Builds a tokenizer that gives each word of a small world one token and spells everything else in bytes.
 
     Any text can be encoded and comes back unchanged, among it what an interpreter has to say about a program that
@@ -70,6 +70,8 @@ def build_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
     Args:
         words (`list[str]`):
             Texts whose words get a token each.
+        pieces (`str`, *optional*):
+            What a word is, as a regular expression of which every character is a part of one match.
 
     Returns:
         `PreTrainedTokenizerFast` whose end-of-turn token `<|im_end|>` is its end-of-sequence token, whose padding
@@ -77,18 +79,18 @@ def build_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
         [`word_problems`] writes in the fenced dialect: say `RolloutConfig(dialect="fenced")`, as the template can
         also call tools natively.
     """
-    pieces = pre_tokenizers.Sequence(
+    splits = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(PIECES), behavior="isolated"),
+            pre_tokenizers.Split(Regex(pieces), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
     headers = [f"{role}\n" for role in ("system", "user", "assistant", "tool")]
-    known = {piece for text in [*headers, *words] for piece, _ in pieces.pre_tokenize_str(text) if len(piece) > 1}
+    known = {piece for text in [*headers, *words] for piece, _ in splits.pre_tokenize_str(text) if len(piece) > 1}
     vocabulary = sorted(pre_tokenizers.ByteLevel.alphabet()) + sorted(known)
     # No merge is ever applied: a piece that the vocabulary knows is taken whole (`ignore_merges`), any other is bytes.
     tokenizer = Tokenizer(models.BPE({piece: i for i, piece in enumerate(vocabulary)}, [], ignore_merges=True))
-    tokenizer.pre_tokenizer = pieces
+    tokenizer.pre_tokenizer = splits
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(t, special=True) for t in ("<|pad|>", "<|im_start|>", "<|im_end|>")])
     fast = PreTrainedTokenizerFast(

@@ -87,6 +87,10 @@ def test_where_the_data_is_missing_the_error_says_what_to_do(monkeypatch):
 # In the engine
 
 
+def in_the_engine(test):
+    return pytest.mark.slow(pytest.mark.environments(test))
+
+
 @pytest.fixture(scope="module")
 def games(tmp_path_factory):
     needs("alfworld")
@@ -109,7 +113,7 @@ def play(games, script, **options):
     )
 
 
-@pytest.mark.slow
+@in_the_engine
 def test_the_planner_wins_all_six_kinds_of_task_at_the_same_time(games):
     assert [row["task_type"] for row in games] == list(TASK_TYPES)
 
@@ -124,7 +128,7 @@ def test_the_planner_wins_all_six_kinds_of_task_at_the_same_time(games):
     assert re.fullmatch(re.escape(INSTRUCTION) + seen, trajectories[0].prompt[0]["content"])
 
 
-@pytest.mark.slow
+@in_the_engine
 def test_a_command_that_is_not_possible_is_answered_as_alfworld_does_and_forty_end_the_episode(games):
     (trajectory,) = play(games[:1], lambda *_: "Action: put book 1 in/on desk 1", num_generations=1)
     assert (trajectory.num_turns, trajectory.verdict, trajectory.stop_reason.name) == (
@@ -135,7 +139,7 @@ def test_a_command_that_is_not_possible_is_answered_as_alfworld_does_and_forty_e
     assert {message["content"] for message in trajectory.completion[1::2]} == {"Nothing happens."}
 
 
-@pytest.mark.slow
+@in_the_engine
 def test_games_in_the_layout_of_alfworlds_data_are_found(games, tmp_path):
     for split, row in zip(("train", "valid_unseen", "train"), games, strict=False):
         folder = tmp_path / "json_2.1.1" / split / f"{row['task_type']}-Book-None-Desk-301" / "trial_T2019"
@@ -147,7 +151,7 @@ def test_games_in_the_layout_of_alfworlds_data_are_found(games, tmp_path):
     assert all(Path(row["game"]).name == "game.tw-pddl" for row in found)
 
 
-@pytest.mark.slow
+@in_the_engine
 def test_spelling_out_each_command_once_changes_no_word(games, monkeypatch):
     def observations():
         environment = ALFWorldEnvironment(admissible_commands=True)
@@ -159,7 +163,7 @@ def test_spelling_out_each_command_once_changes_no_word(games, monkeypatch):
     assert observations() == quick and "Admissible commands: " in quick[1]
 
 
-@pytest.mark.slow
+@in_the_engine
 def test_textworlds_engine_has_the_grammar_that_is_asked_once(games):
     """Upstream: without it games are played all the same, at a third of the speed."""
     import textworld
@@ -178,7 +182,7 @@ def test_an_engine_of_another_make_is_played_as_it_is():
     assert vars(game.unwrapped) == {"_rules": 1}
 
 
-@pytest.mark.slow
+@in_the_engine
 def test_an_environment_plays_one_game_after_another_as_if_each_was_its_first(games):
     kept = ALFWorldEnvironment(max_steps=3)
     for game in (games[0], games[2], games[2]):

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 
 import pytest
 
+from tests.support import needs
 from trl_multiturn.tools.scienceworld import ScienceWorldEnvironment, scienceworld_rows
 
 
-pytest.importorskip("scienceworld", reason="needs the extra `scienceworld`")
+needs("scienceworld")
 pytestmark = [
     pytest.mark.slow,  # Java starts in seconds
-    pytest.mark.skipif(shutil.which("java") is None, reason="needs Java"),
+    pytest.mark.environments,
+    pytest.mark.skipif(
+        shutil.which("java") is None and "EXTRAS_REQUIRED" not in os.environ,
+        reason="needs Java",
+    ),
 ]
 
 SOLUTION = ["go to kitchen", "go to outside", "look around", "focus on butterfly", "pick up butterfly"]

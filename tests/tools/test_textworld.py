@@ -6,13 +6,13 @@ import functools
 
 import pytest
 
-from tests.support import byte_tokenizer
+from tests.support import byte_tokenizer, needs
 from trl_multiturn import StopReason, Verdict
 from trl_multiturn.rollout import RolloutConfig, ScriptedEngine, generate_trajectories
 
 
-pytest.importorskip("textworld", reason="needs the extra `textworld`")
-pytestmark = pytest.mark.slow  # a game compiles in a few seconds
+needs("textworld")
+pytestmark = [pytest.mark.slow, pytest.mark.environments]  # a game compiles in a few seconds
 
 from trl_multiturn.tools.textworld import TextWorldEnvironment, clean_feedback, make_games  # noqa: E402
 
