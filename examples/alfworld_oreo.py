@@ -53,6 +53,7 @@ EMBEDDED = {
     "value_learning_rate": 1e-3,
     "per_device_train_batch_size": 8,
     "max_length": 640,
+    "train_sampling_strategy": "group_by_length",
     "logging_steps": 10,
     "save_strategy": "no",
     "report_to": "none",
@@ -73,8 +74,8 @@ class ALFWorldScriptArguments(ScriptArguments):
     dataset_name: str | None = field(default=None, metadata={"help": "Not used: games are played."})
     data: str = field(default="made_up", metadata={"help": "`made_up` rooms, or `alfworld`: its data."})
     games_folder: str = field(default="outputs/alfworld_games", metadata={"help": "Where games and episodes stay."})
-    num_games: int = field(default=240, metadata={"help": "Games to train on."})
-    num_eval_games: int = field(default=60, metadata={"help": "Games in unseen rooms to evaluate on."})
+    num_games: int = field(default=120, metadata={"help": "Games to train on."})
+    num_eval_games: int = field(default=40, metadata={"help": "Games in unseen rooms to evaluate on."})
     eval_split: str = field(
         default="valid_unseen", metadata={"help": "Their rooms: `valid_unseen`, or `valid_seen` to try settings out."}
     )
@@ -87,7 +88,7 @@ class ALFWorldScriptArguments(ScriptArguments):
     max_commands: int = field(default=20, metadata={"help": "Commands after which a game is lost (40 in the paper)."})
     max_turn_tokens: int = field(default=24, metadata={"help": "Most tokens of one command."})
     hesitation: list[float] = field(
-        default_factory=lambda: [0.4, 0.55, 0.7, 0.7],
+        default_factory=lambda: [0.4, 0.6, 0.75],
         metadata={"help": "The players of each game, beside the planner: how often each plays a useless command."},
     )
     imitation_epochs: int = field(default=6, metadata={"help": "Epochs of behavior cloning."})
@@ -159,13 +160,15 @@ def clone_behavior(rows, folder, script_args, training_args, model_args):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if model_args.model_name_or_path is None:
-        from embedded.household import PIECES
+        from embedded.household import PIECES, renamed
         from embedded.tiny_policy import build_policy, build_tokenizer
 
         texts = {message["content"] for row in rows for message in row["prompt"] + row["completion"]}
         tokenizer = build_tokenizer(sorted(texts), PIECES)
         model = build_policy(tokenizer, seed=training_args.seed)
-        options = {"learning_rate": 3e-3, "num_train_epochs": script_args.imitation_epochs, "whole_text": True}
+        rng = random.Random(training_args.seed)
+        rows = [row for _ in range(script_args.imitation_epochs) for row in renamed(rows, rng)]
+        options = {"learning_rate": 3e-3, "num_train_epochs": 1, "whole_text": True}
     else:
         tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path)
         model = AutoModelForCausalLM.from_pretrained(model_args.model_name_or_path, dtype="float32")
@@ -185,7 +188,7 @@ def imitate(model, tokenizer, rows, folder, training_args, whole_text=False, **o
 
     from trl_multiturn.data.supervised import supervised_rows
 
-    settings = shared(training_args) | options
+    settings = shared(training_args) | {"train_sampling_strategy": "group_by_length", **options}
     dataset = Dataset.from_list([{name: row[name] for name in ("prompt", "completion")} for row in rows])
     dataset = supervised_rows(dataset, tokenizer)
     dataset = dataset.remove_columns("labels") if whole_text else dataset

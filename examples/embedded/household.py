@@ -108,6 +108,31 @@ def things_in(text: str) -> list[str]:
     return re.findall(r"\ban? ([a-z]+ \d+)", text)
 
 
+def renamed(rows: Sequence[dict[str, Any]], rng: random.Random) -> list[dict[str, Any]]:
+    """The rows with names in each other's place, of things and of furniture, in each row other ones.
+
+    What follows from what is seen stays as it is, so that to copy names is all that helps in every row.
+    """
+    furniture = {name.split()[0] for row in rows for name in things_in(_first_line(row))}
+    texts = (message["content"] for row in rows for message in row["completion"] if message["role"] == "user")
+    things = {name.split()[0] for text in texts for name in things_in(text)} - furniture
+    return [_exchange(row, [sorted(furniture), sorted(things)], rng) for row in rows]
+
+
+def _first_line(row: dict[str, Any]) -> str:
+    text: str = row["prompt"][-1]["content"]
+    return text[text.index("You are in the middle") :].split("\n")[0]
+
+
+def _exchange(row: dict[str, Any], groups: Sequence[list[str]], rng: random.Random) -> dict[str, Any]:
+    names = {word: other for group in groups for word, other in zip(group, rng.sample(group, len(group)), strict=True)}
+
+    def rename(message: dict[str, str]) -> dict[str, str]:
+        return {**message, "content": re.sub(r"[a-z]+", lambda word: names.get(word[0], word[0]), message["content"])}
+
+    return {**row, **{part: [rename(message) for message in row[part]] for part in ("prompt", "completion")}}
+
+
 def swapped(command: str, one: str, other: str) -> str:
     """A command with two names in each other's place."""
     names = {one: other, other: one}
