@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..precision import matmul_uses_tf32
 from .decoder import PackedDecoder, without_adapters
 from .forward import PackedForward
+from .fused.trial import reason_against_fusing
 from .row import PackedRow
 
 
@@ -63,8 +64,20 @@ def self_test(forward: PackedForward) -> str | None:
     Score two trajectories that fork, padded and then packed; why the results differ, or `None` where they agree.
 
     The padded pass runs on the attention the model came with. The model is left as it was: weights are only read, and
-    PyTorch's random state is not touched.
+    PyTorch's random state is not touched. Fused layers that compute something else are taken off.
     """
+    if forward.fused:
+        batch = _forked_batch(forward.causal_lm.config.get_text_config().vocab_size, forward.fused[0].device)
+        reason = reason_against_fusing(forward.backbone, forward.fused, batch["input_ids"]) or _scores_differ(forward)
+        if reason is None:
+            return None
+        forward.unfuse()
+        forward.reason_against_fusing = reason
+    return _scores_differ(forward)
+
+
+def _scores_differ(forward: PackedForward) -> str | None:
+    """Why packed scores of two trajectories differ from padded ones, or `None`."""
     model, config = forward.model, forward.causal_lm.config.get_text_config()
     batch = _forked_batch(config.vocab_size, next(forward.backbone.parameters()).device)
     training = [module for module in model.modules() if module.training]

@@ -31,6 +31,7 @@ from transformers import PreTrainedModel
 
 from .attention import packed_arguments, poison_mask, switch_attention
 from .decoder import CAPTURED, ROWS_IN_FLIGHT, without_adapters
+from .fused import FusedLayer, fuse_layers
 from .last_layer import READ, LastFeedForward
 from .plan import Plan, PlanCache, chunk_overhead
 from .row import PackedRow
@@ -68,6 +69,8 @@ class PackedForward:
         plans ([`PlanCache`], *optional*): another model's, to plan a batch once for the policy and its reference.
         slices (`int`, *optional*): rows of more tokens are computed in slices of so many, 0 for never. By default, on
             a CPU, long rows of a model with gradient checkpointing are.
+        fuse (`bool`, *optional*): whether decoder layers of a known kind are computed from few operators (see
+            [`FusedLayer`]). By default they are on a GPU.
     """
 
     def __init__(
@@ -77,6 +80,7 @@ class PackedForward:
         pack: bool | str = "auto",
         plans: PlanCache | None = None,
         slices: int | None = None,
+        fuse: bool | None = None,
     ) -> None:
         self.model = model
         self.causal_lm = without_adapters(model)
@@ -85,7 +89,9 @@ class PackedForward:
         self.enabled = True
         self.calls: dict[str, int] = {"packed": 0, "padded": 0}
         self._pack = pack
-        self._slices = slices
+        self._slices, self._fuse = slices, fuse
+        self.fused: list[FusedLayer] = []
+        self.reason_against_fusing: str | None = None  # where a trial failed
         self._slice_tokens = 0  # of the present call; 0 where it is not cut
         self.last_plan: Plan | None = None
         self._plan: Plan | None = None
@@ -104,6 +110,9 @@ class PackedForward:
         if self._pack:
             self._implementation_before = switch_attention(self.causal_lm)
             self._last = LastFeedForward(self.backbone)
+            on_gpu = next(self.backbone.parameters()).device.type == "cuda"
+            if self._fuse or (self._fuse is None and on_gpu):
+                self.fused = fuse_layers(self.backbone)
         self._handles = [
             # First, as `expanded` takes the branching batches that are left
             self.model.register_forward_pre_hook(self._before_model, with_kwargs=True, prepend=True),
@@ -141,9 +150,16 @@ class PackedForward:
             self.enabled = True
             self.causal_lm.set_attn_implementation(packed)
 
+    def unfuse(self) -> None:
+        """Let the layers compute as they came."""
+        for layer in self.fused:
+            layer.remove()
+        self.fused = []
+
     def stop_packing(self) -> None:
         """Keep the batches padded from now on, with the attention the model came with."""
         self._pack = False
+        self.unfuse()
         self.plans.clear()
         if self._last is not None:
             self._last.remove()

@@ -92,12 +92,14 @@ def varlen_attention(
 ) -> Tensor:
     """Attention along the row's paths in one kernel call, `(1, T, heads, head_dim)`."""
     index = varlen_index(row)
-    query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    query, key, value = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
     if row.shares:
         key, value = key.index_select(0, index.kv_index), value.index_select(0, index.kv_index)
     # A window counts the token itself here, and the tokens to its left there
     left = -1 if window is None else window - 1
-    return kernel(query.contiguous(), key.contiguous(), value.contiguous(), index, scaling, left, softcap)[None]
+    # All that the kernels want is that a head's numbers stand side by side
+    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+    return kernel(query, key, value, index, scaling, left, softcap).unsqueeze(0)
 
 
 def _torch_varlen(query, key, value, index: VarlenIndex, scaling: float, left: int, softcap: None) -> Tensor:

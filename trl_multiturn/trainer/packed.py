@@ -151,12 +151,17 @@ class PackedTrainerMixin(TrainerHost):
             reason = self._reason_against_rows() or _first(reason_against_packing(model) for model, _ in models)
             pack = False if reason else packed
             slices = getattr(self.args, "max_tokens_per_slice", None)
-            self._packed_forwards = [PackedForward(m, fields, pack, plans, slices).install() for m, fields in models]
+            fuse = getattr(self.args, "fused_layers", None)
+            self._packed_forwards = [
+                PackedForward(m, fields, pack, plans, slices, fuse).install() for m, fields in models
+            ]
             if reason is None:
                 reason = _first(self_test(forward) for forward in self._causal_forwards())
         if reason is None:
             self._pack_value_model(packed, plans)
             logger.info("Trajectories are packed with shared prefixes where their shapes say that it pays.")
+            for reason in {forward.reason_against_fusing for forward in self._causal_forwards()} - {None}:
+                logger.warning(f"Decoder layers run operator by operator, as they came: {reason}.")
             return
         for forward in self._causal_forwards():
             forward.stop_packing()

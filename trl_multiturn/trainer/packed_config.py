@@ -29,6 +29,13 @@ class PackedConfig:
             that then stays padded, as little is shared), padded ones where the model cannot be. A batch of more is
             computed in parts, with the gradient of the whole, for losses that are means over rows; an example of more
             is a part by itself. Evaluation and reference columns, which keep no activations, are not cut.
+        max_tokens_per_slice (`int`, *optional*):
+            Tokens whose activations are in memory at a time: a longer packed row is computed in slices. By default
+            long rows are cut on a CPU, where gradient checkpointing is on; 0 cuts none.
+        fused_layers (`bool`, *optional*):
+            Whether decoder layers of a packed row are computed from few operators, whose launches a GPU waits for at a
+            few thousand tokens. By default they are on a GPU, where the layers are of a known kind (Llama, Mistral,
+            Qwen2, Qwen3, without adapters) and a trial computes the same; elsewhere they compute as they came.
     """
 
     # A string for the command line; `__post_init__` takes both
@@ -56,6 +63,15 @@ class PackedConfig:
         metadata={
             "help": "Tokens whose activations are in memory at a time: a longer packed row is computed in slices. By "
             "default long rows are cut on a CPU, where gradient checkpointing is on; 0 cuts none."
+        },
+    )
+
+    fused_layers: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Whether decoder layers of a packed row are computed from few operators, whose launches a GPU "
+            "waits for at a few thousand tokens. By default they are on a GPU, where layers are of a known kind (Llama, "
+            "Mistral, Qwen2, Qwen3, without adapters) and a trial computes the same."
         },
     )
 
