@@ -70,8 +70,8 @@ class PackedConfig:
         default=None,
         metadata={
             "help": "Whether decoder layers of a packed row are computed from few operators, whose launches a GPU "
-            "waits for at a few thousand tokens. By default they are on a GPU, where layers are of a known kind (Llama, "
-            "Mistral, Qwen2, Qwen3, without adapters) and a trial computes the same."
+            "waits for at a few thousand tokens. By default they are on a GPU, where layers are of a known kind (as "
+            "Llama, Mistral, Qwen2 or Qwen3, no adapters) and a trial computes the same."
         },
     )
 
