@@ -24,7 +24,8 @@ import sys
 from pathlib import Path
 
 import torch
-from train_step import make_trainer, peak_of_step, run_step
+from train_step import peak_of_step
+from train_step_arms import make_trainer, run_step
 from train_step_rows import Setting, Trajectory, batch_of
 
 

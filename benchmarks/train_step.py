@@ -4,6 +4,7 @@ One training step of TRL's trainers and of the packed path, side by side in one 
     python benchmarks/train_step.py                          # every table, about two hours
     python benchmarks/train_step.py dpo:0 groups --batches 4 # some tables, or one row of one
     python benchmarks/train_step.py groups --scale 0.25      # a quick look, on shorter rows
+    python benchmarks/train_step.py real-model --model path/to/SmolLM2-135M-Instruct --real path/to/data
     python benchmarks/train_step.py cuda large-models --warm-up 4   # on a GPU
     python benchmarks/train_step.py --output benchmarks/results/train_step.md
 
@@ -13,6 +14,9 @@ printed only if every arm's loss and gradient norm agree with the first arm's; t
 with minimum and maximum. TRL has no OREO, no DQO and no group regression: there the first arm is our trainer with
 `packed=False`.
 In bfloat16 each arm's loss is held against the same loss in float32 instead, and may be as far off as TRL's.
+`limit` is the step's necessary arithmetic at the rate of this machine's own matrix products, for the policy alone and
+with the reference's forward pass (`train_step_limit.py`), then the fraction of it that each arm achieves, of the
+latter where the arm computes its reference. `launches` counts the operators of a step, but views and allocations.
 Times are CPU seconds of one thread, or wall-clock seconds of several (`--threads`) or of a GPU, packing and metrics
 included; peak memory is that of a process which runs one arm alone, above what the process held before the step (on a
 GPU, what the step allocates).
@@ -33,8 +37,6 @@ import platform
 import statistics
 import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -42,149 +44,14 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig, TaskType
-from train_step_rows import VOCAB, RealRows, Setting, SyntheticRows, any_tokenizer, batch_of, trajectories_of
+from launch_counter import LaunchCounter
+from train_step_arms import ON_OUTCOMES, Step, add_reference, arms_of, make_trainer, run_step, without_reference
+from train_step_limit import Limit, limit_of, shares_of_limit
+from train_step_rows import RealRows, Setting, SyntheticRows, batch_of, trajectories_of
 from train_step_run import whole_runs
-from train_step_tables import HALF_B, NEED_A_GPU, TABLES
-from transformers import Qwen2Config, Qwen2ForCausalLM
-from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
+from train_step_tables import HALF_B, NEED_A_GPU, NEED_A_MODEL, TABLES
 
 from trl_multiturn.packing import pack_rows
-from trl_multiturn.trainer import (
-    DQOConfig,
-    DQOTrainer,
-    GroupRegressionConfig,
-    GroupRegressionTrainer,
-    OREOConfig,
-    OREOTrainer,
-)
-from trl_multiturn.trainer.packed import PackedTrainerMixin
-
-
-class PackedDPOTrainer(PackedTrainerMixin, DPOTrainer):
-    pass
-
-
-class PackedKTOTrainer(PackedTrainerMixin, KTOTrainer):
-    pass
-
-
-# Trained on trajectories with a reward, by trainers that TRL does not have
-ON_OUTCOMES: dict[str, tuple[type, type]] = {
-    "oreo": (OREOConfig, OREOTrainer),
-    "dqo": (DQOConfig, DQOTrainer),
-    "group": (GroupRegressionConfig, GroupRegressionTrainer),
-}
-
-
-# --- arms ------------------------------------------------------------------------------------------------------------
-
-
-def make_trainer(setting: Setting, packed: bool, precomputed: bool) -> DPOTrainer | KTOTrainer:
-    """A trainer of TRL, or the same class on the packed path, with its own copy of the same weights."""
-    policy, reference = make_models(setting, precomputed)
-    common = dict(
-        output_dir=tempfile.mkdtemp(), report_to="none", use_cpu=setting.device == "cpu", bf16=setting.bf16,
-        disable_tqdm=True, gradient_checkpointing=setting.checkpointing, max_length=None,
-        per_device_train_batch_size=2,
-    )  # fmt: skip
-    if setting.kind in ON_OUTCOMES:
-        config, trainer_class = ON_OUTCOMES[setting.kind]
-        values = {} if setting.kind == "group" else {"value_model": setting.value}
-        args = config(**common, packed=packed, **values)
-        rows = [{"prompt_ids": [3, 4], "completion_ids": [5, 6], "action_mask": [1, 1], "reward": 1.0}] * 2
-    else:
-        base, config = (DPOTrainer, DPOConfig) if setting.kind == "dpo" else (KTOTrainer, KTOConfig)
-        trainer_class = {DPOTrainer: PackedDPOTrainer, KTOTrainer: PackedKTOTrainer}[base] if packed else base
-        args = config(**common, precompute_ref_log_probs=precomputed)
-        rows = [{"prompt": "a", "chosen": "b", "rejected": "c"}] * 2
-        if setting.kind == "kto":
-            rows = [{"prompt": "a", "completion": "b", "label": label} for label in (True, False)]
-    # The rows are not used: they let the constructor do its work, and batches come from the benchmark
-    trainer = trainer_class(
-        model=policy,
-        ref_model=reference,
-        args=args,
-        train_dataset=Dataset.from_list(rows),
-        processing_class=any_tokenizer(),
-        peft_config=LoraConfig(task_type=TaskType.CAUSAL_LM, r=16, target_modules="all-linear")
-        if setting.lora
-        else None,
-    )
-    if setting.checkpointing:
-        trainer.model.gradient_checkpointing_enable()
-    _move(trainer.model)
-    # As `train()` does, for autocast; in place
-    trainer.accelerator.prepare_model(trainer.model)
-    return trainer
-
-
-def make_models(setting: Setting, precomputed: bool) -> tuple[Qwen2ForCausalLM, Qwen2ForCausalLM | None]:
-    torch.manual_seed(0)
-    settings = dict(
-        num_hidden_layers=8, hidden_size=512, intermediate_size=1536, vocab_size=VOCAB, num_attention_heads=8,
-        num_key_value_heads=2, max_position_embeddings=16_384, pad_token_id=0,
-    )  # fmt: skip
-    config = Qwen2Config(**settings | setting.body, dtype=setting.weights)
-    with torch.device(setting.device):
-        policy, reference = Qwen2ForCausalLM._from_config(config), None
-        if not precomputed and not setting.lora:
-            reference = Qwen2ForCausalLM._from_config(config)
-            reference.load_state_dict(policy.state_dict())
-    return policy, reference
-
-
-def _move(model: torch.nn.Module) -> None:
-    """A policy that differs from its reference, so that losses and gradients are not those of the first step."""
-    generator = torch.Generator(next(model.parameters()).device).manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                noise = torch.randn(parameter.shape, generator=generator, device=parameter.device)
-                parameter.add_(5e-4 * noise)
-
-
-@dataclass
-class Step:
-    loss: float
-    gradient_norm: float
-    seconds: float
-    allocated: float  # gigabytes of the GPU's memory
-
-
-def run_step(trainer: DPOTrainer | KTOTrainer, batch: dict[str, torch.Tensor]) -> Step:
-    """Forward and backward of one batch, without the optimizer."""
-    trainer.model.train()
-    for parameter in trainer.model.parameters():
-        parameter.grad = None
-    gc.collect()
-    on_gpu, held = batch["input_ids"].is_cuda, 0
-    clock = time.process_time if torch.get_num_threads() == 1 and not on_gpu else time.perf_counter
-    if on_gpu:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        held = torch.cuda.memory_allocated()
-    start = clock()
-    with trainer.compute_loss_context_manager():
-        loss = trainer.compute_loss(trainer.model, dict(batch))
-    loss.backward()
-    if on_gpu:
-        torch.cuda.synchronize()
-    seconds = clock() - start
-    if not all(forward.packs for forward in getattr(trainer, "_packed_forwards", ())):
-        raise SystemExit("The packed arm fell back to padded batches (its log says why). Nothing is reported.")
-    allocated = (torch.cuda.max_memory_allocated() - held) / 2**30 if on_gpu else 0.0
-    gradients = [p.grad.norm() for p in trainer.model.parameters() if p.grad is not None]
-    for parameter in trainer.model.parameters():
-        parameter.grad = None
-    return Step(loss.item(), torch.stack(gradients).norm().item(), seconds, allocated)
-
-
-def add_reference(setting: Setting, batch: dict[str, torch.Tensor], trainer: Any) -> dict[str, torch.Tensor]:
-    """The batch with reference log-probabilities, as precomputation leaves them in the dataset."""
-    first, second = trainer.compute_ref_log_probs(trainer.ref_model or trainer.model, batch)
-    names = ("ref_chosen_logps", "ref_rejected_logps") if setting.kind == "dpo" else ("ref_logps", "ref_KL_logps")
-    return batch | {name: x for name, x in zip(names, (first, second), strict=True) if x is not None}
 
 
 # --- measurements ----------------------------------------------------------------------------------------------------
@@ -200,25 +67,12 @@ class Result:
     norm_difference: float
     rounding: float = 0.0  # how far the first arm's loss is from that in float32
     memory: dict[str, float] = field(default_factory=dict)
+    launches: dict[str, int] = field(default_factory=dict)
+    limits: list[Limit] = field(default_factory=list)
 
 
 def source_of_rows(setting: Setting, real: Path | None, seed: int = 0) -> SyntheticRows:
     return SyntheticRows(seed, setting) if real is None else RealRows(seed, setting, real)
-
-
-def arms_of(setting: Setting) -> dict[str, Callable[[dict], Step]]:
-    """The compared computations, the baseline first."""
-    if setting.kind in ON_OUTCOMES:
-        padded, packed = (make_trainer(setting, packed=packed, precomputed=False) for packed in (False, True))
-        return {"padded": lambda batch: run_step(padded, batch), "packed": lambda batch: run_step(packed, batch)}
-    stock = make_trainer(setting, packed=False, precomputed=False)
-    tuned = make_trainer(setting, packed=False, precomputed=True)
-    ours = make_trainer(setting, packed=True, precomputed=not setting.online)
-    return {
-        "TRL": lambda batch: run_step(stock, _without_reference(batch)),
-        "TRL, precomputed": lambda batch: run_step(tuned, batch),
-        "packed": lambda batch: run_step(ours, _without_reference(batch) if setting.online else batch),
-    }
 
 
 def loss_in_float32(setting: Setting) -> Callable[[dict], float]:
@@ -228,7 +82,7 @@ def loss_in_float32(setting: Setting) -> Callable[[dict], float]:
 
     def loss(batch: dict[str, torch.Tensor]) -> float:
         with torch.no_grad():
-            return trainer.compute_loss(trainer.model, _without_reference(batch)).item()
+            return trainer.compute_loss(trainer.model, without_reference(batch)).item()
 
     return loss
 
@@ -262,10 +116,19 @@ def measure(setting: Setting, batches: int, warm_up: int, real: Path | None) -> 
     counts = {"padded": 0, "raw": 0, "unique": 0, "trained": 0}
     for i in range(batches + warm_up):
         batch = next(source)
-        order = list(arms)[i % len(arms) :] + list(arms)[: i % len(arms)]
-        steps = {name: arms[name](batch) for name in order}
+        if i == warm_up - 1:
+            for name, arm in arms.items():
+                with LaunchCounter() as counter:
+                    arm.step(batch)
+                result.launches[name] = counter.launches
         if i < warm_up:
             continue
+        order = list(arms)[i % len(arms) :] + list(arms)[: i % len(arms)]
+        steps = {name: arms[name].step(batch) for name in order}
+        if setting.kind == "dpo":
+            result.limits.append(
+                limit_of(arms[first].trainer.model, batch, torch.bfloat16 if setting.bf16 else torch.float32)
+            )
         expected = exact(batch) if exact else steps[first].loss
         result.rounding = max(result.rounding, abs(steps[first].loss - expected) / max(1.0, abs(expected)))
         for name, step in steps.items():
@@ -292,10 +155,6 @@ def measure(setting: Setting, batches: int, warm_up: int, real: Path | None) -> 
     return result
 
 
-def _without_reference(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: x for name, x in batch.items() if not name.startswith("ref_")}
-
-
 def _count(counts: dict[str, int], batch: dict[str, torch.Tensor]) -> None:
     row = pack_rows(batch["input_ids"], batch["attention_mask"])
     counts["padded"] += batch["input_ids"].numel()
@@ -310,7 +169,7 @@ def peak_memory(setting: Setting, arm: str, real: Path | None) -> float:
     source, peaks = batches_of(setting, real), []
     for _ in range(2):
         batch = next(source)
-        batch = _without_reference(batch) if arm == "TRL" else batch
+        batch = without_reference(batch) if arm == "TRL" else batch
         peaks.append(peak_of_step(trainer, batch)[0])
     return max(peaks)
 
@@ -338,6 +197,7 @@ def measure_memory(table: str, index: int, arguments: argparse.Namespace) -> dic
         command = [sys.executable, __file__, table, "--memory-of", f"{index}:{arm}", "--threads", arguments.threads]
         command += ["--scale", arguments.scale]
         command += ["--real", str(arguments.real)] if arguments.real else []
+        command += ["--model", arguments.model] if arguments.model else []
         output = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True).stdout
         memory[arm] = float(output.splitlines()[-1])
     return memory
@@ -363,7 +223,13 @@ def report(table: str, results: list[Result]) -> Iterator[str]:
     yield f"\n### {table}\n"
     columns = ["setting", "tokens: padded, unpadded, unique", first]
     columns += [f"{name}: s, x (min..max)" for name in others]
-    columns += ["trained tokens/s", "loss Δ (bf16: to float32; TRL's), grad norm Δ", f"peak GB: {first}, packed"]
+    columns += [
+        "limit, and with reference: s; fraction of it",
+        "launches",
+        "trained tokens/s",
+        "loss Δ (bf16: to float32; TRL's), grad norm Δ",
+        f"peak GB: {first}, packed",
+    ]
     yield f"| {' | '.join(columns)} |"
     yield f"| {' | '.join(['---'] * len(columns))} |"
     for r in results:
@@ -373,6 +239,9 @@ def report(table: str, results: list[Result]) -> Iterator[str]:
             ratios = r.ratios[name]
             median = statistics.median(ratios)
             cells.append(f"{_time(r.seconds[name])}, **{median:.2f}** ({min(ratios):.2f}..{max(ratios):.2f})")
+        computes = [name == first or (name == "packed" and r.setting.online) for name in r.seconds]
+        cells.append(shares_of_limit(r.limits, list(r.seconds.values()), computes))
+        cells.append(", ".join(map(str, r.launches.values())) or "not counted")
         cells.append(" → ".join(f"{r.tokens['trained'] / r.seconds[name]:.0f}" for name in (first, "packed")))
         rounding = f" ({r.rounding:.0e})" if r.setting.bf16 else ""
         cells.append(f"{r.loss_difference:.0e}{rounding}, {r.norm_difference:.0e}")
@@ -409,6 +278,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--memory", action="store_true", help="also measure each arm's peak in a process of its own")
     parser.add_argument("--real", type=Path, help="folder with tora_*_trajectories.jsonl, instead of synthetic rows")
+    parser.add_argument("--model", help="checkpoint of the table `real-model`")
     parser.add_argument("--output", type=Path, help="Markdown file to append the tables to")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -420,13 +290,15 @@ def main() -> None:
     for settings in TABLES.values():
         for setting in settings:
             setting.scale *= arguments.scale
+            if setting.checkpoint:
+                setting.checkpoint = arguments.model
     if arguments.memory_of:
         index, arm = arguments.memory_of.split(":")
         print(peak_memory(TABLES[arguments.tables[0]][int(index)], arm, arguments.real))
         return
     lines = [header(arguments)]
     print(lines[0], flush=True)
-    for table in arguments.tables or [*(name for name in TABLES if name not in NEED_A_GPU), "run"]:
+    for table in arguments.tables or [*(name for name in TABLES if name not in NEED_A_GPU + NEED_A_MODEL), "run"]:
         if table in ("run", "run-cuda"):
             for line in whole_runs(arguments.scale, HALF_B if table == "run-cuda" else None):
                 print(line, flush=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 
 VOCAB = 32_000
@@ -48,6 +48,7 @@ class Setting:
     device: str = "cpu"
     weights: str = "float32"
     online: bool = False  # whether our arm computes the reference in the step, as TRL's default does
+    checkpoint: str = ""  # a real model, whose tokenizer reads real rows, too
     body: dict[str, int] = field(default_factory=dict)
 
 
@@ -104,14 +105,18 @@ class RealRows(SyntheticRows):
         super().__init__(seed, setting)
         files = sorted(folder.glob("tora_*_trajectories.jsonl"))
         sets = [[json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] for file in files]
-        self.tokenizer = _byte_pair_tokenizer([row["code"][0] for rows in sets for row in rows])
+        texts = [row["code"][0] for rows in sets for row in rows]
+        if setting.checkpoint:
+            self.tokenizer = AutoTokenizer.from_pretrained(setting.checkpoint).backend_tokenizer
+        else:
+            self.tokenizer = _byte_pair_tokenizer(texts)
         sides = [{row["idx"]: row for row in rows} for rows in sets]
         shared = sorted(set(sides[0]) & set(sides[1]))
         self.rng.shuffle(shared)
         self.questions = iter((sides[0][i], sides[1][i]) for i in shared)
 
     def encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text).ids
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def cut_into_turns(self, text: str) -> Trajectory:
         parts, rest = Trajectory([], []), text

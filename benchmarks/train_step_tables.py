@@ -24,6 +24,10 @@ TABLES: dict[str, list[Setting]] = {
         Setting("float32, 4 pairs a batch", pairs=4),
         Setting("head small against the body, as at 7B", body=SMALL_HEAD),
     ],
+    "real-model": [
+        Setting("real rows, 2 pairs", checkpoint="--model"),
+        Setting("real rows, 8 pairs", pairs=8, checkpoint="--model"),
+    ],
     "dtype": [
         Setting("bfloat16 autocast", bf16=True),
         Setting("LoRA r=16", lora=True),
@@ -91,3 +95,4 @@ TABLES: dict[str, list[Setting]] = {
 }  # fmt: skip
 # Left out where no table is named
 NEED_A_GPU = ("cuda", "large-models")
+NEED_A_MODEL = ("real-model",)

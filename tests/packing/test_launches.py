@@ -11,7 +11,7 @@ import pytest
 @pytest.fixture
 def launches(monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
-    for name in ("launches", "train_step", "train_step_rows", "train_step_run", "train_step_tables"):
+    for name in ("launches", "launch_counter", "train_step_arms", "train_step_rows"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     import launches
 
