@@ -7,6 +7,7 @@ import weakref
 import pytest
 
 from tests.support import TOOLS, assistant, byte_tokenizer, call, render_actions, result, user
+from tests.templates.chatml import chatml
 from trl_multiturn.data import tokenize_trajectory, turn_template
 from trl_multiturn.data.tokenization import common_prefix_length, tokenize_preference_row, tokenize_unpaired_row
 
@@ -66,10 +67,10 @@ def test_sides_that_begin_differently_share_what_they_have_in_common():
 
 
 def test_one_turn_under_an_unprovable_template_is_tokenized_as_trl_does(caplog):
-    tokenizer = byte_tokenizer("deepseekv3")
+    tokenizer = byte_tokenizer(chatml(prompt="<think>"))
     with caplog.at_level("WARNING"):
         row = tokenize_unpaired_row({"prompt": [user("Q")], "completion": [assistant("A")]}, tokenizer)
-    assert tokenizer.decode(row["completion_ids"]) == "A<｜end▁of▁sentence｜>"
+    assert tokenizer.decode(row["completion_ids"]) == "A<|im_end|>\n"
     assert row["action_mask"] == [1] * len(row["completion_ids"])
     assert "the prompt that the policy continues ends with" in caplog.text
 
@@ -77,7 +78,7 @@ def test_one_turn_under_an_unprovable_template_is_tokenized_as_trl_does(caplog):
 def test_several_turns_under_an_unprovable_template_are_refused():
     example = {"prompt": [user("Q")], "completion": [assistant("A"), user("Q"), assistant("B")]}
     with pytest.raises(ValueError, match="`completion`: Assistant turn 0"):
-        tokenize_unpaired_row(example, byte_tokenizer("deepseekv3"))
+        tokenize_unpaired_row(example, byte_tokenizer(chatml(prompt="<think>")))
 
 
 def test_tool_calls_that_a_template_drops_are_refused():

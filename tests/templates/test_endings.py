@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
-
 from tests.support import TOOLS, assistant, byte_tokenizer, call, render_actions, result, user
 from tests.templates.chatml import CALLS, TEXT, chatml, tokenizer
 from trl_multiturn.segments import split_segments
@@ -58,10 +56,21 @@ def test_two_tokens_can_end_a_turn():
     assert actions[-1] == "Yes.<|end_response|><|im_end|>"
 
 
-def test_the_beginning_of_the_next_text_ends_no_turn():
-    processing_class = byte_tokenizer("{% for m in messages %}<bos>{{ m.role }}: {{ m.content }}{% endfor %}")
-    with pytest.raises(ValueError, match="would never stop"):
-        TurnTemplate(processing_class)
+def test_a_template_that_prints_no_end_leaves_it_to_the_tokenizer():
+    """The beginning of the next text ends no turn; sampling stops at the tokenizer's token, which no prompt shows."""
+    prompt = "{% if add_generation_prompt %}<bos>assistant: {% endif %}"
+    text = "{% for m in messages %}<bos>{{ m.role }}: {{ m.content }}{% endfor %}" + prompt
+    processing_class = byte_tokenizer(text)
+    template = TurnTemplate(processing_class)
+    row = template.tokenize([user("Q")], [assistant("A"), user("R"), assistant("B")])
+    assert render_actions(processing_class, row) == ["A<eos>", "B<eos>"]
+    first, second = split_segments(
+        *(row[name] for name in ("prompt_ids", "completion_ids", "action_mask", "branches"))
+    )
+    assert processing_class.decode(second.context_ids) == "<bos>user: Q<bos>assistant: A<bos>user: R<bos>assistant: "
+    assert template.rewrites([user("Q"), assistant("A")], [user("R")])
+    sampled = template.observation_ids([user("Q"), assistant("A")], [user("R")])
+    assert processing_class.decode(sampled) == "<bos>user: R<bos>assistant: "  # where what was sampled stays
 
 
 # A turn whose rendering does not continue its prompt
@@ -73,13 +82,6 @@ def test_an_empty_block_that_only_the_prompt_prints_is_context():
     row = TurnTemplate(processing_class).tokenize([user("Q")], [assistant("A")])
     assert processing_class.decode(row["prompt_ids"]).endswith("<think></think>")
     assert render_actions(processing_class, row) == ["A<|im_end|>"]
-
-
-def test_an_open_block_that_only_the_prompt_prints_leaves_the_turn_unknown():
-    words = "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}" + TEXT
-    template = TurnTemplate(tokenizer(words=words, prompt="<think>"))
-    with pytest.raises(ValueError, match="the prompt that the policy continues ends with '<think>'"):
-        template.tokenize([user("Q")], [assistant("A")])
 
 
 def test_the_prompt_is_what_the_policy_saw_where_only_the_last_user_turn_shows_the_system_message():

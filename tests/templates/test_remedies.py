@@ -24,12 +24,11 @@ def refusal(processing_class, prompt, completion, tools=None, **kwargs):
 
 
 def test_a_switch_of_the_template_is_named_where_it_helps():
-    processing_class = byte_tokenizer("nemotron_3_nano")
-    message = refusal(processing_class, [user("Q")], [assistant("A")])
-    assert "`enable_thinking=False`" in message and "`enable_thinking=True`" not in message
-    TurnTemplate(processing_class, enable_thinking=False).tokenize([user("Q")], [assistant("A")])
-    assert "give every assistant turn its `reasoning_content`" in message
-    TurnTemplate(processing_class).tokenize([user("Q")], [assistant("A", reasoning_content="R")])
+    processing_class = byte_tokenizer("qwen3_5_nothink")
+    turn = assistant("A", reasoning_content="R")
+    message = refusal(processing_class, [user("Q")], [turn])
+    assert "`enable_thinking=True`" in message and "`enable_thinking=False`" not in message
+    TurnTemplate(processing_class, enable_thinking=True).tokenize([user("Q")], [turn])
 
 
 def test_a_switch_that_does_not_help_is_not_named():

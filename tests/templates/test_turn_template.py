@@ -23,6 +23,7 @@ from tests.support import (
     template_text,
     user,
 )
+from trl_multiturn.messages import arguments_as_strings
 from trl_multiturn.segments import path, split_segments
 from trl_multiturn.templates import TurnTemplate
 
@@ -59,13 +60,10 @@ WITH_TOOLS = {"tool", "tool_then_chat", "tool_loop", "parallel", "words_and_call
 GEMMA4 = ["gemma4", "gemma4_v3", "gemma4_v4", "gemma4_v5", "diffusion_gemma"]
 LLAMA3 = ["llama3_1", "llama3_2"]
 LFM25 = ["lfm2_2_5", "lfm2_2_5_v2", "lfm2_2_5_vl"]
-NEMOTRON = ["nemotron_3_nano", "nemotron_3_super", "nemotron_3_ultra", "nemotron_3_5_lightning"]
-DEEPSEEK = ["deepseek_r1_distill", "deepseekv3"]
 STRICT = ["cohere", "cohere2", "gemma", "gemma3", "llava_next"]
 TOOLLESS = "llama3 lfm2 phi3 phi3_5 qwen2_5_vl idefics3 smolvlm".split()
 THOUGHTLESS = [
-    *STRICT, *TOOLLESS, *LLAMA3, "gemma4", "gemma4_v2", "gemma4_v3", "gemma4_v4",
-    "lfm2_v2", "qwen2_5", "qwen3_instruct_2507", "qwen3_vl",
+    *STRICT, *TOOLLESS, *LLAMA3, "gemma4_v2", "lfm2_v2", "qwen2_5", "qwen3_instruct_2507", "qwen3_vl",
 ]  # fmt: skip
 EVERY = set(CONVERSATIONS)
 REFUSALS = [
@@ -73,14 +71,14 @@ REFUSALS = [
     (["deepseek_r1_distill"], WITH_TOOLS, "leaves out its tool call 1, 'add'"),
     (TOOLLESS, WITH_TOOLS, "leaves out its tool call 1, 'add'"),
     (THOUGHTLESS, {"reasoning", "reasoning_last"}, "leaves out its reasoning ('R1r')"),
-    # `<think>` is opened in the generation prompt and absent, or closed at once, in the rendered turn
-    (DEEPSEEK, EVERY, "the prompt that the policy continues ends with"),
-    (NEMOTRON, EVERY - {"reasoning_last"}, "the prompt that the policy continues ends with"),
+    # `<think>` is opened in the generation prompt, and nothing shows what closes it
+    (["deepseek_r1_distill_training"], EVERY, "the prompt that the policy continues ends with"),
+    # A second call is printed without the tags that open calls
+    (["deepseekv3"], {"tool_loop"}, "the prompt that the policy continues ends with"),
     # Thinking is switched off in the generation prompt, and the row has some
     (["qwen3_5_nothink"], {"reasoning", "reasoning_last"}, "the prompt that the policy continues ends with"),
     # Words beside a call: printed after the result, as reasoning that is dropped later, or not at all
-    # After a result the prompt ends without a header, and the rendered turn has one
-    (["diffusion_gemma"], WITH_TOOLS, "the prompt that the policy continues ends with"),
+    (["diffusion_gemma"], {"words_and_call"}, "the prompt that the policy continues ends with"),
     (["gptoss"], {"words_and_call"}, "the prompt that the policy continues ends with"),
     ([*LLAMA3, "muse_glimmer"], {"words_and_call"}, "leaves out its text ('W0w')"),
     (["gptoss"], {"parallel"}, "leaves out the argument `a` (3) of its tool call 2"),
@@ -92,11 +90,20 @@ REFUSALS = [
 
 def expected_errors(template: str, kind: str) -> list[str]:
     name = template.removesuffix("_training")
-    return [message for names, kinds, message in REFUSALS if name in names and kind in kinds]
+    return [message for names, kinds, message in REFUSALS if {name, template} & set(names) and kind in kinds]
 
 
 # Templates of vision models print lists of content blocks only
 VISION = [template_text(name + end) for name in ("idefics3", "llava_next", "smolvlm") for end in ("", "_training")]
+
+
+ARGUMENTS_AS_STRINGS = [template_text("deepseekv3" + end) for end in ("", "_training")]
+
+
+def as_wanted(messages, chat_template):
+    if chat_template in ARGUMENTS_AS_STRINGS:
+        return arguments_as_strings(messages)
+    return in_parts(messages) if chat_template in VISION else messages
 
 
 def in_parts(messages):
@@ -114,7 +121,7 @@ def replay(tokenizer, template: TurnTemplate, messages, first: int) -> None:
         start, length = turns.index(turn), turns.count(turn)
         assert turns[start : start + length] == [turn] * length  # one run
         seen = template.processing_class.apply_chat_template(
-            in_parts(messages[:index]) if template.processing_class.chat_template in VISION else messages[:index],
+            as_wanted(messages[:index], template.processing_class.chat_template),
             tools=template.tools,
             add_generation_prompt=True,
             tokenize=True,
@@ -173,10 +180,10 @@ def test_scaffolding_of_the_generation_prompt_is_context():
     assert "<think>\n\n</think>\n\nB" in tokenizer.decode(row["completion_ids"])
 
 
-def test_a_switch_that_matches_the_data_lifts_a_refusal():
+def test_a_switch_changes_what_is_context():
     tokenizer = byte_tokenizer("nemotron_3_nano")
-    with pytest.raises(ValueError, match="enable_thinking=False"):
-        TurnTemplate(tokenizer).tokenize([user("Q")], [assistant("A")])
+    row = TurnTemplate(tokenizer).tokenize([user("Q")], [assistant("A")])
+    assert render_actions(tokenizer, row) == ["\n</think>\nA<|im_end|>"]
     row = TurnTemplate(tokenizer, enable_thinking=False).tokenize([user("Q")], [assistant("A")])
     assert render_actions(tokenizer, row) == ["A<|im_end|>"]
 
@@ -218,8 +225,10 @@ def test_an_edited_template_is_measured():
 
 def test_template_without_an_end_of_turn_is_refused():
     endless = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
+    tokenizer = byte_tokenizer(endless)
+    tokenizer.eos_token = None
     with pytest.raises(ValueError, match="would never stop"):
-        TurnTemplate(byte_tokenizer(endless))
+        TurnTemplate(tokenizer)
 
 
 def test_tokenizer_without_a_template_is_refused():

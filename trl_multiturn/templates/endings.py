@@ -35,6 +35,8 @@ class Endings:
             role: a token of its own, or the marker of the next role, which the policy samples (GLM-4.6).
         trails (`tuple[str]`): blanks that follow a last turn that has no ending.
         opener (`str`, *optional*): the special token with which messages begin, where they do.
+        unprinted (`bool`): whether the template prints no ending anywhere. What the policy samples then is the
+            tokenizer's end-of-sequence token, and its next prompt does not show it.
     """
 
     printed: tuple[Ending, ...] = ()
@@ -42,6 +44,7 @@ class Endings:
     by_next_role: Mapping[str, str] = field(default_factory=dict)
     trails: tuple[str, ...] = ()
     opener: str | None = None
+    unprinted: bool = False
 
     def __bool__(self) -> bool:
         return bool(self.printed or self.by_next_role)
@@ -98,7 +101,7 @@ class EndingProbe:
         self._calls: list[Message] = [call_turn(self._tool, {"value": c}) for c in "AB"]
 
     def find(self) -> Endings:
-        """The endings; none where the template shows no answer, or prints nothing that could end one."""
+        """The endings; none where the template shows no answer, or nothing could end one."""
         return replace(self._find(), opener=self._opener())
 
     def _find(self) -> Endings:
@@ -165,7 +168,7 @@ class EndingProbe:
         """The endings of a template whose last turn has none: they stand in the history."""
         token = self._special_at(history, len(history) - len(history.lstrip()))
         if token is None or token == self._render.tokenizer.bos_token:
-            return Endings()
+            return self._unprinted_ending(trail)
         ends, trails = {"user": token}, [trail]
         tail = self._tail(self._calls)
         before_result = self._tail(self._calls, result(self._tool)) if tail is not None else None
@@ -181,6 +184,10 @@ class EndingProbe:
                 ends["tool"] = after
                 trails.append(tail[len(body) :])
         return Endings(tuple(printed), (), ends, tuple(sorted(dict.fromkeys(trails), key=len, reverse=True)))
+
+    def _unprinted_ending(self, trail: str) -> Endings:
+        eos = self._render.tokenizer.eos_token
+        return Endings(by_next_role={"user": eos}, trails=(trail,), unprinted=True) if eos else Endings()
 
     def _special_at(self, text: str, at: int) -> str | None:
         return next((token for token in self._added if text.startswith(token, at)), None)

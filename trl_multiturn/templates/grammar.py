@@ -214,7 +214,7 @@ def _zones(messages: Sequence[Message], measured: Sequence[Measured], first: int
     zones = []
     for index, message in enumerate(messages):
         if message["role"] == "assistant" and index >= first and span is not None:
-            zones.append(text[span.start : span.end])
+            zones.append(text[span.start - span.printed : span.end])
             text, span = next(spans, (measured[-1].text, None))
         else:
             zones.append(text)

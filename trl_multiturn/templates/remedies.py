@@ -65,13 +65,6 @@ def _rewritten(messages: Sequence[Message], first: int) -> Iterator[tuple[str, l
     if any(thinking):
         without = [{k: v for k, v in message.items() if k not in REASONING} for message in messages]
         yield "train without the reasoning, knowingly, with `drop_reasoning=True`", without, first
-    trained = [i for i in range(first, len(messages)) if messages[i]["role"] == "assistant"]
-    if not all(thinking[i] for i in trained):
-        given = [
-            {**message, "reasoning_content": "probed thought"} if i in trained and not thinking[i] else message
-            for i, message in enumerate(messages)
-        ]
-        yield "give every assistant turn its `reasoning_content`", given, first
     if any(len(message.get("tool_calls") or ()) > 1 for message in messages):
         split, at = _one_call_a_turn(messages, first)
         yield "write one call per turn, each followed by its result", split, at

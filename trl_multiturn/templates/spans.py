@@ -14,11 +14,17 @@ from .turns import PolicyTurn, TemplateMismatch, TurnReader
 
 @dataclass(frozen=True)
 class Span:
-    """Characters `[start, end)` of a conversation that the policy sampled in assistant turn `turn`."""
+    """Characters `[start, end)` of a conversation that the policy sampled in assistant turn `turn`.
+
+    The turn may close at once a block for reasoning that its prompt opened (`closes_block`), and its text may have
+    begun so many characters earlier, in the prompt (`printed`).
+    """
 
     start: int
     end: int
     turn: int
+    closes_block: bool = False
+    printed: int = 0
 
 
 @dataclass(frozen=True)
@@ -102,7 +108,7 @@ class SpanFinder:
                 text += ending + turn.trail if turn.ending and following is None else ending
             if end <= start:
                 raise TemplateMismatch(f"Assistant turn {number} (message {turn.index}) renders to nothing.")
-            spans.append(Span(start, end, number))
+            spans.append(Span(start, end, number, turn.closes_block, len(turn.printed)))
             if following is not None and ends_here and number + 1 < len(turns):
                 segments.append(Measured(text, tuple(spans)))
                 spans = []
@@ -110,9 +116,18 @@ class SpanFinder:
                 text = following
         return [*segments, Measured(text, tuple(spans))]
 
-    def check_turn(self, messages: Sequence[Message]) -> None:
-        """Raises [`TemplateMismatch`] where the last message, an assistant's turn, does not continue its prompt."""
-        self._reader.read(messages, len(messages) - 1, 0)
+    def continues(self, text: str, messages: Sequence[Message]) -> bool:
+        """Whether `text` continues what the policy had read and sampled by the end of `messages`, in the template's
+        form, whose last one is its turn.
+
+        Raises:
+            `ValueError`: if the template cannot render the messages.
+        """
+        try:
+            turn = self._reader.read(messages, len(messages) - 1, 0)
+        except TemplateMismatch:
+            return False
+        return self._joined(turn.prompt + turn.words, text, turn, None, rewritten=True) is not None
 
     def turn_end(self, text: str, messages: Sequence[Message], alone: str) -> int:
         """End of the last of `messages`, which render as `alone`, in `text`, a rendering that begins with them.
@@ -126,6 +141,8 @@ class SpanFinder:
                 f"The assistant turn (message {len(messages) - 1}) renders with {alone[-40:]!r} at the end, which is "
                 f"not how the chat template ends other turns ({list(self._endings.texts)})."
             )
+        if self._endings.unprinted and text.startswith(body):
+            return len(body)
         end = self._joined(body, text, PolicyTurn(len(messages) - 1, "", "", ending, ""), None)
         assert end is not None
         return end

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from ..images.vision import Vision, refuse_unseen_images, vision_of
 from ..messages import Message, normalize_messages, normalize_tools, without_flags, without_reasoning
 from ..messages.images import images_in
+from ..messages.nulls import tell_once
 from ..segments import RowBuilder
 from .encoding import encode, encode_pieces
 from .grammar import Grammar
@@ -19,6 +20,13 @@ from .probes import ANSWER, USER
 from .rendering import Renderer, template_text
 from .spans import Measured
 from .turns import TemplateMismatch
+
+
+_CLOSES_BLOCK = (
+    "The generation prompt opens a block for reasoning, and some assistant turns have none: the policy is trained to "
+    "close the block at once, as after a reasoning that is empty. Where that is not what they did, give such turns "
+    "their `reasoning_content`, or switch thinking off in the template (`chat_template_kwargs`)."
+)
 
 
 class TurnTemplate:
@@ -77,9 +85,14 @@ class TurnTemplate:
         if not self._grammar.endings:
             self._grammar.render(self._grammar.form.fit([USER, ANSWER]))  # perhaps it cannot even do that
             raise ValueError(
-                "The chat template prints nothing after an assistant turn that could end it (no end-of-turn token and "
-                "no end-of-sequence token), so a policy trained on it would never stop. Use a template that ends "
-                "assistant turns, e.g. with the tokenizer's `eos_token`."
+                "The chat template prints nothing after an assistant turn that could end it, and the tokenizer has no "
+                "`eos_token`, so a policy trained on it would never stop. Set the tokenizer's `eos_token`, or use a "
+                "template that ends assistant turns."
+            )
+        if self._grammar.endings.unprinted:
+            tell_once(
+                "The chat template prints nothing that ends an assistant turn: the tokenizer's `eos_token` "
+                f"({self._tokenizer.eos_token!r}), at which sampling stops, is trained as the end of each."
             )
 
     def prompt_ids(self, messages: Sequence[Message], check: bool = True) -> list[int]:
@@ -153,6 +166,8 @@ class TurnTemplate:
         trains = [flag for flag, message in zip(flags, completion, strict=True) if message["role"] == "assistant"]
         images = images_in([*prompt, *completion])
         expansion = None
+        if any(span.closes_block for segment in measured for span in segment.spans):
+            tell_once(_CLOSES_BLOCK)
         row, turn_ids = RowBuilder(), list[int]()
         for number, segment in enumerate(measured):
             if number or completion[0]["role"] == "assistant":
@@ -248,17 +263,11 @@ class TurnTemplate:
         messages = self._grammar.form.label(messages)
         fit, render = self._grammar.form.fit, self._grammar.render
         answers = self.normalize(observations, "observations", messages)
-        alone, text = render.attempt(fit(messages)), render.attempt(fit(messages + answers), generation_prompt=True)
-        if alone is None or text is None:
-            return False
+        text = render.attempt(fit(messages + answers), generation_prompt=True)
         try:
-            self._grammar.spans.check_turn(fit(messages))
-            self._grammar.spans.turn_end(text, messages, alone)
-        except TemplateMismatch:
-            return True
+            return text is not None and not self._grammar.spans.continues(text, fit(messages))
         except ValueError:
             return False
-        return False
 
     @property
     def shows_tool_calls(self) -> bool:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from os.path import commonprefix
 
 from ..messages import Message
 from .endings import Endings
 from .form import Form
-from .probes import common_suffix
+from .probes import USER, call_turn, tool_name
 from .rendering import Renderer
+from .unprompted import UnpromptedTurn, find_header, shared_length, thought_of
 
 
 class TemplateMismatch(ValueError):
@@ -28,6 +30,8 @@ class PolicyTurn:
         words (`str`): what was sampled, without what ended it.
         ending (`str`): what ends it as the last turn; `""` where the template prints nothing there.
         trail (`str`): what the template prints after it.
+        closes_block (`bool`): whether it has no reasoning, and closes at once the block that its prompt opened.
+        printed (`str`): the end of the prompt, where that had begun the text of the turn.
     """
 
     index: int
@@ -35,6 +39,8 @@ class PolicyTurn:
     words: str
     ending: str
     trail: str
+    closes_block: bool = False
+    printed: str = ""
 
 
 class TurnReader:
@@ -53,9 +59,18 @@ class TurnReader:
         """The assistant turn at `index` of messages in this template's form.
 
         Raises:
-            [`TemplateMismatch`]: if the rendered turn does not continue the prompt.
+            [`TemplateMismatch`]: if it is unknown what of the rendered turn was sampled.
             `ValueError`: if the template cannot render the messages.
         """
+        found = self._read(messages, index, turn)
+        thought = thought_of(messages[index])
+        if not thought or thought.strip() in found.words or self._around_thoughts is None:
+            return found
+        before, after = self._around_thoughts
+        return replace(found, words=before + thought + after + found.words)
+
+    def _read(self, messages: Sequence[Message], index: int, turn: int) -> PolicyTurn:
+        """As far as the template shows the turn."""
         prompt = self._render(messages[:index], generation_prompt=True)
         alone = self._render(messages[: index + 1])
         body, ending = self._endings.split(alone)
@@ -68,10 +83,30 @@ class TurnReader:
         trail = alone[len(body) + len(ending) :]
         if body.startswith(prompt) and not self._opens_a_message(body[len(prompt) :]):
             return PolicyTurn(index, prompt, body[len(prompt) :], ending, trail)
-        words = self._words(messages[:index], prompt, body)
+        unprompted = UnpromptedTurn(self._render, self._form, self._endings, messages[: index + 1], prompt, body)
+        words = unprompted.words()
         if words is None:
             raise _unprompted(prompt, alone, turn, index)
-        return PolicyTurn(index, prompt, words, ending, trail)
+        return PolicyTurn(index, prompt, words, ending, trail, unprompted.closes_block, unprompted.printed)
+
+    @cached_property
+    def _around_thoughts(self) -> tuple[str, str] | None:
+        """What stands before and after the reasoning of a call, under a template that leaves out an answer's.
+
+        A policy writes both in the same way, for it does not know yet which of the two a turn will be.
+        """
+        keys = self._form.reasoning_keys(calls=True)
+        if not keys or self._form.reasoning_keys(calls=False):
+            return None
+        call, thought = call_turn(tool_name(self._render.tools), {"value": "probe"}), "prb1thought"
+        try:
+            silent, aloud = (
+                self._read(self._form.fit([USER, turn]), 1, 0).words for turn in (call, {**call, keys[0]: thought})
+            )
+        except ValueError:
+            return None
+        before, shown, rest = aloud.partition(thought)
+        return (before, rest.removesuffix(silent)) if shown and rest.endswith(silent) else None
 
     def words(self, messages: Sequence[Message], index: int) -> str | None:
         """What is sampled in the assistant turn at `index`, where no prompt need fit to it: all behind the header.
@@ -83,71 +118,12 @@ class TurnReader:
             return self.read(messages, index, 0).words
         except TemplateMismatch:
             body, _ = self._endings.split(self._render(messages[: index + 1]))
-            header = self._header(messages[:index])
-            return None if header is None else body[_shared_length(header, body) :]
+            header = find_header(self._render, self._form, messages[:index])
+            return None if header is None else body[shared_length(header, body) :]
 
     def _opens_a_message(self, words: str) -> bool:
         """Whether what follows a prompt is the header of a turn, which no policy samples."""
         return self._endings.opener is not None and words.startswith(self._endings.opener)
-
-    def _words(self, before: Sequence[Message], prompt: str, body: str) -> str | None:
-        """What was sampled, where the finished turn does not continue its prompt but the difference is known.
-
-        The prompt may print more than the finished turn (an empty think block), other blanks, or other words further
-        up (a system message that only the last user turn shows).
-        """
-        header = self._header(before)
-        if header is None or not body.startswith(header):
-            return None
-        if prompt.startswith(header):
-            scaffold = prompt[len(header) :]
-            return body[len(header) :] if not scaffold.strip() or self._is_closed(scaffold, header, before) else None
-        if not before or not _same_after(_text(before[-1]), prompt, header):
-            return None
-        blanks, shown = _trailing_blanks(header), _trailing_blanks(prompt)
-        lead = blanks[len(shown) :] if blanks.startswith(shown) else ""
-        return lead + body[len(header) :]
-
-    def _header(self, before: Sequence[Message]) -> str | None:
-        """What the template prints before the words of an answer."""
-        answers = self._form.fit([{"role": "assistant", "content": f"{letter} probe"} for letter in "AB"])
-        first, second = (self._render.attempt([*before, answer]) for answer in answers)
-        return None if first is None or second is None or first == second else commonprefix([first, second])
-
-    def _is_closed(self, scaffold: str, header: str, before: Sequence[Message]) -> bool:
-        """Whether what the prompt prints after a turn's header leaves no reasoning open.
-
-        A turn with reasoning continues an open block; where none does, and reasoning is shown, the block is closed.
-        """
-        shown = False
-        for turn in self._form.thinking_turns():
-            text = self._render.attempt([*before, *self._form.fit([turn])])
-            shown |= text is not None
-            if text is not None and text.startswith(header + scaffold):
-                return False
-        return shown
-
-
-def _shared_length(header: str, body: str) -> int:
-    """How much of a header a rendering begins with, without the beginning of a token or tag."""
-    shared = commonprefix([header, body])
-    opened = max(shared.rfind("<"), shared.rfind("["))
-    return opened if opened > max(shared.rfind(">"), shared.rfind("]")) else len(shared)
-
-
-def _same_after(words: str, first: str, second: str) -> bool:
-    """Whether two renderings are the same from the last message's words on, but for blanks."""
-    shared = common_suffix(*("".join(text.split()) for text in (first, second)))
-    return bool(words.strip()) and "".join(words.split()) in shared
-
-
-def _text(message: Message) -> str:
-    content = message.get("content") or ""
-    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
-
-
-def _trailing_blanks(text: str) -> str:
-    return text[len(text.rstrip()) :]
 
 
 def _unprompted(prompt: str, text: str, turn: int, index: int) -> TemplateMismatch:
