@@ -12,6 +12,7 @@ from datasets import Dataset
 from peft import LoraConfig
 
 from tests.support import byte_tokenizer, save_tiny, tiny_model, user
+from tests.templates.chatml import chatml
 from trl_multiturn import (
     MultiTurnDPOConfig,
     MultiTurnDPOTrainer,
@@ -80,9 +81,9 @@ def engine(loaded_engine, start):
 def disagreement(model, trajectories):
     """Largest difference between the log-probabilities that came with sampled tokens and those of `model`."""
     differences = [0.0]
-    for each in trajectories:
-        logits = model.eval()(torch.tensor([each.prompt_ids + each.completion_ids])).logits[0]
-        scored = logits[len(each.prompt_ids) - 1 : -1].log_softmax(-1)
+    for each in (segment for trajectory in trajectories for segment in trajectory.segments):
+        logits = model.eval()(torch.tensor([each.context_ids + each.completion_ids])).logits[0]
+        scored = logits[len(each.context_ids) - 1 : -1].log_softmax(-1)
         logps = scored.gather(-1, torch.tensor(each.completion_ids).unsqueeze(-1)).squeeze(-1)
         sampled = torch.tensor(each.action_mask).bool()
         differences.append((logps - torch.tensor(each.logps))[sampled].abs().max().item())
@@ -109,6 +110,25 @@ def test_trajectories_with_the_real_interpreter(engine):
         for start, _ in list(each.turn_spans())[:-1]
     )
     assert 0.9 * known < engine.stats["cached_tokens"] - before["cached_tokens"] < read
+
+
+def test_a_template_that_rewrites_earlier_turns(engine):
+    """What was read and sampled is kept in segments, with the log-probabilities of tokens behind just that context."""
+    template = chatml(words="{{ m.content[-9:] if m.role == 'assistant' and not loop.last else m.content }}")
+    settings = config(chat_template_kwargs={"chat_template": template})
+
+    def look(text: str) -> str:
+        """
+        Looks.
+
+        Args:
+            text: Where.
+        """
+        return "nothing"
+
+    trajectories = generate_trajectories(PROMPTS, engine, [look], settings, progress=False)
+    assert max(len(each.segments) for each in trajectories) == 4
+    assert disagreement(tiny_model(TOKENIZER, seed=0, **SIZES), trajectories) < 1e-3
 
 
 def test_nobody_waits_for_anothers_tool(engine):
