@@ -34,7 +34,7 @@ from trl_multiturn.templates import TurnTemplate
 
 
 _SPECIAL = re.compile(
-    r"<\|[^|<>\s]+\|>|<\|[a-z_]+>|<[a-z_]+\|>|<｜[^｜<>\n]+｜>|<\|\"\|>|<SPECIAL_\d+>|<extra_id_\d+>|<sop>|</?s>"
+    r"<\|[^|<>\s]+\|>|<\|[a-z_]+>|<[a-z_]+\|>|<｜[^｜<>\n]+｜>|<\|\"\|>|<SPECIAL_\d+>|<extra_id_\d+>|<sop>|</?s>|<sep>|<end_of_sentence>|</?assistant>"
     r"|\[/?[A-Z_]{3,}\]|\[gMASK\]|\]~!?b\[?|\[e~\[|</?(?:think|tool_call|tool_response|seed:[a-z_]+|minimax:[a-z_]+)>"
     r"|<(?:start|end)_(?:of_turn|of_utterance|function_call|function_response|function_declaration)>"
 )

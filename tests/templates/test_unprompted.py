@@ -48,6 +48,16 @@ def test_a_turn_without_reasoning_closes_the_block_that_its_prompt_opened(caplog
     assert "trained to close the block at once" in caplog.text
 
 
+def test_a_prompt_may_introduce_reasoning_in_words_that_no_finished_turn_shows():
+    words = "{% if m.reasoning_content %}{{ m.reasoning_content }}\n[ANSWER]\n{% endif %}" + TEXT
+    introduced = tokenizer(words=words, prompt="Let me think:\n")
+    turns = lived(introduced, [assistant("A"), user("Q"), assistant("B", reasoning_content="R")])
+    assert turns == [
+        ("Let me think:\n", "\n[ANSWER]\nA<|im_end|>"),
+        ("Let me think:\n", "R\n[ANSWER]\nB<|im_end|>"),
+    ]
+
+
 def test_reasoning_that_the_template_cuts_off_is_closed_by_its_mark():
     cutting = tokenizer(words=SPLIT, prompt="<think>\n")
     turns = lived(cutting, [assistant("A"), user("Q"), assistant("B", reasoning_content="R\n")])

@@ -16,6 +16,7 @@ from .rendering import Renderer
 
 _TAG = re.compile(r"\s*(<[^<>\s/]+>|\[[^\[\]\s/]+\])")
 _TAGS = re.compile(r"(?:\s|<[^<>\s]+>|\[[^\[\]\s]+\])*")
+_CLOSES = re.compile(r"<\|?(?:/|END_|end_)|\[/")
 _THOUGHTS = ("prb1thought", "prb2thought")
 
 
@@ -65,31 +66,38 @@ class UnpromptedTurn:
         keys = self._form.reasoning_keys(calls=bool(self._turn.get("tool_calls")))
         if self._thought or not keys:
             return None
-        found = {self._around_a_thought(keys[0], thought) for thought in _THOUGHTS}
-        words = found.pop() if len(found) == 1 else None
-        self.closes_block = words is not None
-        return words
+        starts = [self._prompt]
+        if self._header is not None and self._prompt.startswith(self._header):
+            starts.append(self._header)  # the prompt introduces the reasoning in words that no finished turn shows
+        for start in starts:
+            found = {self._around_a_thought(keys[0], thought, start) for thought in _THOUGHTS}
+            if len(found) == 1 and None not in found:
+                self.closes_block = True
+                return found.pop()
+        return None
 
-    def _around_a_thought(self, key: str, thought: str) -> str | None:
-        """What follows a thought that stands right behind the prompt."""
+    def _around_a_thought(self, key: str, thought: str, start: str) -> str | None:
+        """What follows a thought that stands right behind the start of a rendering."""
         text = self._render.attempt([*self._before, {**self._turn, key: thought}])
         body = "" if text is None else self._endings.split(text)[0]
-        before, shown, after = body.removeprefix(self._prompt).partition(thought)
-        return after if shown and body.startswith(self._prompt) and not before.strip() else None
+        before, shown, after = body.removeprefix(start).partition(thought)
+        return after if shown and body.startswith(start) and not before.strip() else None
+
+    @cached_property
+    def _header(self) -> str | None:
+        return find_header(self._render, self._form, self._before)
 
     def _behind_an_answers_header(self) -> str | None:
-        header = find_header(self._render, self._form, self._before)
-        return None if header is None else self._behind(header)
+        return None if self._header is None else self._behind(self._header)
 
     def _behind_any_header(self) -> str | None:
         """Behind what answers and calls both begin with: the policy samples the tags that tell one from the other."""
-        header = find_header(self._render, self._form, self._before)
         call = call_turn(tool_name(self._render.tools), {"value": "probe"})
         text = self._render.attempt([*self._before, *self._form.fit([call])])
-        if header is None or text is None:
+        if self._header is None or text is None:
             return None
-        length = shared_length(header, text)
-        return self._behind(header[:length]) if _TAGS.fullmatch(header, length) else None
+        length = shared_length(self._header, text)
+        return self._behind(self._header[:length]) if _TAGS.fullmatch(self._header, length) else None
 
     def _behind(self, header: str) -> str | None:
         if not self._body.startswith(header):
@@ -112,6 +120,8 @@ class UnpromptedTurn:
         if not scaffold.strip():
             return _unprinted(scaffold, words)
         if scaffold == self._plain_header:
+            return words
+        if self._thought and words.lstrip().startswith(self._thought.strip()) and not _CLOSES.search(scaffold):
             return words
         if _is_closed_block(scaffold) or self._is_never_continued(header + scaffold):
             return None if self._thought else words
