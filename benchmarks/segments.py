@@ -170,8 +170,8 @@ class Answers:
         return {"engine": "answers"}
 
 
-def roll_out() -> None:
-    """32 trajectories of three turns."""
+def roll_out(tokenizer: PreTrainedTokenizerFast) -> None:
+    """256 trajectories of three turns."""
     prompts = [{"prompt": [{"role": "user", "content": f"{number}?"}]} for number in range(8)]
 
     def python(code: str) -> str:
@@ -182,9 +182,9 @@ def roll_out() -> None:
         """
         return "4"
 
-    config = RolloutConfig(num_generations=4, dialect="fenced", seed=0)
-    found = list(generate_trajectories(prompts, Answers(chat_tokenizer()), [python], config, progress=False))
-    assert [len(each.completion) for each in found] == [5] * 32
+    config = RolloutConfig(num_generations=32, dialect="fenced", seed=0)
+    found = list(generate_trajectories(prompts, Answers(tokenizer), [python], config, progress=False))
+    assert [len(each.completion) for each in found] == [5] * 256
 
 
 def plain_work(options: argparse.Namespace) -> dict[str, Callable[[], None]]:
@@ -199,7 +199,7 @@ def plain_work(options: argparse.Namespace) -> dict[str, Callable[[], None]]:
         f"{name} step": functools.partial(step, trainer) for name, trainer in trainers.items()
     }
     work["m-dpo preparation"] = lambda: make_trainer("m-dpo", many, 1, 64) and None
-    work["rollouts"] = roll_out
+    work["rollouts"] = functools.partial(roll_out, chat_tokenizer())
     return work
 
 
