@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Protocol, runtime_checkable
 
 from ..errors import EngineError
 from .engine import Engine, Generation
@@ -12,20 +11,12 @@ from .engine import Engine, Generation
 _ROUNDING = 1e-3  # engines round probabilities near 1
 
 
-@runtime_checkable
-class KnowsVocabulary(Protocol):
-    """An engine that knows how many tokens its model has; a model may have more of them than its tokenizer.
-
-    Attributes:
-        vocab_size (`int`): one more than the largest id.
-    """
-
-    vocab_size: int
-
-
 def vocabulary_of(engine: Engine, tokenizer_size: int) -> int:
-    """One more than the largest id that the engine can mean."""
-    return max(engine.vocab_size, tokenizer_size) if isinstance(engine, KnowsVocabulary) else tokenizer_size
+    """One more than the largest id that the engine can mean.
+
+    A model may have more tokens than its tokenizer; an engine that knows says so by `vocab_size`.
+    """
+    return max(getattr(engine, "vocab_size", 0), tokenizer_size)
 
 
 def refuse_damaged(generation: Generation, engine: Engine, vocabulary: int) -> None:

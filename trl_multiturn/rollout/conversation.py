@@ -40,6 +40,8 @@ class Conversation:
 
     def __init__(self, config: RolloutConfig, processing_class: Any, schemas: Sequence[dict[str, Any]]):
         self.dialect = choose_dialect(config.dialect, processing_class, schemas, config)
+        # Once, as looking at a protocol costs more than reading a turn
+        self._turn_end = self.dialect.turn_end if isinstance(self.dialect, EndsTurns) else None
         kwargs: Any = config.chat_template_kwargs or {}  # a dict, once the configuration has read it
         self.template = TurnTemplate(processing_class, tools=self.dialect.template_tools, **kwargs)
         self._tokenizer = getattr(processing_class, "tokenizer", processing_class)
@@ -74,11 +76,11 @@ class Conversation:
         The turn is then what a policy would have written that was stopped there. Most dialects end no turn by
         themselves.
         """
-        if not isinstance(self.dialect, EndsTurns):
+        if self._turn_end is None:
             return generation
         ids = generation.token_ids
         text = self.text(ids)
-        end = self.dialect.turn_end(text)
+        end = self._turn_end(text)
         if end is None or not text[end:].strip():
             return generation
         kept = bisect_left(range(len(ids)), end, key=lambda count: len(self.text(ids[:count])))

@@ -274,7 +274,7 @@ class TurnTemplate:
         """Whether the template shows tool calls, their arguments and results."""
         return self._grammar.shows_tool_calls
 
-    @property
+    @cached_property
     def end_of_turn_ids(self) -> tuple[int, ...]:
         """Token ids that end an assistant turn: a plain answer's and, where it differs, a tool call's."""
         return tuple(dict.fromkeys(self._encode(text)[-1] for text in self._grammar.endings.texts))
