@@ -54,13 +54,16 @@ def pairs_of(setting: str, scale: float, vocab: int) -> list[tuple[list[int], Tr
 
 def run_arm(setting: str, arm: str, scale: float) -> dict[str, float]:
     trainer = make_trainer(Setting(setting, body=BODY, checkpointing=True), packed=True, precomputed=True)
-    trainer.args.max_tokens_per_slice = ARMS[arm]
+    for forward in trainer._packed_forwards:  # the constructor decided how they run, as it computes references
+        forward._slices = ARMS[arm]
     batch = batch_of("dpo", pairs_of(setting, scale, BODY["vocab_size"]))
     size = (len(batch["input_ids"]) // 2,)
     batch |= {"ref_chosen_logps": torch.full(size, -20.0), "ref_rejected_logps": torch.full(size, -25.0)}
     first = run_step(trainer, batch)
     peak, second = peak_of_step(trainer, batch)
     forward = trainer._packed_forwards[0]
+    if bool(forward._slice_tokens) != (ARMS[arm] is None):
+        raise SystemExit(f"{arm}: slices of {forward._slice_tokens} tokens. Nothing is reported.")
     return {
         "loss": second.loss, "norm": second.gradient_norm, "seconds": min(first.seconds, second.seconds),
         "peak": peak, "tokens": len(forward.last_plan.row), "slice": forward._slice_tokens,
