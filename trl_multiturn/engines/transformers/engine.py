@@ -31,6 +31,9 @@ from .stop_strings import StopStringMatcher
 # While other rows are live, new requests are gathered until they are one for so many live rows, or have waited so many
 # steps, so that their prompts share a pass.
 JOIN_SHARE = 16
+# Tokens of one pass over prompts, and how many bytes of states a CPU's caches hold
+MAX_PREFILL_TOKENS = 16384
+CACHED_BYTES = 12 * 2**20
 MAX_STEPS_WAITING = 2
 
 Outcome = tuple[DecodingRequest, Generation | BaseException]
@@ -69,8 +72,9 @@ class TransformersEngine:
         cache_memory_limit_mb (`int`, *optional*, defaults to `4096`):
             Bound on the caches kept for trajectories between turns, in MiB on the model's device. The least recently
             used are dropped, and their prompts read again.
-        max_prefill_tokens (`int`, *optional*, defaults to `16384`):
-            Most tokens, padding included, read in one forward pass.
+        max_prefill_tokens (`int`, *optional*):
+            Most tokens, padding included, read in one forward pass. By default 16,384; on a CPU as many as leave a
+            feed-forward block's states in its caches (2,048 for 1,536 wide ones), 512 at least.
         seed (`int`, *optional*):
             Seed of the draws for requests without one of their own; by default they differ from run to run.
     """
@@ -84,7 +88,7 @@ class TransformersEngine:
         max_batch_size: int = 64,
         device: torch.device | str | None = None,
         cache_memory_limit_mb: int = 4096,
-        max_prefill_tokens: int = 16384,
+        max_prefill_tokens: int | None = None,
         seed: int | None = None,
     ) -> None:
         if max_batch_size < 1:
@@ -104,7 +108,7 @@ class TransformersEngine:
             self._policy,
             self._matcher,
             self._retained,
-            max_prefill_tokens=max_prefill_tokens,
+            max_prefill_tokens=max_prefill_tokens or _prefill_tokens(self._policy),
             max_batch_size=max_batch_size,
         )
         self._seeds = random.Random(seed)
@@ -346,6 +350,15 @@ def _resolve(results: list[tuple[asyncio.Future, Generation | BaseException]]) -
             future.set_exception(outcome)
         else:
             future.set_result(outcome)
+
+
+def _prefill_tokens(policy: PreTrainedModel) -> int:
+    """Tokens of a pass: on a CPU larger states leave its caches, and take fresh memory at every operator."""
+    if policy.device.type != "cpu":
+        return MAX_PREFILL_TOKENS
+    config = policy.config.get_text_config(decoder=True)
+    width = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    return min(max(512, CACHED_BYTES // (width * policy.dtype.itemsize)), MAX_PREFILL_TOKENS)
 
 
 def unwrap_policy(model: nn.Module) -> tuple[nn.Module, PreTrainedModel]:
