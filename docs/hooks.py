@@ -31,16 +31,24 @@ _FIELDS = re.compile(r"^<!-- fields: ([\w.]+) -->$", re.MULTILINE)
 _REFERENCE = re.compile(r"\[`~?([\w.]+)(\(\))?`\](?![\[(])")
 
 
+# Pages that stand beside `docs/`
+_BESIDE = {"CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
+
+
 def on_files(files: Files, config: MkDocsConfig) -> None:
-    for name, source in (("changelog.md", "CHANGELOG.md"), ("contributing.md", "CONTRIBUTING.md")):
+    for source, name in _BESIDE.items():
         files.append(File.generated(config, name, content=(ROOT / source).read_text(encoding="utf-8")))
-    files.append(File.generated(config, "messages.md", content=messages_page()))
+    messages = messages_page()
+    files.append(File.generated(config, "messages.md", content=messages))
+    unknown = unknown_first_words((ROOT / "docs/troubleshooting.md").read_text("utf-8"), messages)
+    if unknown:
+        raise PluginError(f"Troubleshooting quotes first words that no message has: {'; '.join(unknown)}.")
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     folder = posixpath.dirname(page.file.src_uri)
     markdown = _FIELDS.sub(lambda found: fields_table(found[1]), markdown)
-    if page.file.src_uri in ("changelog.md", "contributing.md"):  # they stand beside `docs/`
+    if page.file.src_uri in _BESIDE.values():
         markdown = _outside_code(markdown, lambda text: _LINK.sub(r"\1../\2\3", text).replace("](../docs/", "]("))
     return _outside_code(markdown, lambda text: _LINK.sub(lambda link: _out_of_docs(link, folder), text))
 
@@ -50,6 +58,8 @@ def _out_of_docs(link: re.Match[str], folder: str) -> str:
     path = posixpath.normpath(posixpath.join("docs", folder, link[2]))
     if path.startswith("docs/"):
         return link[0]
+    if path in _BESIDE:
+        return f"{link[1]}{posixpath.relpath(_BESIDE[path], folder or '.')}{link[3]}"
     if path.startswith("..") or not (ROOT / path).exists():
         raise PluginError(f"The link to {link[2]} leads to nothing ({path} in the repository).")
     return f"{link[1]}{REPOSITORY}/{path}{link[3]}"
@@ -77,7 +87,15 @@ class TRLDocstrings(griffe.Extension):
     def on_instance(self, *, obj: griffe.Object, **kwargs: Any) -> None:
         if obj.docstring is not None:
             text = obj.docstring.value.replace("# docstyle-ignore", "")
-            obj.docstring.value = _REFERENCE.sub(_reference, sections_as_lists(text))
+            obj.docstring.value = _REFERENCE.sub(_reference, sections_as_lists(text)) + _fields_beside(obj, text)
+
+
+def _fields_beside(obj: griffe.Object, docstring: str) -> str:
+    """The table of a configuration whose docstring leaves its fields to their help."""
+    listed = any(section in docstring for section in _SECTIONS)
+    if listed or not obj.is_class or not obj.name.endswith("Config"):
+        return ""
+    return f"\n\n{fields_table(obj.path)}"
 
 
 def sections_as_lists(docstring: str) -> str:
@@ -136,36 +154,72 @@ def fields_table(path: str) -> str:
 # ---------------------------------------------------------------- all messages
 
 
+# Texts of other kinds: prompts for policies, worked examples, help of the command line, citations
+_NO_MESSAGES = re.compile(
+    r"tools/(alfworld|python_tool|scienceworld|textworld)|scripts/(shots|arguments)|cli|verify/reasoning_gym"
+)
+_NO_MESSAGE_KEYWORDS = ("metadata", "help", "description", "epilog")
+_SENTENCE = re.compile(r"[A-Z`…].*\.(\s|$)", re.DOTALL)
+
+
 def messages_page() -> str:
-    """Every message of the package, by its first words, from the places that raise or warn."""
+    """Every message of the package, by its first words, from the places that raise, warn or write it."""
     lines = [
         "# All messages",
         "",
-        "Errors and warnings of this package, by module, made from its source when this site is built. Search the",
-        "page for the first words of yours; `…` stands for what depends on the case.",
+        "Errors, warnings and notices of this package, by module, made from its source when this site is built.",
+        "Search the page for the first words of yours; `…` stands for what depends on the case. What does not name an",
+        "error is a part of one, or is printed or returned.",
         "[Troubleshooting](troubleshooting.md) says more about the frequent ones.",
         "",
     ]
     for path in sorted(PACKAGE.rglob("*.py")):
-        found = sorted(set(_messages(ast.parse(path.read_text("utf-8")))), key=lambda pair: pair[1])
+        found = sorted(set(messages_in(path)), key=lambda pair: pair[1])
         if not found:
             continue
         module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
         lines += [f"## {module}", ""]
-        lines += [f"- **{kind}** {_inline(text)}" for kind, text in found] + [""]
+        lines += [f"- **{kind}** {_inline(text)}" if kind else f"- {_inline(text)}" for kind, text in found] + [""]
     return "\n".join(lines)
 
 
-def _messages(tree: ast.Module) -> Iterator[tuple[str, str]]:
+def unknown_first_words(troubleshooting: str, messages: str) -> list[str]:
+    """What the first columns of the page quote as first words, and no message has."""
+    tables = re.findall(r"^\| first words \|.*\n\| ---.*\n((?:\|.*\n)+)", troubleshooting, re.MULTILINE)
+    quoted = [words for table in tables for words in re.findall(r"^\| `(.+?)` \|", table, re.MULTILINE)]
+    plain = messages.replace("`", "").replace("\\", "")
+    return [words for words in quoted if not re.search(re.escape(words).replace("…", ".*"), plain)]
+
+
+def messages_in(path: Path) -> Iterator[tuple[str, str]]:
+    """Kind and text of each message in a file: what is raised, what is warned, and other sentences."""
+    tree, told = ast.parse(path.read_text("utf-8")), set()
     for node in ast.walk(tree):
         call = node.exc if isinstance(node, ast.Raise) else node.value if isinstance(node, ast.Expr) else None
-        if not isinstance(call, ast.Call) or not call.args:
-            continue
-        name = ast.unparse(call.func).rpartition(".")[2]
-        if isinstance(node, ast.Raise) or name in ("warning", "warning_once", "warn"):
-            text = _text(call.args[0])
-            if len(text.split()) >= 4:
-                yield (name if isinstance(node, ast.Raise) else "warning"), text
+        if isinstance(call, ast.Call) and call.args:
+            name = ast.unparse(call.func).rpartition(".")[2]
+            if isinstance(node, ast.Raise) or name in ("warning", "warning_once", "warn"):
+                told |= set(map(id, ast.walk(call.args[0])))
+                text = _text(call.args[0])
+                if len(text.split()) >= 4:
+                    yield (name if isinstance(node, ast.Raise) else "warning"), text
+    if not _NO_MESSAGES.match(path.relative_to(PACKAGE).as_posix()):
+        yield from (("", text) for text in _other_sentences(tree, told))
+
+
+def _other_sentences(tree: ast.Module, told: set[int]) -> Iterator[str]:
+    """Sentences that are composed apart from the place that raises or prints them."""
+    skipped = set(told)
+    for node in ast.walk(tree):  # from the outside in
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):  # docstrings
+            skipped.add(id(node.value))
+        elif isinstance(node, ast.keyword) and node.arg in _NO_MESSAGE_KEYWORDS:
+            skipped |= set(map(id, ast.walk(node)))
+        elif isinstance(node, (ast.Constant, ast.JoinedStr, ast.BinOp)) and id(node) not in skipped:
+            text = _text(node)
+            skipped |= set(map(id, ast.walk(node)))
+            if len(text.split()) >= 7 and _SENTENCE.match(text):
+                yield text
 
 
 def _text(node: ast.expr) -> str:
@@ -180,7 +234,7 @@ def _text(node: ast.expr) -> str:
 
 
 def _inline(text: str) -> str:
-    text = " ".join(text.replace("%s", "…").replace("%d", "…").split())
+    text = " ".join(re.sub(r"%[.\d]*[sdrfg]", "…", text).split())
     return re.sub(r"([<>*_\[\]|\\])", r"\\\1", text) if "`" not in text else _escaped_beside_code(text)
 
 

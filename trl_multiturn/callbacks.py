@@ -53,11 +53,12 @@ logger = logging.getLogger(__name__)
 class ToolRolloutGenerator(TrainerCallback):
     """Refreshes the training rows and the reference at the start of every epoch: one epoch is one iteration.
 
-    Pass it in `callbacks=` of [`MultiTurnDPOTrainer`], [`MultiTurnKTOTrainer`], [`OREOTrainer`] or [`DQOTrainer`]
-    instead of a `train_dataset`. At each epoch's start the policy rolls out on `prompts` with the tools, the rewards
-    judge, filters and pairing select rows, the reference's log-probabilities are computed, and the epoch is exactly
-    one pass over the rows found. Everything an iteration finds is kept under `<output_dir>/rollouts`, so that a run
-    that was stopped anywhere goes on where it was (M-DPO paper 2409.02392, Algorithm 1).
+    Pass it in `callbacks=` of [`MultiTurnDPOTrainer`], [`MultiTurnKTOTrainer`], [`OREOTrainer`], [`DQOTrainer`],
+    [`GroupRegressionTrainer`] or [`StepRegressionTrainer`] instead of a `train_dataset`. At each epoch's start the
+    policy rolls out on `prompts` with the tools, the rewards judge, filters and pairing select rows, the reference's
+    log-probabilities are computed, and the epoch is exactly one pass over the rows found. Everything an iteration
+    finds is kept under `<output_dir>/rollouts`, so that a run that was stopped anywhere goes on where it was (M-DPO
+    paper 2409.02392, Algorithm 1).
 
     Args:
         prompts (`Dataset`):

@@ -12,10 +12,9 @@ from datasets import Dataset
 from tests.support import byte_tokenizer, preference_rows, save_tiny, tiny_model, user
 from trl_multiturn import MultiTurnDPOConfig, MultiTurnDPOTrainer, RolloutConfig, ScriptedEngine
 
+from .pages import PAGES, Block, blocks
 
-ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-_BLOCK = re.compile(r"^(?:<!-- not run: (?P<why>.+?) -->\n)?```python\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
+
 # A small model on a CPU in place of the reader's: what a page means is the same, and its length is not
 MODEL, CPU = re.compile(r'"Qwen/[\w.-]+"'), 'report_to="none", use_cpu=True, bf16=False'
 SMALLER = {
@@ -25,11 +24,9 @@ SMALLER = {
 }
 
 
-def snippets(page: Path) -> list[tuple[int, str]]:
-    """The blocks that run, each with its line."""
-    text = page.read_text(encoding="utf-8")
-    found = [block for block in _BLOCK.finditer(text) if not block["why"]]
-    return [(text.count("\n", 0, block.start("text")), block["text"]) for block in found]
+def snippets(page: Path) -> list[Block]:
+    """The blocks that run."""
+    return [block for block in blocks(page) if block.language == "python" and block.reason is None]
 
 
 @pytest.fixture(scope="module")
@@ -74,13 +71,17 @@ def names(folder: Path, model: str) -> dict:
 def test_the_blocks_of_a_page_run_in_their_order(page, model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     space = names(tmp_path, model)
-    for line, text in snippets(page):
-        text = MODEL.sub(repr(model), text)
+    for block in snippets(page):
+        text = MODEL.sub(repr(model), block.text)
         for pattern, smaller in SMALLER.items():
             text = pattern.sub(smaller, text)
-        exec(compile("\n" * line + text, str(page), "exec"), space)  # noqa: S102
+        exec(compile("\n" * (block.line - 1) + text, str(page), "exec"), space)  # noqa: S102
 
 
-def test_a_block_that_does_not_run_says_why():
-    reasons = [block["why"] for page in PAGES for block in _BLOCK.finditer(page.read_text("utf-8")) if block["why"]]
-    assert all(len(reason.split()) >= 2 for reason in reasons)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_each_block_is_run_or_checked_or_says_why_not(page):
+    """Python runs above, commands are checked in `test_commands.py`; what is no code says what it is by its fence."""
+    for block in blocks(page):
+        assert block.language in ("python", "bash", "json", ""), f"line {block.line}: ```{block.language}"
+        assert not block.indent, f"line {block.line}: indented blocks are not run"
+        assert block.reason is None or len(block.reason.split()) >= 2

@@ -190,6 +190,10 @@ def page(run):
     return view(run, title=HOSTILE).to_html()
 
 
+def test_a_view_says_what_it_holds_in_a_line(run):
+    assert repr(view(run, sample=2, title="two")) == "View('two': 2 trajectories)"
+
+
 def test_the_page_lets_only_its_own_script_and_style_in(page):
     policy = re.search(r'Content-Security-Policy" content="([^"]*)"', page)[1]
     (script,) = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)

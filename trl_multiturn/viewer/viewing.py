@@ -30,6 +30,9 @@ class View:
     title: str
     payload: Payload
 
+    def __repr__(self) -> str:
+        return f"View({self.title!r}: {self.payload['index']['count']} trajectories)"
+
     def to_html(self) -> str:
         """The page."""
         return render_page(self.payload, self.title)
