@@ -36,7 +36,7 @@ LAYERS = {
     "packing": {"_upstream", "precision"},
     # what the policy may call, what samples, what is kept
     "tools": {"_lazy", "concurrency", "errors", "messages", "sandbox", "trajectory", "version"},
-    "engines": {"_lazy", "errors", "images", "precision"},
+    "engines": {"_lazy", "errors", "images", "messages", "precision"},
     "journal": {"_lazy", "distributed", "errors", "trajectory"},
     "verify": {"_lazy", "concurrency", "messages", "steps", "trajectory", "version"},
     # rows as other tools write them

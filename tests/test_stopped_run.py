@@ -11,10 +11,13 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
+from tests.support import byte_tokenizer, tiny_model
 from tests.test_callbacks import make_run, problems, solve, tool, training_rows  # noqa: F401
+from tests.trainer.helpers import dpo_config, preference_dataset
 from trl_multiturn.distributed.lock import FolderInUseError, FolderLock
 from trl_multiturn.distributed.preemption import Preempted
 from trl_multiturn.errors import DivergedError
+from trl_multiturn.trainer import MultiTurnDPOTrainer
 from trl_multiturn.trainer.loop.policy_weights import policy_revision
 
 
@@ -65,6 +68,31 @@ def test_weights_that_are_not_finite_are_told_without_a_checkpoint_too(tmp_path,
     trainer.args.save_strategy, trainer.args.max_steps = SaveStrategy.NO, 1
     with pytest.raises(DivergedError):
         trainer.train()
+
+
+def offline(folder, dtype, *callbacks, **kwargs):
+    tokenizer = byte_tokenizer()
+    return MultiTurnDPOTrainer(
+        model=tiny_model(tokenizer).to(dtype),
+        args=dpo_config(folder, save_strategy="steps", save_steps=1, max_steps=3, **kwargs),
+        train_dataset=preference_dataset(2),
+        processing_class=tokenizer,
+        callbacks=list(callbacks),
+    )
+
+
+def test_weights_that_are_not_finite_end_a_run_without_rollouts_too(tmp_path):
+    with pytest.raises(DivergedError):
+        offline(tmp_path, torch.float32, At(2, spoil)).train()
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
+
+
+def test_float16_weights_that_overflow_stop_such_a_run_with_a_warning(tmp_path, caplog):
+    """AdamW's epsilon is 0 in float16, so that a weight without a gradient becomes 0/0 at the first step."""
+    trainer = offline(tmp_path, torch.float16, optim="adamw_torch")
+    trainer.train()
+    assert "not finite" in caplog.text and "Training stops here" in caplog.text
+    assert trainer.state.global_step == 1 and not list(tmp_path.glob("checkpoint-*"))
 
 
 def test_a_run_that_diverged_goes_on_from_the_last_good_checkpoint(tmp_path, tool):  # noqa: F811

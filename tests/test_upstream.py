@@ -117,6 +117,14 @@ def test_a_flipped_mask_bit_reaches_the_reference(tmp_path):
     assert before[0] != after[0] and before[1] == after[1]
 
 
+@pytest.mark.parametrize("trainer", [DPOTrainer, KTOTrainer])
+def test_rows_with_images_and_models_that_read_them_are_told_by_two_attributes(trainer):
+    """`ImageRowsMixin` answers the first itself, so that rows are prepared; `packed.py` reads the other."""
+    source = inspect.getsource(trainer.__init__)
+    assert all(f"self.{name} = " in source for name in ("_is_vision_dataset", "_is_vlm"))
+    assert "self._is_vision_dataset" in inspect.getsource(trainer._set_signature_columns_if_needed)
+
+
 def test_trainer_assigns_its_collator_once():
     """`TokenRowsMixin.data_collator` is a property: the assignment must happen in `Trainer.__init__`, by that name."""
     assert "self.data_collator = " in inspect.getsource(Trainer.__init__)

@@ -96,15 +96,16 @@ PROCESSORS: dict[str, Callable[[], Any]] = {
 }
 
 
-def tiny_vision_model(processor: Any, seed: int = 0) -> Any:
-    """A model with random weights for one of these processors."""
+def tiny_vision_model(processor: Any, seed: int = 0, **text: Any) -> Any:
+    """A model with random weights for one of these processors; `text` changes its language model."""
     torch.manual_seed(seed)
     tokenizer = processor.tokenizer
     common = dict(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
+    common = {**text, **common}
     config: Any
     if isinstance(processor, Gemma3Processor):
         config = Gemma3Config(
-            text_config=Gemma3TextConfig(**TEXT, head_dim=8, **common),
+            text_config=Gemma3TextConfig(**{**TEXT, "head_dim": 8, **common}),
             vision_config=SiglipVisionConfig(**VISION),
             mm_tokens_per_image=4,
             image_token_index=tokenizer.image_token_id,
@@ -113,7 +114,7 @@ def tiny_vision_model(processor: Any, seed: int = 0) -> Any:
         )
     else:
         given: dict[str, Any] = dict(
-            text_config=LlamaConfig(**TEXT, **common),
+            text_config=LlamaConfig(**{**TEXT, **common}),
             vision_config=CLIPVisionConfig(**VISION, projection_dim=16),
             image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
             image_token_id=tokenizer.convert_tokens_to_ids("<image>"),

@@ -8,7 +8,7 @@ import torch
 from tests.support import assistant, byte_tokenizer
 from tests.templates.chatml import chatml
 from tests.vision import PROCESSORS, llava_processor, picture
-from trl_multiturn import tokenize_trajectory
+from trl_multiturn import TurnTemplate, tokenize_trajectory
 from trl_multiturn.errors import VanishedPartError
 from trl_multiturn.images.vision import Vision
 from trl_multiturn.messages.images import text_in
@@ -80,6 +80,31 @@ def test_the_tensors_of_a_batch_are_those_of_its_images_in_order(processors):
     pixels = vision.inputs(ids, [[red, blue], [], [red]])["pixel_values"]
     alone = [vision.tensors([[image]])["pixel_values"] for image in (red, blue, red)]
     assert torch.equal(pixels, torch.cat(alone))
+
+
+@pytest.mark.parametrize("family", PROCESSORS)
+def test_an_engine_that_reads_images_itself_gets_one_placeholder_for_each(processors, family):
+    processor, images = processors[family], [picture(size=(40, 16)), picture("blue")]
+    answer = {"role": "assistant", "content": [{"type": "text", "text": "Red."}]}
+    messages = [ask(*images, "Which?"), answer, ask("Sure?", images[0])]
+    ids = TurnTemplate(processor).prompt_ids(messages)
+    text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    expected = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert Vision(processor).collapse(ids, [*images, images[0]]) == expected
+
+
+def test_so_it_does_where_empty_lines_around_an_image_are_one_token_with_the_text():
+    processor = PROCESSORS["gemma3"]()
+    processor.tokenizer.add_tokens(["\n\n", "\n\n\n"])
+    ids = TurnTemplate(processor).prompt_ids([ask(picture(), picture(), "x")])
+    assert ids.count(processor.tokenizer.convert_tokens_to_ids("\n\n\n")) == 2  # after the header; between the two
+    collapsed = processor.tokenizer.decode(Vision(processor).collapse(ids, [picture(), picture()]))
+    assert "user\n<start_of_image><start_of_image>x<end" in collapsed
+
+
+def test_ids_in_which_an_image_does_not_stand_are_not_sent(processors):
+    with pytest.raises(ValueError, match="do not hold the 16 tokens"):
+        Vision(processors["llava"]).collapse([1, 2], [picture()])
 
 
 def test_types_of_tokens_are_the_processors(processors):

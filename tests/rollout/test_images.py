@@ -20,6 +20,7 @@ from trl_multiturn import (
     build_unpaired_dataset,
     generate_trajectories,
 )
+from trl_multiturn.engines.engine import Generation
 from trl_multiturn.errors import UnsupportedOutput
 from trl_multiturn.messages.images import open_image
 from trl_multiturn.trainer.values.value_rows import trajectory_rows
@@ -45,27 +46,49 @@ def processor():
     return PROCESSORS["chatml"]()
 
 
+class Room:
+    """An environment that is seen."""
+
+    def reset(self, **row):
+        return [picture("red"), "A room."]
+
+    def act(self, action: str):
+        """Acts.
+
+        Args:
+            action: What to do.
+        """
+        return [picture("blue", (8, 8)), f"After {action}."]
+
+
 class Looks:
     """An engine whose first turn takes a picture, and whose others are sampled after it."""
 
     weights = "shared"
 
-    def __init__(self, engine, processor):
-        self.engine, self.processing_class = engine, processor
+    def __init__(self, engine, processor, first=CALL, seen=0):
+        self.engine, self.processing_class, self.first, self.seen = engine, processor, first, seen
         self.release, self.refresh, self.describe = engine.release, engine.refresh, engine.describe
 
     async def generate(self, prompt_ids, sampling, *, session=None):
-        generation = await self.engine.generate(prompt_ids, sampling, session=session)
-        ids = self.processing_class.tokenizer(CALL + "<|im_end|>")["input_ids"]
-        return type(generation)(ids, [-1.0] * len(ids), "stop")
+        return await self.generate_with_images(prompt_ids, [], sampling)
 
     async def generate_with_images(self, prompt_ids, images, sampling):
-        return await self.engine.generate_with_images(prompt_ids, images, sampling)
+        if len(images) > self.seen:
+            return await self.engine.generate_with_images(prompt_ids, images, sampling)
+        ids = self.processing_class.tokenizer(self.first + "<|im_end|>")["input_ids"]
+        return Generation(ids, [-1.0] * len(ids), "stop")
 
 
-def roll_out(processor, rows, engine):
-    config = RolloutConfig(**CONFIG)
-    return generate_trajectories(Dataset.from_list(rows), engine, [camera], config, processing_class=processor)
+def roll_out(processor, rows, engine, tools=(camera,), factory=None, **settings):
+    return generate_trajectories(
+        Dataset.from_list(rows),
+        engine,
+        tools,
+        RolloutConfig(**CONFIG | settings),
+        environment_factory=factory,
+        processing_class=processor,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +127,26 @@ def test_an_image_of_a_tool_is_context_with_its_tokens(processor, trajectory):
     assert processor.tokenizer.decode(context) == (
         "\n<|im_start|>user\n" + "<image>" * 16 + "```output\ntaken\n```<|im_end|>\n<|im_start|>assistant\n"
     )
+
+
+def test_what_an_environment_shows_is_context_and_what_is_sampled_after_it_is_not(processor, model):
+    engine = Looks(TransformersEngine(model, processor), processor, first="Action: go", seen=1)
+    trajectory = roll_out(processor, ASK, engine, (), Room, dialect="action")[0]
+    first, shown = "Action: go<|im_end|>", "\n<|im_start|>user\n" + "<image>" * 16 + "After go.<|im_end|>\n"
+    expected = processor.tokenizer(first + shown + "<|im_start|>assistant\n")["input_ids"]
+    own = len(processor.tokenizer(first)["input_ids"])
+    ids, mask = trajectory.completion_ids, trajectory.action_mask
+    assert ids[: len(expected)] == expected and len(ids) > len(expected)
+    assert mask == [1] * own + [0] * (len(expected) - own) + [1] * (len(ids) - len(expected))
+    logps = scored(model, processor, trajectory, [picture("red"), picture("blue", (8, 8))])
+    assert trajectory.logps[len(expected) :] == pytest.approx(logps[len(expected) :].tolist(), abs=1e-4)
+
+
+def test_what_an_environment_shows_at_its_reset_joins_the_prompt(processor):
+    engine = Looks(ScriptedEngine([], processor.tokenizer), processor, first="Action: go", seen=2)
+    trajectory = roll_out(processor, ASK, engine, (), Room, dialect="action")[0]
+    text = processor.tokenizer.decode(trajectory.prompt_ids)
+    assert text == "<|im_start|>user\nWhich color?" + "<image>" * 16 + "A room.<|im_end|>\n<|im_start|>assistant\n"
 
 
 def test_trajectories_with_images_are_json(trajectory):

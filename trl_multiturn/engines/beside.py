@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Literal
 
 from .engine import Engine, Generation, SamplingParams
@@ -42,3 +42,28 @@ class PolicyBeside:
     def describe(self) -> dict[str, Any]:
         """As the engine's."""
         return self._engine.describe()
+
+
+class SeeingPolicyBeside(PolicyBeside):
+    """
+    [`PolicyBeside`] of an engine that reads images, too; see [`ReadsImages`].
+
+    Args:
+        engine, generate: as there.
+        generate_with_images (`Callable`): the same after images: `(prompt_ids, images, sampling) -> Generation`.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        generate: Callable[[list[int], SamplingParams, str | None], Awaitable[Generation]],
+        generate_with_images: Callable[[list[int], Sequence[Any], SamplingParams], Awaitable[Generation]],
+    ) -> None:
+        super().__init__(engine, generate)
+        self._generate_with_images = generate_with_images
+
+    async def generate_with_images(
+        self, prompt_ids: list[int], images: Sequence[Any], sampling: SamplingParams
+    ) -> Generation:
+        """Samples one turn with the adapter after images."""
+        return await self._generate_with_images(prompt_ids, images, sampling)

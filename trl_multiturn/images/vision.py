@@ -116,6 +116,46 @@ class Vision:
         ]
         return Expansion(list(_with_replacements(pieces, replaced)), [self.count(new) for _, _, new in replaced])
 
+    def collapse(self, ids: Sequence[int], images: Sequence[Any]) -> list[int]:
+        """Ids with one placeholder in the place of each image's tokens, for engines that expand images themselves.
+
+        What a processor writes around an image (Gemma 3: empty lines) may be one token with the text beside it; such
+        a token becomes those of the text that is left.
+
+        Raises:
+            `ValueError`: if the tokens of an image do not stand there.
+        """
+        output, rest, placeholder = [], list(ids), self._encode(self.placeholder)
+        for expanded in self.expand([self.placeholder] * len(images), images).pieces:
+            image = expanded.strip()
+            before, after = expanded.split(image)
+            tokens = self._encode(image)
+            start = next((i for i in range(len(rest)) if rest[i : i + len(tokens)] == tokens), None)
+            if start is None:
+                raise ValueError(
+                    f"The ids do not hold the {len(tokens)} tokens that the processor writes for an image. Read "
+                    "images with the engine's own processor, and list every image of the conversation."
+                )
+            output += [*self._without_end(rest[:start], before), *placeholder]
+            rest = self._without_start(rest[start + len(tokens) :], after)
+        return output + rest
+
+    def _without_end(self, ids: list[int], text: str) -> list[int]:
+        """Ids of a text without its end, which the processor wrote."""
+        for start in range(len(ids), -1, -1):
+            end = self._decode(ids[start:])
+            if end.endswith(text):
+                return [*ids[:start], *self._encode(end.removesuffix(text))]
+        raise ValueError(f"The ids do not hold the {text!r} that the processor writes before an image.")
+
+    def _without_start(self, ids: list[int], text: str) -> list[int]:
+        """Ids of a text without its start, which the processor wrote."""
+        for end in range(len(ids) + 1):
+            start = self._decode(ids[:end])
+            if start.startswith(text):
+                return [*self._encode(start.removeprefix(text)), *ids[end:]]
+        raise ValueError(f"The ids do not hold the {text!r} that the processor writes after an image.")
+
     def count(self, text: str) -> int:
         """How many image tokens an expanded text holds."""
         return sum(token in self.token_ids for token in self._encode(text))
@@ -180,6 +220,9 @@ class Vision:
 
     def _encode(self, text: str) -> list[int]:
         return self._tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
     @cached_property
     def _probe(self) -> Any:

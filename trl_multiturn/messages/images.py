@@ -109,6 +109,21 @@ def is_picture(value: Any) -> bool:
     return hasattr(value, "mode") and hasattr(value, "convert")
 
 
+def as_blocks(output: Any) -> Any:
+    """What a tool or an environment returned as blocks, if pictures are in it; else as it is."""
+    if is_picture(output):
+        output = [output]
+    if isinstance(output, (list, tuple)) and any(map(is_picture, output)):
+        return [_block(each) for each in output]
+    return output
+
+
+def _block(value: Any) -> Message:
+    if is_picture(value):
+        return {"type": "image", "image": value}
+    return value if isinstance(value, dict) and "type" in value else {"type": "text", "text": str(value)}
+
+
 def content_of(text: str, images: Sequence[str]) -> str | list[Message]:
     """A content of images and a text after them; the text alone where there are none."""
     return (

@@ -112,7 +112,7 @@ class Episode:
         else:
             raise UnsupportedOutput(
                 f"The conversation shows {len(images)} images, but a `{type(self.engine).__name__}` reads text alone. "
-                "Sample with a `TransformersEngine`, or have prompts and tools give text."
+                "Sample with a `TransformersEngine` or a `VLLMEngine`, or have prompts and tools give text."
             )
         refuse_damaged(generation, self.engine, vocabulary_of(self.engine, self.conversation.vocab_size))
         return generation

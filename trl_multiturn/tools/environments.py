@@ -23,6 +23,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..errors import ToolFailure
+from ..messages.images import as_blocks, is_image_part, read_image_part
 from .environment_hosts import Host
 from .environment_pool import EnvironmentPool
 
@@ -81,16 +82,20 @@ class Environment:
         """Starts the episode; what it returns is appended to the last user message.
 
         Raises:
-            `TypeError`: if it returns something that is no text, content blocks or `None`.
+            `TypeError`: if it returns something that is no text, picture, content blocks or `None`.
+            `ValueError`: if it returns an image that cannot be read.
         """
         if self._host is None:
             await self.open()
-        observation = await self._named("reset", dict(row))
-        if observation is None or isinstance(observation, str | list):
+        observation = as_blocks(await self._named("reset", dict(row)))
+        if observation is None or isinstance(observation, str):
             return observation
+        if isinstance(observation, list):
+            where = f"`reset` of the environment `{self.kind.name}`"
+            return [read_image_part(block, where) if is_image_part(block) else block for block in observation]
         raise TypeError(
             f"`reset` of the environment `{self.kind.name}` returned {observation!r:.80}, which cannot join the "
-            "prompt. Return a text, a list of content blocks, or `None`."
+            "prompt. Return a text, a PIL image, a list of content blocks, or `None`."
         )
 
     async def call(self, tool: str, arguments: dict[str, Any]) -> Any:

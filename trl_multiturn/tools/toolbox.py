@@ -20,7 +20,7 @@ from typing import Any
 
 from ..concurrency import run_in_thread
 from ..errors import ToolFailure, UnsupportedOutput as UnsupportedOutput
-from ..messages.images import is_image_part, is_picture, portable, read_image_part
+from ..messages.images import as_blocks, is_image_part, portable, read_image_part
 from ..sandbox.result import ToolResult, encodable
 from .base import (
     ClosesAsync,
@@ -351,20 +351,10 @@ def _text(output: Any) -> ToolResult | str:
         return output if output.output.isascii() else replace(output, output=encodable(output.output))
     if isinstance(output, str):
         return encodable(output)
-    if is_picture(output):
-        output = [output]
-    if isinstance(output, (list, tuple)) and any(map(is_picture, output)):
-        output = [_block(each) for each in output]
+    output = as_blocks(output)
     if isinstance(output, list) and output and all(isinstance(block, dict) and "type" in block for block in output):
         return _blocks(output)
     return _text(str(output))
-
-
-def _block(value: Any) -> dict[str, Any]:
-    """A part of what a tool returned beside a picture."""
-    if is_picture(value):
-        return {"type": "image", "image": value}
-    return value if isinstance(value, dict) and "type" in value else {"type": "text", "text": str(value)}
 
 
 def _blocks(blocks: Sequence[dict[str, Any]]) -> ToolResult | str:

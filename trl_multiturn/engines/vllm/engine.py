@@ -6,14 +6,16 @@ import asyncio
 import itertools
 import threading
 import weakref
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from packaging.version import InvalidVersion, Version
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from ..beside import PolicyBeside
+from ...images.vision import vision_of
+from ...messages.images import open_image
+from ..beside import SeeingPolicyBeside
 from ..engine import Engine, FinishReason, Generation, SamplingParams
 
 
@@ -109,6 +111,26 @@ class VLLMEngine:
         self._check_request(prompt_ids, sampling)
         return await self._submit(prompt_ids, sampling, self._adapter)
 
+    async def generate_with_images(
+        self, prompt_ids: list[int], images: Sequence[Any], sampling: SamplingParams
+    ) -> Generation:
+        """Samples one turn after ids that hold the tokens of `images`; see [`ReadsImages`].
+
+        Raises:
+            ValueError: as in [`generate`], if `processing_class` is no processor of images, or if vLLM gives an image
+                other tokens than that does.
+        """
+        return await self._after_images(prompt_ids, images, sampling, self._adapter)
+
+    async def _after_images(
+        self, prompt_ids: list[int], images: Sequence[Any], sampling: SamplingParams, adapter: Any
+    ) -> Generation:
+        self._check_request(prompt_ids, sampling)
+        opened = list(map(open_image, images))
+        collapsed = vision_of(self.processing_class).collapse(prompt_ids, opened)
+        prompt = {"prompt_token_ids": collapsed, "multi_modal_data": {"image": opened}}
+        return await self._submit(prompt_ids, sampling, adapter, prompt)
+
     def _check_request(self, prompt_ids: list[int], sampling: SamplingParams) -> None:
         self._check_open()
         if not 0 < len(prompt_ids) < self._llm.model_config.max_model_len:
@@ -122,9 +144,11 @@ class VLLMEngine:
                 "`TransformersEngine`."
             )
 
-    async def _submit(self, prompt_ids: list[int], sampling: SamplingParams, adapter: Any) -> Generation:
-        """Samples one turn with an adapter, or with the plain weights."""
-        request = self._generate(list(prompt_ids), sampling, adapter)
+    async def _submit(
+        self, prompt_ids: list[int], sampling: SamplingParams, adapter: Any, prompt: dict[str, Any] | None = None
+    ) -> Generation:
+        """Samples one turn with an adapter, or with the plain weights; after ids, or what vLLM makes the same of."""
+        request = self._generate(list(prompt_ids), sampling, adapter, prompt)
         with self._lock:
             self._in_flight += 1
         try:
@@ -180,7 +204,10 @@ class VLLMEngine:
             self._check_request(prompt_ids, sampling)
             return await self._submit(prompt_ids, sampling, adapter)
 
-        return PolicyBeside(self, generate)
+        async def after_images(prompt_ids: list[int], images: Sequence[Any], sampling: SamplingParams) -> Generation:
+            return await self._after_images(prompt_ids, images, sampling, adapter)
+
+        return SeeingPolicyBeside(self, generate, after_images)
 
     def sleep(self, level: int = 1) -> None:
         """Frees the device's memory while the trainer works (`enable_sleep_mode=True`): level 1 keeps the weights in
@@ -242,13 +269,15 @@ class VLLMEngine:
 
     # The rest runs on vLLM's event loop.
 
-    async def _generate(self, prompt_ids: list[int], sampling: SamplingParams, adapter: Any) -> Generation:
+    async def _generate(
+        self, prompt_ids: list[int], sampling: SamplingParams, adapter: Any, prompt: dict[str, Any] | None
+    ) -> Generation:
         task = asyncio.current_task()
         assert task is not None  # it runs as one
         self._running.add(task)
         try:
             stream = self._llm.generate(
-                {"prompt_token_ids": prompt_ids},
+                prompt or {"prompt_token_ids": prompt_ids},
                 self._sampling_params(sampling),
                 request_id=str(next(self._ids)),
                 lora_request=adapter,
@@ -257,6 +286,11 @@ class VLLMEngine:
                 output = result.outputs[0]
         finally:
             self._running.discard(task)
+        if prompt is not None and list(result.prompt_token_ids) != prompt_ids:
+            raise ValueError(
+                f"vLLM reads {len(result.prompt_token_ids)} tokens of a prompt with images that has {len(prompt_ids)} "
+                "under the processor, so the trainer would score another prompt. Sample with a `TransformersEngine`."
+            )
         self._prompt_tokens += len(prompt_ids)
         self._cached_tokens += result.num_cached_tokens or 0
         token_ids = list(output.token_ids)

@@ -23,7 +23,7 @@ from ...distributed.main_process import outlive_trainer
 from ...distributed.sharding import weights_of
 from ..host import TrainerHost, constructor_arguments
 from .checkpoints import being_written, checkpoint_to_resume
-from .policy_weights import refuse_diverged
+from .policy_weights import is_finite_or_half, refuse_diverged
 
 
 @runtime_checkable
@@ -157,7 +157,7 @@ class IterativeTrainerMixin(TrainerHost):
     def _run_epoch(self, **kwargs: Any) -> None:
         if self._row_source is None:
             super()._run_epoch(**kwargs)
-            refuse_diverged(weights_of(self))
+            self._has_finite_weights()
             return
         iteration = kwargs["epoch"]
         inside, self._resumed_inside = self._resumed_inside, False
@@ -237,13 +237,27 @@ class IterativeTrainerMixin(TrainerHost):
         end()
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        refuse_diverged(weights_of(self))  # so that no good checkpoint makes room for a bad one
+        if not self._has_finite_weights():  # so that no good checkpoint makes room for a bad one
+            return
         if self._row_source is None:
             super()._save_checkpoint(model, trial)
             return
         folder = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
         with being_written(self, folder):
             super()._save_checkpoint(model, trial)
+
+    def _has_finite_weights(self) -> bool:
+        """Whether the weights can be kept. Offline, float16 weights that overflow end the run without an error.
+
+        Raises:
+            [`DivergedError`]: where other weights, or those of the online loop, are not finite.
+        """
+        if self._row_source is not None:
+            refuse_diverged(weights_of(self))
+        elif not is_finite_or_half(weights_of(self)):
+            self.control.should_training_stop = True
+            return False
+        return True
 
 
 def _refuse_no_rows(arguments: dict[str, Any]) -> None:

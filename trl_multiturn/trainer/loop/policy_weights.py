@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from accelerate.logging import get_logger
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -31,6 +32,9 @@ from ...distributed.sharding import (
     write_parameters,
 )
 from ...errors import DivergedError
+
+
+logger = get_logger(__name__)
 
 
 def _trainable(model: nn.Module) -> set[str]:
@@ -50,12 +54,34 @@ def refuse_diverged(model: nn.Module) -> None:
         [`DivergedError`]: naming a parameter.
     """
     if name := not_finite_parameter(model):
-        raise DivergedError(
-            f"The weights are not finite (`{name}`, for one), so training has diverged. Nothing of them was saved: "
-            "checkpoints and snapshots are of before. Lower `learning_rate` or `max_grad_norm`, train in bfloat16 or "
-            "float32, look for rows with extreme rewards or margins, and start again with the same command, which "
-            "goes on from the last checkpoint."
-        )
+        raise DivergedError(_told(name))
+
+
+def is_finite_or_half(model: nn.Module) -> bool:
+    """Whether all trainable weights are finite; where they are not and are float16, a warning tells.
+
+    float16 ends at 65504, and AdamW's epsilon is 0 in it, so such weights overflow without a fault in the data. TRL
+    trains them to the end.
+
+    Raises:
+        [`DivergedError`]: naming a parameter, if the weights are of another type.
+    """
+    name = not_finite_parameter(model)
+    if name is None:
+        return True
+    if not any(p.requires_grad and p.dtype == torch.float16 for p in model.parameters()):
+        raise DivergedError(_told(name))
+    logger.warning(_told(name) + " Training stops here: float16 weights overflow where others do not.")
+    return False
+
+
+def _told(name: str) -> str:
+    return (
+        f"The weights are not finite (`{name}`, for one), so training has diverged. Nothing of them was saved: "
+        "checkpoints and snapshots are of before. Lower `learning_rate` or `max_grad_norm`, train in bfloat16 or "
+        "float32, look for rows with extreme rewards or margins, and start again with the same command, which goes "
+        "on from the last checkpoint."
+    )
 
 
 def save_policy_weights(model: nn.Module, path: str | os.PathLike) -> None:
