@@ -32,6 +32,7 @@ accelerate launch examples/alfworld_oreo.py \
 """
 
 import argparse
+import dataclasses
 import functools
 import hashlib
 import json
@@ -66,7 +67,7 @@ SHARED = (
     *("per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "num_train_epochs", "max_length"),
     *("seed", "bf16", "use_cpu", "save_strategy", "report_to", "logging_steps", "gradient_checkpointing"),
 )
-METHODS = ("rejection_sampling", "dpo", "oreo", "kto")
+METHODS = ("rejection_sampling", "oreo", "dpo", "kto")
 
 
 @dataclass
@@ -91,7 +92,10 @@ class ALFWorldScriptArguments(ScriptArguments):
         default_factory=lambda: [0.4, 0.6, 0.75],
         metadata={"help": "The players of each game, beside the planner: how often each plays a useless command."},
     )
-    imitation_epochs: int = field(default=6, metadata={"help": "Epochs of behavior cloning."})
+    readings: int = field(
+        default=6, metadata={"help": "Embedded default only: how often the policy reads each episode at first."}
+    )
+    reading_rate: float = field(default=3e-3, metadata={"help": "Embedded default only: its learning rate then."})
     methods: list[str] = field(default_factory=lambda: [*METHODS], metadata={"help": f"Among {', '.join(METHODS)}."})
     best_of: int = field(default=5, metadata={"help": "Commands among which the value model chooses (K)."})
 
@@ -103,7 +107,7 @@ def main(script_args, training_args, model_args):
     print(f"{won:.0f} of {sum(map(len, rows))} episodes of the players are won.")
     folder = Path(training_args.output_dir, f"seed_{training_args.seed}")
     results, cloned = {}, Path(folder, "behavior_cloning")
-    clone_behavior([row for group in rows for row in group], cloned, script_args, training_args, model_args)
+    rows = clone_behavior(rows, cloned, script_args, training_args, model_args)
     with player_pool(script_args) as pool:
 
         def compare(name, policy, values=None):
@@ -156,24 +160,51 @@ def player_pool(script_args):
 
 
 def clone_behavior(rows, folder, script_args, training_args, model_args):
-    """Imitates all episodes, won and lost; writes the policy into `folder`."""
+    """Imitates all episodes, won and lost; writes the policy into `folder` and returns the rows as tokens."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    if model_args.model_name_or_path is None:
-        from embedded.household import PIECES, renamed
-        from embedded.tiny_policy import build_policy, build_tokenizer
+    from trl_multiturn.data import tokenize_trajectory
 
-        texts = {message["content"] for row in rows for message in row["prompt"] + row["completion"]}
-        tokenizer = build_tokenizer(sorted(texts), PIECES)
-        model = build_policy(tokenizer, seed=training_args.seed)
-        rng = random.Random(training_args.seed)
-        rows = [row for _ in range(script_args.imitation_epochs) for row in renamed(rows, rng)]
-        options = {"learning_rate": 3e-3, "num_train_epochs": 1, "whole_text": True}
+    if model_args.model_name_or_path is None:
+        model, tokenizer = build_reader([row for group in rows for row in group], folder, script_args, training_args)
     else:
         tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path)
         model = AutoModelForCausalLM.from_pretrained(model_args.model_name_or_path, dtype="float32")
-        options = {}
-    imitate(model, tokenizer, rows, folder, training_args, **options)
+
+    def tokens(row):
+        return {**tokenize_trajectory(tokenizer, row["prompt"], row["completion"]), "reward": row["reward"]}
+
+    rows = [[tokens(row) for row in group] for group in rows]
+    imitate(model, tokenizer, [row for group in rows for row in group], folder, training_args)
+    return rows
+
+
+def build_reader(rows, folder, script_args, training_args):
+    """A small policy that has read the episodes, the games' own texts among them, from which it learns to copy names.
+
+    It reads each episode several times, each time with other names in the place of those of things and furniture.
+    """
+    from datasets import Dataset
+    from embedded.household import PIECES, renamed
+    from embedded.tiny_policy import build_policy, build_tokenizer
+    from trl import SFTConfig, SFTTrainer
+
+    texts = {message["content"] for row in rows for message in row["prompt"] + row["completion"]}
+    tokenizer = build_tokenizer(sorted(texts), PIECES)
+    model, rng = build_policy(tokenizer, seed=training_args.seed), random.Random(training_args.seed)
+    read = [row["prompt"] + row["completion"] for _ in range(script_args.readings) for row in renamed(rows, rng)]
+    ids = [tokenizer.apply_chat_template(messages, return_dict=False) for messages in read]
+    settings = shared(training_args) | {"learning_rate": script_args.reading_rate, "num_train_epochs": 1}
+    config = SFTConfig(
+        output_dir=str(folder),
+        lr_scheduler_type="cosine",
+        warmup_steps=20,
+        train_sampling_strategy="group_by_length",
+        **settings,
+    )
+    dataset = Dataset.from_list([{"input_ids": each} for each in ids])
+    SFTTrainer(model, config, train_dataset=dataset, processing_class=tokenizer).train()
+    return model, tokenizer
 
 
 def shared(training_args):
@@ -181,18 +212,21 @@ def shared(training_args):
     return {name: getattr(training_args, name) for name in SHARED}
 
 
-def imitate(model, tokenizer, rows, folder, training_args, whole_text=False, **options):
-    """Imitates rows; an untrained policy reads the games' own texts, too, from which it learns to copy names."""
+def imitate(model, tokenizer, rows, folder, training_args):
+    """Imitates rows, the commands alone; writes the policy into `folder`."""
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
     from trl_multiturn.data.supervised import supervised_rows
 
-    settings = shared(training_args) | {"train_sampling_strategy": "group_by_length", **options}
-    dataset = Dataset.from_list([{name: row[name] for name in ("prompt", "completion")} for row in rows])
-    dataset = supervised_rows(dataset, tokenizer)
-    dataset = dataset.remove_columns("labels") if whole_text else dataset
-    config = SFTConfig(output_dir=str(folder), lr_scheduler_type="cosine", warmup_steps=10, **settings)
+    config = SFTConfig(
+        output_dir=str(folder),
+        lr_scheduler_type="cosine",
+        warmup_steps=10,
+        train_sampling_strategy="group_by_length",
+        **shared(training_args),
+    )
+    dataset = supervised_rows(Dataset.from_list(rows), tokenizer)
     SFTTrainer(model, config, train_dataset=dataset, processing_class=tokenizer).train()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -211,27 +245,22 @@ def train(method, cloned, rows, folder, training_args):
         OREOTrainer,
     )
 
-    tokenizer = AutoTokenizer.from_pretrained(cloned)
+    tokenizer, rng = AutoTokenizer.from_pretrained(cloned), random.Random(training_args.seed)
     flat = [row for group in rows for row in group]
     if method == "rejection_sampling":
         model = AutoModelForCausalLM.from_pretrained(cloned)
         imitate(model, tokenizer, [row for row in flat if row["reward"]], folder, training_args)
         return
+    settings = shared(training_args) | {"output_dir": str(folder)}
     if method == "oreo":
-        kind, config, dataset = OREOTrainer, training_args, flat
-        config.output_dir = str(folder)
+        config, kind, dataset = dataclasses.replace(training_args, output_dir=str(folder)), OREOTrainer, flat
+    elif method == "dpo":
+        config, kind, dataset = MultiTurnDPOConfig(**settings), MultiTurnDPOTrainer, pairs(rows, rng)
     else:
-        settings = shared(training_args) | {"output_dir": str(folder)}
-        if method == "dpo":
-            kind, config = MultiTurnDPOTrainer, MultiTurnDPOConfig(**settings)
-            dataset = pairs(rows, random.Random(training_args.seed))
-        else:
-            kind, config = MultiTurnKTOTrainer, MultiTurnKTOConfig(**settings)
-            dataset = [{**row, "label": bool(row["reward"])} for row in flat]
-            random.Random(training_args.seed).shuffle(dataset)
-    columns = {"oreo": ("prompt", "completion", "reward"), "kto": ("prompt", "completion", "label")}
-    if method in columns:
-        dataset = [{name: row[name] for name in columns[method]} for row in dataset]
+        config, kind = MultiTurnKTOConfig(**settings), MultiTurnKTOTrainer
+        dataset = [{"label": bool(row["reward"]), **row} for row in rng.sample(flat, len(flat))]
+        for row in dataset:
+            del row["reward"]
     trainer = kind(str(cloned), args=config, train_dataset=Dataset.from_list(dataset), processing_class=tokenizer)
     trainer.train()
     trainer.save_model(str(folder))
@@ -243,8 +272,10 @@ def pairs(rows, rng):
     for group in rows:
         won, lost = ([row for row in group if row["reward"] == reward] for reward in (1.0, 0.0))
         for loser in lost if won else ():
-            chosen = rng.choice(won)["completion"]
-            found.append({"prompt": loser["prompt"], "chosen": chosen, "rejected": loser["completion"]})
+            pair = {"prompt_ids": loser["prompt_ids"]}
+            for side, row in (("chosen", rng.choice(won)), ("rejected", loser)):
+                pair |= {f"{side}_ids": row["completion_ids"], f"{side}_action_mask": row["action_mask"]}
+            found.append(pair)
     return found
 
 
