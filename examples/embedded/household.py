@@ -108,6 +108,14 @@ def things_in(text: str) -> list[str]:
     return re.findall(r"\ban? ([a-z]+ \d+)", text)
 
 
+def without_hesitation(row: dict[str, Any]) -> dict[str, Any]:
+    """An episode without the commands that change nothing, and without what they were answered."""
+    idle = tuple(f"Action: {verb}" for verb in ("look", "inventory", "examine"))
+    turns = [row["completion"][start : start + 2] for start in range(0, len(row["completion"]), 2)]
+    kept = [message for turn in turns if not turn[0]["content"].startswith(idle) for message in turn]
+    return {**row, "completion": kept[:-1] if kept and kept[-1]["role"] == "user" else kept}
+
+
 def renamed(rows: Sequence[dict[str, Any]], rng: random.Random) -> list[dict[str, Any]]:
     """The rows with names in each other's place, of things and of furniture, in each row other ones.
 
