@@ -1,8 +1,8 @@
 """Episodes per second and per second of processor time: this package's pool beside TRL's handling of environments.
 
 ```bash
-python benchmarks/environments.py                      # an environment that computes in Python
-python benchmarks/environments.py --alfworld --episodes 64
+python -m benchmarks.environments                      # an environment that computes in Python
+python -m benchmarks.environments --alfworld --episodes 64
 ```
 
 The first arm plays as `GRPOTrainer` 1.16 handles environments: instances that are made once, reset one after the
