@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import operator
 import os
 import random
@@ -38,6 +39,13 @@ def _seed() -> None:
 @pytest.fixture(scope="module", autouse=True)
 def _same_random_numbers_in_the_modules_fixtures():
     _seed()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _old_objects_are_not_searched_for_garbage():
+    """A `Trainer` collects garbage in every run: 0.3 s among the objects of torch and its kin, which all stay."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
