@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import re
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 
 from tests.vision import PROCESSORS, picture, tiny_vision_model
 from trl_multiturn import TurnTemplate
@@ -52,6 +54,10 @@ def engine(tmp_path_factory, processor, policy):
     folder = tmp_path_factory.mktemp("policy")
     policy.save_pretrained(folder)
     processor.save_pretrained(folder)
+    # As published checkpoints call them, which is what vLLM reads
+    weights = load_file(folder / "model.safetensors")
+    named = {re.sub(r"vision_tower\.(?!vision_model)", "vision_tower.vision_model.", n): w for n, w in weights.items()}
+    save_file(named, folder / "model.safetensors", metadata={"format": "pt"})
     engine = VLLMEngine(
         str(folder),
         processor,
