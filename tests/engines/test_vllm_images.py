@@ -100,8 +100,10 @@ def test_a_policy_beside_it_reads_images_too(engine, processor, policy, prompt_i
     torch.testing.assert_close(torch.tensor(generation.logps), expected, atol=1e-4, rtol=1e-4)
 
 
-def test_images_that_vllm_gives_other_tokens_are_refused(engine, processor, prompt_ids):
-    image = processor.tokenizer.convert_tokens_to_ids("<image>")
-    one_more = [*prompt_ids, image]
-    with pytest.raises(ValueError, match="another prompt|image"):
-        asyncio.run(engine.generate_with_images(one_more, IMAGES, SamplingParams(2)))
+def test_images_that_vllm_gives_other_tokens_are_refused(engine, monkeypatch):
+    other = PROCESSORS["chatml"]()
+    other.patch_size *= 2
+    monkeypatch.setattr(engine, "processing_class", other)
+    ids = TurnTemplate(other).prompt_ids(ASK)
+    with pytest.raises(ValueError, match="so the trainer would score another prompt"):
+        asyncio.run(engine.generate_with_images(ids, IMAGES, SamplingParams(2)))

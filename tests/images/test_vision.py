@@ -102,9 +102,13 @@ def test_so_it_does_where_empty_lines_around_an_image_are_one_token_with_the_tex
     assert "user\n<start_of_image><start_of_image>x<end" in collapsed
 
 
-def test_ids_in_which_an_image_does_not_stand_are_not_sent(processors):
-    with pytest.raises(ValueError, match="do not hold the 16 tokens"):
-        Vision(processors["llava"]).collapse([1, 2], [picture()])
+@pytest.mark.parametrize(
+    ("tokens", "error"), [(15, "do not hold the 16 tokens"), (17, "more image tokens than those of 1 images")]
+)
+def test_ids_in_which_the_images_do_not_stand_are_not_sent(processors, tokens, error):
+    vision = Vision(processors["llava"])
+    with pytest.raises(ValueError, match=error):
+        vision.collapse([1, *[*vision.token_ids] * tokens, 2], [picture()])
 
 
 def test_types_of_tokens_are_the_processors(processors):

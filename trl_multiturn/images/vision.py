@@ -131,13 +131,18 @@ class Vision:
             before, after = expanded.split(image)
             tokens = self._encode(image)
             start = next((i for i in range(len(rest)) if rest[i : i + len(tokens)] == tokens), None)
-            if start is None:
+            if start is None or not self.token_ids.isdisjoint(rest[:start]):
                 raise ValueError(
                     f"The ids do not hold the {len(tokens)} tokens that the processor writes for an image. Read "
                     "images with the engine's own processor, and list every image of the conversation."
                 )
             output += [*self._without_end(rest[:start], before), *placeholder]
             rest = self._without_start(rest[start + len(tokens) :], after)
+        if not self.token_ids.isdisjoint(rest):
+            raise ValueError(
+                f"The ids hold more image tokens than those of {len(images)} images. List every image of the "
+                "conversation."
+            )
         return output + rest
 
     def _without_end(self, ids: list[int], text: str) -> list[int]:
