@@ -59,20 +59,30 @@ def reason_against_packing(model: nn.Module) -> str | None:
     return None
 
 
+def try_fused_layers(forward: PackedForward) -> None:
+    """
+    Compares a fused layer with its class, forward and backward, and takes the fused layers off where they differ. To
+    be called in the precision that the model is trained in.
+    """
+    if forward.fused:
+        batch = _forked_batch(forward.causal_lm.config.get_text_config().vocab_size, forward.fused[0].device)
+        forward.reason_against_fusing = reason_against_fusing(forward.backbone, forward.fused, batch["input_ids"])
+        if forward.reason_against_fusing is not None:
+            forward.unfuse()
+
+
 def self_test(forward: PackedForward) -> str | None:
     """
     Score two trajectories that fork, padded and then packed; why the results differ, or `None` where they agree.
 
     The padded pass runs on the attention the model came with. The model is left as it was: weights are only read, and
-    PyTorch's random state is not touched. Fused layers that compute something else are taken off.
+    PyTorch's random state is not touched. Where only fused layers differ, they are taken off.
     """
-    if forward.fused:
-        batch = _forked_batch(forward.causal_lm.config.get_text_config().vocab_size, forward.fused[0].device)
-        reason = reason_against_fusing(forward.backbone, forward.fused, batch["input_ids"]) or _scores_differ(forward)
-        if reason is None:
-            return None
-        forward.unfuse()
-        forward.reason_against_fusing = reason
+    reason = _scores_differ(forward)
+    if reason is None or not forward.fused:
+        return reason
+    forward.unfuse()
+    forward.reason_against_fusing = reason
     return _scores_differ(forward)
 
 

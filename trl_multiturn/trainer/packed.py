@@ -11,7 +11,7 @@ from torch import nn
 
 from ..packing.batching import PromptGroupedSampler, split_batch
 from ..packing.decoder import PackedDecoder, without_adapters
-from ..packing.eligibility import reason_against_hooks, reason_against_packing, self_test
+from ..packing.eligibility import reason_against_hooks, reason_against_packing, self_test, try_fused_layers
 from ..packing.expanded import expand_calls
 from ..packing.forward import PackedForward
 from ..packing.plan import PlanCache
@@ -156,6 +156,9 @@ class PackedTrainerMixin(TrainerHost):
                 PackedForward(m, fields, pack, plans, slices, fuse).install() for m, fields in models
             ]
             if reason is None:
+                with self.accelerator.autocast():  # references are computed before the first loss, outside it
+                    for forward in self._causal_forwards():
+                        try_fused_layers(forward)
                 reason = _first(self_test(forward) for forward in self._causal_forwards())
         if reason is None:
             self._pack_value_model(packed, plans)

@@ -59,7 +59,9 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, states: Tensor, weights: Weights, count: int, *parameters: Tensor) -> Tensor:
         inputs = states.to(weights.weight.dtype)
-        ctx.save_for_backward(inputs, weights.weight)
+        # A stack of the parameters' own dtype is made again, so that no second set of weights is kept for the backward
+        own = parameters[0].dtype == weights.weight.dtype
+        ctx.save_for_backward(inputs, *(parameters[:count] if own else [weights.weight]))
         ctx.count, ctx.dtype, ctx.parameters_dtype = count, states.dtype, parameters[0].dtype
         ctx.lengths, ctx.biases = [len(matrix) for matrix in parameters[:count]], len(parameters) - count
         if weights.bias is None:
@@ -68,9 +70,11 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        inputs, weight = ctx.saved_tensors
+        inputs, *maps = ctx.saved_tensors
         needs_states, needs_matrices, needs_biases = _needs(ctx.needs_input_grad, ctx.count)
-        grad_states = torch.mm(grad, weight).to(ctx.dtype) if needs_states else None
+        grad_states = None
+        if needs_states:
+            grad_states = torch.mm(grad, maps[0] if len(maps) == 1 else torch.cat(maps)).to(ctx.dtype)
         matrices: tuple[Tensor | None, ...] = (None,) * ctx.count
         biases: tuple[Tensor | None, ...] = (None,) * ctx.biases
         if needs_matrices:
