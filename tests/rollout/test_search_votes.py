@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from tests.rollout.notebook import TOKENIZER, Notebook, boxed
+from tests.rollout.notebook import TOKENIZER, Notebook, boxed, code
 from tests.rollout.test_search import CONFIG, ROWS, TRAP, TRAP_SCORES, Table, answer, by_seed, search
 from trl_multiturn.rollout import generate_trajectories
 
@@ -33,6 +33,15 @@ def test_an_answer_drawn_twice_has_two_votes():
     tree = {"": [boxed(1), boxed(1), boxed(2)]}
     (found,), _ = search(tree, Table(SCORES), beam=3, vote="weighted")
     assert answer(found) == boxed(1) and found.info["search"]["duplicates"] == 1  # 2 * 0.4 against 0.5
+
+
+@pytest.mark.parametrize("vote", ["plain", "weighted"])
+def test_what_the_policy_seldom_begins_has_few_votes_however_often_it_then_repeats_itself(vote):
+    left, right = code("print('left')"), code("print('right')")
+    tree = {"": [left, left, right], "output\nleft": [boxed(1)], "output\nright": [boxed(2)]}
+    scores = Table({"output\nleft": 0.5, "output\nright": 0.6, boxed(1): 0.4, boxed(2): 0.5})
+    (found,), _ = search(tree, scores, beam=3, finished="pool", vote=vote)
+    assert answer(found) == boxed(1)  # 2/3 * 3/3 draws against 1/3 * 3/3, and times the scores 0.27 against 0.17
 
 
 def test_all_sampled_tokens_are_counted_dropped_ones_too():

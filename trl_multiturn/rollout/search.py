@@ -65,9 +65,9 @@ def value_guided_search(
     interpreter sessions of its own; they are brought to its state by running its earlier calls again (plain functions,
     which keep no state, are not run again), and closed when it is dropped.
 
-    The search is as good as its score. Since equal candidates count once, what the policy says most often has no more
-    weight than what it says once: with scores that know nothing it finds worse trajectories than greedy decoding and a
-    majority vote do, the more so the more it draws. `examples/iterative_oreo.py` prints the table that tells.
+    The search is as good as its score. Without a vote, what the policy says most often has no more weight than what it
+    says once, as equal candidates count once: with scores that know nothing it finds worse trajectories than greedy
+    decoding and a majority vote do, the more so the more it draws. `examples/iterative_oreo.py` prints the table.
 
     A candidate that stops without an answer (cut at a token or turn limit, ended early) does not compete with those
     that go on; one such is returned only where no candidate answered. If none did and the machine failed for one, the
@@ -101,9 +101,10 @@ def value_guided_search(
             reward models: everything up to the step's last sampled token.
         vote (`str`, *optional*, defaults to `"none"`):
             How the result is chosen among the candidates that answered and compete. `"none"`: by the highest score.
-            `"plain"`: the answer that was drawn most often. `"weighted"`: the answer with the largest sum of scores,
-            for scores that are chances (below 0 they count nothing). Of an answer, the trajectory of the highest score
-            is returned. With `finished="pool"` all that answered vote, with `"rank"` the beam.
+            `"plain"`: the answer that the policy comes to most often, by the share of draws of each step on the way
+            there. `"weighted"`: the answer with the largest sum of these shares times the scores, for scores that are
+            chances (below 0 they count nothing). Of an answer, the trajectory of the highest score is returned. With
+            `finished="pool"` all that answered vote, with `"rank"` the beam.
         max_sampled_tokens (`int`, *optional*):
             Tokens to sample for a prompt. The search is repeated, with other draws, as long as one more fits by what
             they took so far, and the candidates of all compete. The first is always finished.
@@ -228,7 +229,7 @@ class _Search:
 
     async def run(self) -> Trajectory:
         start, reward = time.monotonic(), None
-        root = Candidate(Transcript(self.episode.prompt), self._new_session())
+        root = Candidate(Transcript(self.episode.prompt), self._new_session(), draws=self.settings.candidates)
         best = root
         try:
             await self._prepare(root)
@@ -262,7 +263,7 @@ class _Search:
             budget = self.settings.max_sampled_tokens
             if budget is None or not spent or spent * (times + 1) > budget * times:
                 return self._choose(answered, stopped)
-            root = Candidate(opened.fork(), self._new_session())
+            root = Candidate(opened.fork(), self._new_session(), draws=self.settings.candidates)
 
     def _choose(self, answered: list[Candidate], stopped: list[Candidate]) -> Candidate:
         if not answered:
@@ -270,7 +271,9 @@ class _Search:
             return failed[0] if failed else ranked(stopped)[0]
         if self.settings.vote == "none":
             return ranked(answered)[0]
-        weights = [node.draws * (node.score if self.settings.vote == "weighted" else 1.0) for node in answered]
+        shares = [node.share(self.settings.candidates) for node in answered]
+        scores = [node.score if self.settings.vote == "weighted" else 1.0 for node in answered]
+        weights = [share * score for share, score in zip(shares, scores, strict=True)]
         answers = [self.answer_of(node.transcript.completion) for node in answered]
         return answered[elect(answers, weights, [node.score for node in answered])]
 
@@ -349,7 +352,7 @@ class _Search:
     async def _draw(self, parent: Candidate, rank: int, k: int, session: str) -> Candidate:
         """Samples one step after `parent`; blank lines belong to the step before them and are no step."""
         conversation, transcript = self.episode.conversation, parent.transcript.fork()
-        child = Candidate(transcript, session)
+        child = Candidate(transcript, session, parent_share=parent.share(self.settings.candidates))
         alike = self.episode.sampling(k, self.settings.stops)
         earlier = len(transcript.begun.token_ids)
         while True:

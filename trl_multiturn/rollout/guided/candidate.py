@@ -26,7 +26,12 @@ class Candidate:
     stop_reason: StopReason | None = None
     failure: str | None = None
     score: float = -math.inf
-    draws: int = 1  # how often the policy drew it: equal candidates are one
+    draws: int = 1  # how often the policy drew its last step: equal candidates are one
+    parent_share: float = 1.0  # the `share` of what it goes on from
+
+    def share(self, candidates: int) -> float:
+        """How likely the policy is to come here, as far as so many draws a step tell."""
+        return self.parent_share * self.draws / candidates
 
     def told(self, context: RolloutContext) -> dict[str, Any]:
         """A candidate that ended, as JSON values."""
