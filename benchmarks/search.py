@@ -41,6 +41,7 @@ def measure(policy: str, folder: Path, options: argparse.Namespace) -> dict[str,
         PythonTool,
         RolloutConfig,
         TransformersEngine,
+        ValueModel,
         ValueModelConfig,
         evaluate_policy,
         generate_trajectories,
@@ -63,11 +64,17 @@ def measure(policy: str, folder: Path, options: argparse.Namespace) -> dict[str,
             str(folder / "values"), value_model="full", learning_rate=2e-3, num_train_epochs=options.passes,
             lr_scheduler_type="cosine", warmup_steps=20, **COMMON,
         )  # fmt: skip
-        started = time.process_time()
-        value_model = train_value_model(policy, trajectories, args)
-        seconds = {"value_s": time.process_time() - started}
+        trained, seconds = folder / "values" / "value_model", folder / "seconds.json"
+        if not trained.exists():
+            started = time.process_time()
+            train_value_model(policy, trajectories, args)
+            seconds.write_text(json.dumps({"value_s": time.process_time() - started}), encoding="utf-8")
+        value_model = ValueModel.from_pretrained(trained)
         if options.oreo:
-            seconds["oreo_s"] = one_pass_of_oreo(policy, trajectories, folder)
+            spent = json.loads(seconds.read_text(encoding="utf-8"))
+            if "oreo_s" not in spent:
+                spent["oreo_s"] = one_pass_of_oreo(policy, trajectories, folder)
+                seconds.write_text(json.dumps(spent), encoding="utf-8")
         search = functools.partial(
             value_guided_search, score=value_model.score, beam=3, finished="pool", vote="weighted"
         )
@@ -79,7 +86,8 @@ def measure(policy: str, folder: Path, options: argparse.Namespace) -> dict[str,
     print(f"{policy}\n{found.comparison}", flush=True)
     values = json.loads((folder / "values" / "eval_results.json").read_text(encoding="utf-8"))
     correct = sum(t.reward == 1 for t in trajectories) / len(trajectories)
-    return {"policy": policy, "correct": correct, **values, **seconds, **found.comparison.metrics()}
+    spent = json.loads(seconds.read_text(encoding="utf-8"))
+    return {"policy": policy, "correct": correct, **values, **spent, **found.comparison.metrics()}
 
 
 def one_pass_of_oreo(policy: str, trajectories: list[Any], folder: Path) -> float:
