@@ -31,6 +31,8 @@ def test_two_processes_equal_one(outcomes, name):
         assert two["weights"].keys() == one["weights"].keys()
         for key, weight in one["weights"].items():
             torch.testing.assert_close(two["weights"][key], weight, rtol=1e-4, atol=1e-6)
+        for key, weight in two.get("resumed", {}).items():  # from the second of three steps
+            torch.testing.assert_close(two["weights"][key], weight, rtol=1e-4, atol=1e-6)
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
         assert two["eval"].keys() == one["eval"].keys() and len(one["eval"]) == 2
         assert two["eval"] == pytest.approx(one["eval"], rel=1e-3)
