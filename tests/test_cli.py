@@ -120,6 +120,7 @@ def test_check_counts_what_max_length_does():
 
 def test_check_reports_a_defect_of_the_template():
     tokenizer = byte_tokenizer("{% for m in messages %}{{ m.content }}{% endfor %}")
+    tokenizer.eos_token = None  # and so nothing ends a turn
     report = check_dataset(Dataset.from_list([preference()]), tokenizer, progress=False)
     assert report.errors[0].startswith("Chat template: ")
 

@@ -13,7 +13,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, ProcessorMixin
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from tests.support import TOOLS, assistant, byte_tokenizer, preference_rows, save_tiny, tiny_model, user
+from tests.support import (
+    TOOLS,
+    assistant,
+    byte_tokenizer,
+    preference_rows,
+    save_tiny,
+    template_text,
+    tiny_model,
+    user,
+)
 from tests.trainer.helpers import (
     batch_loss,
     batch_of,
@@ -143,7 +152,9 @@ def test_plain_rows_without_a_prompt(folder, tmp_path):
 
 
 def test_templates_that_prove_nothing_serve_where_every_token_trains(tmp_path):
-    tokenizer = byte_tokenizer("deepseek_r1_distill")
+    text = template_text("qwen2_5")
+    header = text.rindex("<|im_start|>assistant\\n")  # the generation prompt's, which no finished turn has
+    tokenizer = byte_tokenizer(text[:header] + "Now:" + text[header + len("<|im_start|>assistant\\n") :])
     path = save_tiny(tmp_path / "model", tokenizer)
     rows = [
         {"prompt": [user("Q")], "chosen": [assistant("A"), user("R"), assistant("B")], "rejected": [assistant("C")]}
