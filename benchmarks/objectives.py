@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import datetime
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -32,6 +32,8 @@ from trl_multiturn.losses import (
     merge_segments,
     oreo_policy_loss,
     oreo_value_loss,
+    outcome_classification_loss,
+    soft_value,
     terminal_rewards,
     turn_ids,
 )
@@ -69,8 +71,11 @@ class World:
     log_reference: Tensor
 
     @classmethod
-    def random(cls, stochastic: bool, turns: int = 3, seeds: tuple[int, ...] = SEEDS) -> World:
+    def random(cls, stochastic: bool, turns: int = 3, seeds: tuple[int, ...] = SEEDS, outcomes: bool = False) -> World:
+        """`outcomes`: rewards of 1 and 0, and a reference that takes all actions alike, so that `rows` are its own."""
         mdps = [TabularToolMDP.random(turns, 3, 2, stochastic, seed) for seed in seeds]
+        if outcomes:
+            mdps = [_with_outcomes(mdp) for mdp in mdps]
         optima = [mdp.solve(BETA) for mdp in mdps]
         single = [mdp.paths() for mdp in mdps]
         repeated = [paths.repeat_by_chance(4 ** (turns - 1) if stochastic else 1) for paths in single]
@@ -98,6 +103,14 @@ class World:
         return output
 
 
+def _with_outcomes(mdp: TabularToolMDP) -> TabularToolMDP:
+    """The best last action earns 1; where the actions are good on average, all do; the others earn 0."""
+    rewards = mdp.rewards
+    bar = torch.where(rewards.mean(dim=1) > 0.5, rewards.min(dim=1).values, rewards.max(dim=1).values)
+    good = (rewards >= bar.unsqueeze(1)).to(rewards.dtype)
+    return replace(mdp, reference=torch.full_like(mdp.reference, 1 / mdp.reference.size(1)), rewards=good)
+
+
 def _side_by_side(several: list[Paths], states: int) -> Paths:
     return Paths(
         torch.cat([paths.states + i * states for i, paths in enumerate(several)]),
@@ -122,7 +135,7 @@ class Tabular:
         return paths.pick(self.logits.log_softmax(dim=-1) - self.world.log_reference)
 
     def train(self, loss_of: Callable[[Tabular], Tensor], steps: int) -> Tabular:
-        optimizer = torch.optim.Adam([self.logits, self.values], lr=0.1, betas=(0.9, 0.99))
+        optimizer = torch.optim.Adam([self.logits, self.values], lr=0.2, betas=(0.9, 0.99))
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.1 ** (3 * step / steps))
         # Adam's step does not depend on the scale; a mean over three agents is as good as one
         for _ in range(steps):
@@ -172,6 +185,27 @@ def dqo(model: Tabular, lam: float = 1.0, response: bool = False) -> Tensor:
         merged = merge_segments(*tensors, torch.zeros_like(mask, dtype=torch.long))
         tensors = (merged.values, merged.log_ratios, merged.rewards, merged.action_mask)
     return dqo_value_loss(*tensors, BETA, lam) + dqo_policy_loss(*tensors, BETA, lam)
+
+
+def by_classification(model: Tabular, loss: str) -> Tensor:
+    """The value model's numbers are log-odds of the reward 1; the policy loss reads the soft value of that chance."""
+    logits, log_ratios, rewards, mask = _trainer_tensors(model)
+    tensors = (soft_value(logits, BETA), log_ratios)
+    if loss == "oreo":
+        policy_loss = oreo_policy_loss(*tensors, rewards, mask, BETA)
+    else:
+        policy_loss = dqo_policy_loss(*tensors, terminal_rewards(rewards, mask), mask, BETA)
+    return outcome_classification_loss(logits, rewards, mask) + policy_loss
+
+
+def tbrm(model: Tabular) -> Tensor:
+    """
+    TBRM (https://huggingface.co/papers/2505.15311): the policy's logits are its Q-values, so that their soft maximum
+    at the prompt is its value, and the Bellman residuals of a trajectory, summed, are that value's.
+    """
+    paths = model.world.rows
+    start = BETA * model.logits[paths.states[:, 0]].logsumexp(dim=-1)
+    return (start + BETA * model.log_ratios(paths).sum(dim=1) - paths.rewards).square().mean()
 
 
 def group_regression(model: Tabular, baseline: str, margin: bool = False) -> Tensor:
@@ -235,8 +269,10 @@ class Objective:
     name: str
     where: str
     loss: Callable[[Tabular], Tensor]
+    outcomes: bool = False  # on agents whose rewards are 1 and 0
 
 
+_CLASSIFIED = '… `value_objective="classification"`'
 OBJECTIVES = [
     Objective("M-DPO", "`MultiTurnDPOTrainer`", m_dpo),
     Objective("M-DPO with the observation margin", "… with a `margin`", lambda m: m_dpo(m, margin=True)),
@@ -246,6 +282,8 @@ OBJECTIVES = [
     Objective("OREO, response", '… `level="response"`', lambda m: oreo(m, "response")),
     Objective("DQO, λ = 1", "`DQOTrainer`", dqo),
     Objective("DQO, λ = 0.95", "… `lam=0.95`", lambda m: dqo(m, 0.95)),
+    Objective("OREO, values by classification", _CLASSIFIED, lambda m: by_classification(m, "oreo"), outcomes=True),
+    Objective("DQO, values by classification", _CLASSIFIED, lambda m: by_classification(m, "dqo"), outcomes=True),
     Objective("DRO", '… `horizon="response"`', lambda m: dqo(m, response=True)),
     Objective("AGRO", "`GroupRegressionTrainer`", lambda m: group_regression(m, "variance")),
     Objective("AGRO with the margin", "… with a `margin`", lambda m: group_regression(m, "variance", True)),
@@ -253,19 +291,25 @@ OBJECTIVES = [
     Objective("A*-PO, OAPL with the margin", "… with a `margin`", lambda m: group_regression(m, "soft_mean", True)),
     Objective("group mean", '… `baseline="mean"`', lambda m: group_regression(m, "mean")),
     Objective("REFUEL, soft returns", "`StepRegressionTrainer`", step_regression),
+    Objective("TBRM", "not in the package", tbrm),
     Objective("DMPO's weights", "not in the package", lambda m: m_dpo(m, discount=DMPO_DISCOUNT)),
 ]
 
 
 def measure(turns: int = 3, steps: int = 800) -> dict[str, tuple[list[float], list[float]]]:
     """Distances to π* by objective, with certain and with uncertain tools, one number per seed."""
-    worlds = [World.random(stochastic, turns) for stochastic in (False, True)]
-    return {
-        objective.name: tuple(
-            world.distances(Tabular(world).train(objective.loss, steps).logits.detach()) for world in worlds
-        )
-        for objective in OBJECTIVES
+    worlds = {
+        outcomes: [World.random(stochastic, turns, outcomes=outcomes) for stochastic in (False, True)]
+        for outcomes in (False, True)
     }
+    results = {}
+    for objective in OBJECTIVES:
+        certain, uncertain = (
+            world.distances(Tabular(world).train(objective.loss, steps).logits.detach())
+            for world in worlds[objective.outcomes]
+        )
+        results[objective.name] = (certain, uncertain)
+    return results
 
 
 # --- report ----------------------------------------------------------------------------------------------------------

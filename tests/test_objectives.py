@@ -9,8 +9,9 @@ from benchmarks.objectives import OBJECTIVES, figure, measure, table
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("objectives")]
 
-# Largest distance over seeds with certain and with uncertain tools: reached, or missed by every seed
-REACHED, MISSED = "reached", "missed"
+# Distances of all seeds with certain and with uncertain tools lie between; measured: below 1.5e-3, 3e-3 to 0.014, and
+# 0.038 to 0.75
+REACHED, NEAR, MISSED = (0.0, 2.5e-3), (2.5e-3, 0.03), (0.03, 1.0)
 EXPECTED = {
     "M-DPO": (REACHED, MISSED),
     "M-DPO with the observation margin": (REACHED, REACHED),
@@ -20,6 +21,8 @@ EXPECTED = {
     "OREO, response": (REACHED, MISSED),
     "DQO, λ = 1": (REACHED, REACHED),
     "DQO, λ = 0.95": (REACHED, REACHED),
+    "OREO, values by classification": (REACHED, NEAR),
+    "DQO, values by classification": (REACHED, NEAR),
     "DRO": (REACHED, MISSED),
     "AGRO": (REACHED, MISSED),
     "AGRO with the margin": (REACHED, REACHED),
@@ -27,23 +30,21 @@ EXPECTED = {
     "A*-PO, OAPL with the margin": (REACHED, REACHED),
     "group mean": (MISSED, MISSED),
     "REFUEL, soft returns": (REACHED, REACHED),
+    "TBRM": (REACHED, MISSED),
     "DMPO's weights": (MISSED, MISSED),
 }
 
 
 @pytest.fixture(scope="module")
 def results():
-    return measure(turns=2, steps=300)
+    return measure(turns=2, steps=240)
 
 
 @pytest.mark.parametrize("name", EXPECTED)
 def test_what_an_objective_converges_to(results, name):
     for distances, expected in zip(results[name], EXPECTED[name], strict=True):
         assert len(distances) == 3
-        if expected == REACHED:
-            assert max(distances) < 5e-3
-        else:
-            assert min(distances) > 0.03  # measured: 0.038 to 0.75
+        assert expected[0] <= min(distances) and max(distances) < expected[1]
 
 
 def test_every_objective_is_in_the_table_and_in_the_figure(results):

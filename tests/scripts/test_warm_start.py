@@ -165,5 +165,5 @@ def test_the_evaluation_script_measures_a_saved_policy(model, tmp_path):
 @pytest.mark.slow
 def test_online_oreo_compares_what_its_values_choose(model, tmp_path):
     done = run_whole("iterative_oreo", model, tmp_path)
-    assert "search by value, beam 3, each turn a step" in done.stdout
+    assert "Search by value, beam 3, each turn a step" in done.stdout
     assert (tmp_path / "out" / "value_model").is_dir()
