@@ -24,7 +24,7 @@ def sampled(row: dict, number: int) -> Trajectory:
         **{name: row[name] for name in ("prompt_ids", "completion_ids", "action_mask", "reward")},
         stop_reason=StopReason.ANSWERED,
         verdict=Verdict.CORRECT if row["reward"] == 1 else Verdict.INCORRECT,
-        info={"prompt_index": number, "trajectory_id": f"{number}/current/0", "policy": "current"},
+        info={"prompt_index": number, "sample_index": 0, "trajectory_id": f"{number}/current/0", "policy": "current"},
     )
 
 
@@ -40,7 +40,7 @@ def test_values_alone_learn_the_outcomes_of_all_iterations(tmp_path, value_model
     for iteration in range(2):
         with Journal(tmp_path / f"rollouts/iteration_00{iteration}/journal") as journal:
             for number, row in enumerate(rows):
-                journal.write(sampled(row, number))
+                journal.append("current", sampled(row, number))
     (tmp_path / "rollouts/iteration_002").mkdir()  # the next policy's snapshot lies in such a folder
 
     def policy_files():
