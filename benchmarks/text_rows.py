@@ -130,9 +130,9 @@ def main() -> None:
     for _ in range(args.repeats):
         for name, checkout in zip(arms, checkouts, strict=True):
             arms[name].append(run_arm(checkout))
-    print(f"{time.strftime('%Y-%m-%d')}; {os.cpu_count()} cores ({platform.machine()}); Python")
+    print(f"{time.strftime('%Y-%m-%d')}; {os.cpu_count()} cores ({platform.machine()}); Python ", end="")
     print(f"{platform.python_version()}; {args.repeats} rounds, the ratio of each round; over 1: slower here.\n")
-    print(table(arms, name_of(checkouts[-1])))
+    print(table(arms, list(arms)[-1]))  # as it was called at the start: a commit may come meanwhile
 
 
 if __name__ == "__main__":
