@@ -127,7 +127,10 @@ def test_a_template_that_rewrites_earlier_turns(engine):
         return "nothing"
 
     trajectories = generate_trajectories(PROMPTS, engine, [look], settings, progress=False)
-    assert max(len(each.segments) for each in trajectories) == 4
+    turns = [[m["content"] for m in each.completion if m["role"] == "assistant"] for each in trajectories]
+    rewritten = [any(len(words) > 9 for words in earlier) for *earlier, _ in turns]
+    assert any(rewritten)
+    assert all(len(each.segments) > 1 for each, was in zip(trajectories, rewritten, strict=True) if was)
     assert disagreement(tiny_model(TOKENIZER, seed=0, **SIZES), trajectories) < 1e-3
 
 
