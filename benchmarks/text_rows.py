@@ -126,13 +126,14 @@ def main() -> None:
         print(json.dumps(measure()))
         return
     checkouts = [path.resolve() for path in [*args.against, Path(__file__).parents[1]]]
-    arms: dict[str, list[dict[str, Any]]] = {name_of(checkout): [] for checkout in checkouts}
+    names = [name_of(checkout) for checkout in checkouts]
+    arms: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for _ in range(args.repeats):
-        for name, checkout in zip(arms, checkouts, strict=True):
+        for name, checkout in zip(names, checkouts, strict=True):
             arms[name].append(run_arm(checkout))
-    print(f"{time.strftime('%Y-%m-%d')}; {os.cpu_count()} cores ({platform.machine()}); Python ", end="")
-    print(f"{platform.python_version()}; {args.repeats} rounds, the ratio of each round; over 1: slower here.\n")
-    print(table(arms, list(arms)[-1]))  # as it was called at the start: a commit may come meanwhile
+    print(f"{time.strftime('%Y-%m-%d')}; {os.cpu_count()} cores ({platform.machine()}),", end=" ")
+    print(f"Python {platform.python_version()}; {args.repeats} rounds, the ratio of each; over 1: slower here.\n")
+    print(table(arms, names[-1]))
 
 
 if __name__ == "__main__":
