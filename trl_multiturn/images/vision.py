@@ -227,7 +227,7 @@ class Vision:
         return self._tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def _decode(self, ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        return str(self._tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
 
     @cached_property
     def _probe(self) -> Any:
