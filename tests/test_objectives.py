@@ -7,7 +7,7 @@ import pytest
 from benchmarks.objectives import OBJECTIVES, figure, measure, table
 
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("objectives")]
+pytestmark = pytest.mark.slow
 
 # Distances of all seeds with certain and with uncertain tools lie between; measured: below 1.5e-3, 3e-3 to 0.014, and
 # 0.038 to 0.75

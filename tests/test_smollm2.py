@@ -33,7 +33,7 @@ from trl_multiturn.scripts.prompts import with_shots
 from trl_multiturn.scripts.shots import python_shots
 
 
-pytestmark = [pytest.mark.slow, pytest.mark.smollm2, pytest.mark.xdist_group("smollm2")]
+pytestmark = [pytest.mark.slow, pytest.mark.smollm2]
 
 ROOT = Path(__file__).parents[1]
 SYSTEM = {"role": "system", "content": "Solve with Python. Put the answer in \\boxed{}."}

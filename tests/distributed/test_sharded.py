@@ -8,7 +8,7 @@ import torch
 from tests.launch import run_module, torchrun
 
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("sharded")]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from tests.launch import accelerate_launch, run_module
 from .distributed_run import CASES, main
 
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("distributed")]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from tests.launch import run_module, torchrun
 from .value_ddp_worker import CASES, main
 
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("value_ddp")]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

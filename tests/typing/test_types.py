@@ -15,7 +15,7 @@ from tests.test_package import LAZY, lazy_names
 
 
 pytest.importorskip("mypy", reason="the type checker is in the extra `dev`")
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("types")]
+pytestmark = pytest.mark.slow
 
 ROOT = Path(trl_multiturn.__file__).parents[1]
 SCRIPT = Path(__file__).parent / "user_script.py"
