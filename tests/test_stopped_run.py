@@ -93,6 +93,9 @@ def test_float16_weights_that_overflow_stop_such_a_run_with_a_warning(tmp_path, 
     trainer.train()
     assert "not finite" in caplog.text and "Training stops here" in caplog.text
     assert trainer.state.global_step == 1 and not list(tmp_path.glob("checkpoint-*"))
+    with pytest.raises(DivergedError):
+        trainer.save_model(tmp_path / "saved")  # as a script does after training
+    assert not (tmp_path / "saved").exists()
 
 
 def test_a_run_that_diverged_goes_on_from_the_last_good_checkpoint(tmp_path, tool):  # noqa: F811

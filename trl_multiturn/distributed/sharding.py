@@ -116,12 +116,15 @@ def kept_parameters(model: nn.Module) -> Iterator[None]:
                 _local(parameter).copy_(shard)
 
 
-def not_finite_parameter(model: nn.Module) -> str | None:
-    """Name of a trainable parameter that holds NaN or infinity, on any process. Nothing is gathered but names."""
+def not_finite_parameter(model: nn.Module, everywhere: bool = True) -> str | None:
+    """Name of a trainable parameter that holds NaN or infinity, on any process. Nothing is gathered but names.
+
+    With `everywhere=False` on this process alone, and without the others.
+    """
     with _in_place(model):
         here = (name for name, p in _named(model) if p.requires_grad and not torch.isfinite(_local(p)).all())
         found = [next(here, None)]
-    if PartialState().num_processes > 1:
+    if everywhere and PartialState().num_processes > 1:
         found = gather_object(found)
     return next((name for name in found if name is not None), None)
 

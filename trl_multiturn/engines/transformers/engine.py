@@ -31,10 +31,10 @@ from .stop_strings import StopStringMatcher
 # While other rows are live, new requests are gathered until they are one for so many live rows, or have waited so many
 # steps, so that their prompts share a pass.
 JOIN_SHARE = 16
+MAX_STEPS_WAITING = 2
 # Tokens of one pass over prompts, and how many bytes of states a CPU's caches hold
 MAX_PREFILL_TOKENS = 16384
 CACHED_BYTES = 12 * 2**20
-MAX_STEPS_WAITING = 2
 
 Outcome = tuple[DecodingRequest, Generation | BaseException]
 

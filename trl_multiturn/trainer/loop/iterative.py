@@ -246,6 +246,17 @@ class IterativeTrainerMixin(TrainerHost):
         with being_written(self, folder):
             super()._save_checkpoint(model, trial)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """
+        As in the parent.
+
+        Raises:
+            [`DivergedError`]: if weights of this process are not finite.
+        """
+        if not _internal_call:
+            refuse_diverged(weights_of(self), everywhere=False)  # a script may save on its first process alone
+        super().save_model(output_dir, _internal_call)
+
     def _has_finite_weights(self) -> bool:
         """Whether the weights can be kept. Offline, float16 weights that overflow end the run without an error.
 

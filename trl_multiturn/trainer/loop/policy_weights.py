@@ -47,29 +47,29 @@ def _trainable(model: nn.Module) -> set[str]:
     return names
 
 
-def refuse_diverged(model: nn.Module) -> None:
+def refuse_diverged(model: nn.Module, everywhere: bool = True) -> None:
     """Raises on all processes where a trainable weight is not finite, before anything of it is written.
 
     Raises:
         [`DivergedError`]: naming a parameter.
     """
-    if name := not_finite_parameter(model):
+    if name := not_finite_parameter(model, everywhere):
         raise DivergedError(_told(name))
 
 
 def is_finite_or_half(model: nn.Module) -> bool:
-    """Whether all trainable weights are finite; where they are not and are float16, a warning tells.
+    """Whether all trainable weights are finite; where they are not and all are float16, a warning tells.
 
     float16 ends at 65504, and AdamW's epsilon is 0 in it, so such weights overflow without a fault in the data. TRL
     trains them to the end.
 
     Raises:
-        [`DivergedError`]: naming a parameter, if the weights are of another type.
+        [`DivergedError`]: naming a parameter, if trainable weights are of another type.
     """
     name = not_finite_parameter(model)
     if name is None:
         return True
-    if not any(p.requires_grad and p.dtype == torch.float16 for p in model.parameters()):
+    if any(p.requires_grad and p.dtype != torch.float16 for p in model.parameters()):
         raise DivergedError(_told(name))
     logger.warning(_told(name) + " Training stops here: float16 weights overflow where others do not.")
     return False
