@@ -2,13 +2,14 @@
 
 ```bash
 python -m benchmarks.environments                      # an environment that computes in Python
-python -m benchmarks.environments --alfworld --episodes 64
+python -m benchmarks.environments --alfworld --episodes 64 --arms 64 --rounds 3
 ```
 
 The first arm plays as `GRPOTrainer` 1.16 handles environments: instances that are made once, reset one after the
 other, and called one after the other in lock-step over the turns, all in the trainer's process. (Its loop is a part of
 the trainer and cannot be called without a model; the same calls are made here in the same order.) The policy is a
-script in all arms, so that what is measured is the environments and what is around them.
+script in all arms, so that what is measured is the environments and what is around them. Arms take turns in rounds;
+a ratio is the median over rounds of one round's two arms.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ import functools
 import json
 import os
 import resource
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -116,18 +118,26 @@ def load(arguments: argparse.Namespace) -> tuple[Callable[[], Any], list[dict[st
     return ALFWorldEnvironment, rows, lambda index, turn: rows[index]["walkthrough"][turn]
 
 
+def print_ratios(results: Sequence[dict[str, Any]], arms: int) -> None:
+    """Each arm beside the first of its round."""
+    for arm in range(1, arms):
+        for rate in ("per_second", "per_processor_second"):
+            ratios = [row[rate] / first[rate] for first, row in zip(results[::arms], results[arm::arms], strict=True)]
+            print(f"{results[arm]['arm']:34} {rate:21} {statistics.median(ratios):.2f} x (of {len(ratios)})")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--alfworld", action="store_true", help="ALFWorld's engine, by the planner's commands")
     parser.add_argument("--games", default="outputs/alfworld_games", help="where ALFWorld's games are kept")
     parser.add_argument("--episodes", type=int, default=64)
     parser.add_argument("--arms", nargs="*", help="how many environments at most, in processes: 1 2 64")
+    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--output", type=Path, help="a JSON file")
     arguments = parser.parse_args()
     factory, rows, script = load(arguments)
-    count, results = arguments.episodes, []
-    print(f"{count} episodes, {len(os.sched_getaffinity(0))} cores, load {os.getloadavg()[0]:.1f}")
-    results.append(measure("TRL's handling, one process", count, lambda: play_as_trl(factory, rows, script)))
+    count = arguments.episodes
+    arms = {"TRL's handling, one process": lambda: play_as_trl(factory, rows, script)}
     pools = [("process", 1), ("process", 2), ("process", count)]
     if arguments.arms:
         pools = [("process", int(most)) for most in arguments.arms]
@@ -137,7 +147,10 @@ def main() -> None:
             with EnvironmentPool(functools.partial(factory), most, isolation=isolation) as pool:  # type: ignore[arg-type]
                 return play_here(pool, rows, script)
 
-        results.append(measure(f"pool, {isolation}, {most} at most", count, play))
+        arms[f"pool, {isolation}, {most} at most"] = play
+    print(f"{count} episodes, {len(os.sched_getaffinity(0))} cores, load {os.getloadavg()[0]:.1f}")
+    results = [measure(name, count, play) for _ in range(arguments.rounds) for name, play in arms.items()]
+    print_ratios(results, len(arms))
     if arguments.output:
         arguments.output.write_text(json.dumps(results, indent=1), encoding="utf-8")
 
