@@ -9,6 +9,7 @@ import torch
 
 from tests.packing.families import branching_batch
 from trl_multiturn.packing.attention import packed_attention, poison_mask
+from trl_multiturn.packing.path_attention import path_attention
 from trl_multiturn.packing.row import pack_rows
 from trl_multiturn.packing.varlen import varlen_attention, varlen_index
 
@@ -74,6 +75,13 @@ def chunked(q, k, v, row, window, softcap):
     return packed_attention(MODULE, q, k, v, row, SCALE, sliding_window=window, softcap=softcap)
 
 
+@pytest.fixture(params=[1, 256])
+def least_new_tokens(request, monkeypatch):
+    """From how many new tokens on a chunk attends to its path without a mask."""
+    monkeypatch.setattr("trl_multiturn.packing.path_attention.LEAST_NEW_TOKENS", request.param)
+
+
+@pytest.mark.usefixtures("least_new_tokens")
 @pytest.mark.parametrize("attention", [chunked, varlen])
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("window", [None, 1, 7, 1000])
@@ -87,6 +95,24 @@ def test_each_token_sees_its_own_path(attention, window, softcap):
     (expected * weights).sum().backward()
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a.grad, b.grad, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.bfloat16, 2e-2)])
+def test_attention_to_path_and_new_tokens_is_that_to_both_at_once(dtype, tolerance):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(1, HEADS, 5, DIM)] + [(1, HEADS // GROUPS, length, DIM) for length in (5, 5, 3, 3)]
+    exact = [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).double() for shape in shapes]
+    weights = torch.randn(1, HEADS, 5, DIM, generator=generator, dtype=torch.float64).to(dtype)
+    ours, theirs = ([x.to(kind).requires_grad_() for x in exact] for kind in (dtype, torch.float64))
+    q, k, v, path_k, path_v = theirs
+    allowed = torch.ones(5, 8, dtype=torch.bool).tril(3)
+    expected = softmax_over(q, torch.cat([path_k, k], 2), torch.cat([path_v, v], 2), allowed, None)
+    output = path_attention(*ours, SCALE)
+    torch.testing.assert_close(output.double(), expected, atol=tolerance, rtol=tolerance)
+    (output * weights).sum().backward()
+    (expected * weights).sum().backward()
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a.grad.double(), b.grad, atol=tolerance, rtol=tolerance)
 
 
 def test_the_kernel_gathers_each_path_once_per_chunk():

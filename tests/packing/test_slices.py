@@ -38,7 +38,8 @@ def test_slices_tile_the_row_and_know_their_paths():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_scores_and_gradients_are_those_of_the_padded_batch(family):
+def test_scores_and_gradients_are_those_of_the_padded_batch(family, monkeypatch):
+    monkeypatch.setattr("trl_multiturn.packing.path_attention.LEAST_NEW_TOKENS", 1)
     model = tiny(family)
     add_fused_lm_head(model, outputs=("log_probs", *FIELDS))
     batch = branching_batch()

@@ -18,6 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
+from .path_attention import path_attention, splits
 from .row import Chunk, PackedRow
 from .slices import RowSlice
 from .varlen import varlen_attention, varlen_kernel
@@ -136,13 +137,8 @@ def packed_attention(
     outputs = []
     for i, chunk in enumerate(row.chunks):
         q, k, v = (tensor[i] for tensor in own)
-        if chunk.prefix_length:
-            prefix_q = [segments[0][s] for s in chunk.prefix_segments]
-            k = torch.cat([segments[1][s] for s in chunk.prefix_segments] + [k], dim=2)
-            v = torch.cat([segments[2][s] for s in chunk.prefix_segments] + [v], dim=2)
-        else:
-            prefix_q = []
-        outputs.append(_chunk_attention(row, chunk, prefix_q, q, k, v, scaling, sliding_window, softcap))
+        prefix = [[tensor[s] for s in chunk.prefix_segments] for tensor in segments] if chunk.prefix_length else None
+        outputs.append(_chunk_attention(row, chunk, prefix, q, k, v, scaling, sliding_window, softcap))
     return torch.cat([output.transpose(1, 2) for output in outputs], dim=1)
 
 
@@ -169,10 +165,13 @@ def _slice_attention(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     query, key, value = _as_autocast(query, key, value)
     row.own[layer] = key, value
-    if layer in row.prefix:
-        key, value = (torch.cat(pair, dim=2) for pair in zip(row.prefix[layer], (key, value), strict=True))
-    new, total = query.shape[2], key.shape[2]
+    path = row.prefix.get(layer)
+    new, total = query.shape[2], key.shape[2] + (path[0].shape[2] if path else 0)
     window = None if window is not None and total <= window else window
+    if path and window is None and softcap is None and splits(query, value):
+        return path_attention(query, key, value, *path, scaling).transpose(1, 2)
+    if path:
+        key, value = (torch.cat(pair, dim=2) for pair in zip(path, (key, value), strict=True))
     grouped = query.shape[1] != key.shape[1]
     if window is None and softcap is None and new == total:
         output = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=grouped)
@@ -190,7 +189,7 @@ def _slice_attention(
 def _chunk_attention(
     row: PackedRow,
     chunk: Chunk,
-    prefix_q: list[Tensor],
+    path: list[list[Tensor]] | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -201,14 +200,19 @@ def _chunk_attention(
     new, prefix = q.shape[2], chunk.prefix_length
     if window is not None and prefix + new <= window:
         window = None
+    plain = window is None and softcap is None
+    if path and plain and 3 * prefix >= new and splits(q, v):
+        return path_attention(q, k, v, torch.cat(path[1], dim=2), torch.cat(path[2], dim=2), scaling)
+    if path:
+        k, v = torch.cat([*path[1], k], dim=2), torch.cat([*path[2], v], dim=2)
     if softcap is not None:
         mask = row.causal_mask(new, prefix, window)
         bias = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill(~mask, torch.finfo(q.dtype).min)
         return _softmax_attention(q, k, v, bias, scaling, softcap, 0.0)[0]
     grouped = q.shape[1] != k.shape[1]
-    if window is None and prefix <= new:
+    if plain and prefix <= new:
         # `is_causal` skips the masked half, which buys more than the prefix's own queries cost to run again
-        q = torch.cat([*prefix_q, q], dim=2) if prefix else q
+        q = torch.cat([*path[0], q], dim=2) if path else q
         output = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=grouped)
         return output[:, :, prefix:] if prefix else output
     mask = row.causal_mask(new, prefix, window)

@@ -252,10 +252,11 @@ class PackedForward:
             output.loss = output.loss + getattr(config, "router_aux_loss_coef", 0.0) * output.aux_loss
         return output
 
-    def _score(self, hidden: Tensor, targets: Tensor) -> TokenScores:
+    def _score(self, hidden: Tensor, targets: Tensor, with_fields: bool = True) -> TokenScores:
         head = self._head()
         softcap = getattr(self.causal_lm.config.get_text_config(), "final_logit_softcapping", None)
-        return score_tokens(hidden, head.weight, head.bias, targets, softcap=softcap, fields=self.fields)
+        fields = self.fields if with_fields else ()
+        return score_tokens(hidden, head.weight, head.bias, targets, softcap=softcap, fields=fields)
 
     def _tokens_of_a_slice(self, plan: Plan, kwargs: dict[str, Any]) -> int:
         """Tokens of the slices in which a call's row is computed; 0 where it is computed at once."""

@@ -95,7 +95,7 @@ class SlicedScores:
         plan ([`Plan`]): with a row.
         most (`int`): tokens of a slice.
         run (`Callable`): `(ids, positions, row_slice) -> (tokens, H)`, the decoder on a slice.
-        score (`Callable`): `(hidden, targets) ->` [`TokenScores`].
+        score (`Callable`): `(hidden, targets, fields) ->` [`TokenScores`], with or without the other fields.
         as_now (`Callable`): makes the context that the decoder runs in, in the backward pass too.
     """
 
@@ -104,7 +104,7 @@ class SlicedScores:
         plan: Plan,
         most: int,
         run: Callable[[Tensor, Tensor, RowSlice], Tensor],
-        score: Callable[[Tensor, Tensor], TokenScores],
+        score: Callable[[Tensor, Tensor, bool], TokenScores],
         as_now: Callable[[], AbstractContextManager[Any]],
     ) -> None:
         assert plan.row is not None
@@ -134,7 +134,7 @@ class SlicedScores:
                     self._states.append(part.own)
                     if len(chosen):
                         order.append(chosen)
-                        scores.append(self._score(hidden, self.plan.targets[chosen]))
+                        scores.append(self._score(hidden, self.plan.targets[chosen], True))
             places = torch.cat(order).argsort()
             fields = [None if parts[0] is None else torch.cat(parts)[places] for parts in zip(*scores, strict=True)]
             return TokenScores._make(fields)
@@ -156,7 +156,7 @@ class SlicedScores:
             with torch.enable_grad(), self._as_now():
                 hidden = self._hidden(span, part, chosen)
                 if len(chosen):
-                    log_probs = self._score(hidden, self.plan.targets[chosen]).log_probs
+                    log_probs = self._score(hidden, self.plan.targets[chosen], False).log_probs
                     outputs, wanted = [log_probs], [grad[chosen]]
             for layer, received in gradients[number].items():
                 outputs += part.own[layer]
