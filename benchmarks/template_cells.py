@@ -3,17 +3,20 @@
     python benchmarks/template_cells.py                    # the templates that TRL ships
     python benchmarks/template_cells.py FOLDER [FOLDER …]  # every `*.jinja` in folders of your own, each text once
     python benchmarks/template_cells.py FOLDER --json cells.json
+    python benchmarks/template_cells.py FOLDER --switches  # refused cells again, with the switches that errors name
 
 A cell is exact where the context of every assistant turn is what the template prompts a policy with, and the sampled
 tokens hold the turn's own words, nobody else's, and end with a special token. It is *inexpressible* where the template
 raises an error or, with its switches as they are, nowhere shows a part of the conversation. Everything else that is
-not exact is refused with an error, or wrong. Templates are rendered with a tokenizer of one token per byte and one per
-special token; no model is needed. Results: results/segments.md.
+not exact is refused with an error, or wrong. With `--switches` a refused cell is counted again under the switches that
+its error names (`tool_dialect`, `write_reasoning`, the template's own). Templates are rendered with a tokenizer of one
+token per byte and one per special token; no model is needed. Results: results/segments.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import collections
 import copy
 import json
@@ -42,6 +45,7 @@ _EOS = (
     "<|im_end|> <|eot_id|> <|return|> <end_of_turn> <turn|> <|END_OF_TURN_TOKEN|> <|end|> <｜end▁of▁sentence｜> [e~[ "
     "<seed:eos> <|end_of_text|> <|endoftext|> <|assistant_end|> </s>"
 ).split()
+_SWITCH = re.compile(r"`(\w+)=(True|False|'\w+')`")
 _BOS = "<|begin_of_text|> <｜begin▁of▁sentence｜> <bos> <s> <|startoftext|>".split()
 
 
@@ -234,25 +238,37 @@ def _kind_of_part(message: dict[str, Any], word: str) -> str:
     return "leaves out calls"
 
 
-def outcome(tokenizer: PreTrainedTokenizerFast, kind: str) -> tuple[str, str]:
+def outcome(tokenizer: PreTrainedTokenizerFast, kind: str, **switches: Any) -> tuple[str, str]:
     """`exact` (with the number of sequences), `refused` (with the error) or `wrong` (with what is)."""
-    found = _outcome(tokenizer, kind)
+    found = _outcome(tokenizer, kind, switches)
     # A template may print the time of day, which goes on between two renderings
-    return _outcome(tokenizer, kind) if found[0] == "wrong" else found
+    return _outcome(tokenizer, kind, switches) if found[0] == "wrong" else found
 
 
-def _outcome(tokenizer: PreTrainedTokenizerFast, kind: str) -> tuple[str, str]:
+def named_switches(error: str) -> dict[str, Any]:
+    """The switches that an error names first, of which none leaves out what somebody said."""
+    first = next((part for part in re.split(r", or (?![^(]*\))", error) if _SWITCH.search(part)), "")
+    return {name: ast.literal_eval(value) for name, value in _SWITCH.findall(first) if name != "drop_reasoning"}
+
+
+def _outcome(tokenizer: PreTrainedTokenizerFast, kind: str, switches: dict[str, Any]) -> tuple[str, str]:
     messages, first, tools = copy.deepcopy(KINDS[kind])
     try:
-        template = TurnTemplate(tokenizer, copy.deepcopy(TOOLS) if tools else None)
+        template = TurnTemplate(tokenizer, copy.deepcopy(TOOLS) if tools else None, **switches)
         row = template.tokenize(messages[:first], messages[first:])
     except ValueError as error:
         return "refused", str(error)
-    fault = _fault(template, row, messages, first)
+    fault = _fault(template, row, messages, first, switches)
     return ("wrong", fault) if fault else ("exact", str(1 + len(row.get("branches", []))))
 
 
-def _fault(template: TurnTemplate, row: dict[str, Any], messages: list[dict[str, Any]], first: int) -> str:
+def _fault(
+    template: TurnTemplate,
+    row: dict[str, Any],
+    messages: list[dict[str, Any]],
+    first: int,
+    switches: dict[str, Any],
+) -> str:
     tokenizer = template.processing_class
     ids = row["prompt_ids"] + row["completion_ids"]
     mask = [0] * len(row["prompt_ids"]) + row["action_mask"] + [0]
@@ -265,8 +281,16 @@ def _fault(template: TurnTemplate, row: dict[str, Any], messages: list[dict[str,
         stop = next(end for end in range(start, len(mask)) if not mask[end])
         sampled = tokenizer.decode(ids[start:stop])
         context = [ids[column] for column in path(row.get("branches", []), start)]
-        if context != template.prompt_ids(messages[:at], check=False):
+        # What is written as text must be shown, as far as a template does not cut its own text
+        written = bool({"tool_dialect", "write_reasoning"} & {name for name, value in switches.items() if value})
+        if context != template.prompt_ids(messages[:at], check=written):
             return f"message {at}: its context is not the template's prompt"
+        read = tokenizer.decode(context)
+        said = [word for message in messages[:at] if message["role"] != "assistant" for word in words_of(message)]
+        if written and (missing := [word for word in said if word not in read]):
+            return f"message {at}: {missing} not in its context"
+        if switches.get("tool_dialect") and not all(json.dumps(tool) in read for tool in template.tools):
+            return f"message {at}: its context does not tell of the tools"
         if missing := [word for word in words_of(messages[at]) if word not in sampled]:
             return f"message {at}: {missing} not in its sampled tokens"
         others = [message for other, message in enumerate(messages) if other != at and message["role"] != "assistant"]
@@ -295,19 +319,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="*")
     parser.add_argument("--json", help="a file for the outcome of every cell")
+    parser.add_argument("--switches", action="store_true", help="refused cells once more, with switches")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     cells: dict[str, dict[str, tuple[str, str, str]]] = {}
+    again: dict[str, dict[str, tuple[str, str, str]]] = {}
     for name, text in templates(options.folders):
         tokenizer = byte_tokenizer(text)
         cells[name] = {}
         for kind in KINDS:
             result, detail = outcome(tokenizer, kind)
             cells[name][kind] = (result, detail, "" if result == "exact" else inexpressible(tokenizer, kind))
+            switches = named_switches(detail) if options.switches and result == "refused" else {}
+            if switches:
+                found, more = outcome(tokenizer, kind, **switches)
+                again.setdefault(name, {})[kind] = (found, more, " ".join(switches))
     if options.json:
-        Path(options.json).write_text(json.dumps(cells, indent=0), encoding="utf-8")
+        Path(options.json).write_text(json.dumps([cells, again], indent=0), encoding="utf-8")
     report(cells)
+    if options.switches:
+        report_switches(cells, again)
 
 
 def report(cells: dict[str, dict[str, tuple[str, str, str]]]) -> None:
@@ -321,16 +353,26 @@ def report(cells: dict[str, dict[str, tuple[str, str, str]]]) -> None:
     print(f"{len(cells)} templates x {len(KINDS)} kinds = {len(every)} cells")
     print(f"exact: {exact}, {exact / len(every):.1%} of all; {several} of them in several sequences; wrong: {wrong}")
     print(f"expressible: {shown}; exact of these: {exact / shown:.1%}")
-    switched = sum("You can render with `" in detail for result, detail, _ in every if result == "refused")
-    print(
-        f"refused, but exact with the template's switch that the error names: {switched}, {switched / len(every):.1%}"
-    )
     print("inexpressible:", ", ".join(f"{reason} {count}" for reason, count in mute.most_common()))
     print("\n| kind | exact | refused | inexpressible |\n| --- | --- | --- | --- |")
     for kind in KINDS:
         row = [kinds[kind] for kinds in cells.values()]
         good, silent = sum(cell[0] == "exact" for cell in row), sum(bool(cell[2]) for cell in row)
         print(f"| {kind} | {good} | {len(row) - good - silent} | {silent} |")
+
+
+def report_switches(
+    cells: dict[str, dict[str, tuple[str, str, str]]], again: dict[str, dict[str, tuple[str, str, str]]]
+) -> None:
+    """Prints the counts with the switches that errors name."""
+    total = sum(map(len, cells.values()))
+    before = sum(cell[0] == "exact" for kinds in cells.values() for cell in kinds.values())
+    tried = [cell for kinds in again.values() for cell in kinds.values()]
+    by_switch = collections.Counter(switches for result, _, switches in tried if result == "exact")
+    exact = before + by_switch.total()
+    print(f"\nwith the switches that errors name: exact {exact}, {exact / total:.1%} of all")
+    print("of these with", ", ".join(f"{names}: {count}" for names, count in by_switch.most_common()))
+    print("otherwise:", dict(collections.Counter(result for result, _, _ in tried if result != "exact")))
 
 
 if __name__ == "__main__":

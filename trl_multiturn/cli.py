@@ -38,6 +38,8 @@ def build_parser() -> argparse.ArgumentParser:
     check.add_argument("--max_length", type=int, default=None, help="The trainer's `max_length`.")
     check.add_argument("--preview", type=int, default=1, help="How many rows to show with their masks.")
     check.add_argument("--drop_reasoning", action="store_true", help="The trainer's `drop_reasoning`.")
+    check.add_argument("--tool_dialect", default=None, help="The trainer's `tool_dialect`.")
+    check.add_argument("--write_reasoning", action="store_true", help="The trainer's `write_reasoning`.")
     check.set_defaults(run=_check)
 
     convert = commands.add_parser("convert", help="Write rows that other tools wrote in the form that trainers read.")
@@ -96,6 +98,8 @@ def _check(options: argparse.Namespace) -> int:
         options.max_length,
         options.preview,
         drop_reasoning=options.drop_reasoning,
+        tool_dialect=options.tool_dialect,
+        write_reasoning=options.write_reasoning,
     )
     print_check(report)
     return 1 if report.errors else 0

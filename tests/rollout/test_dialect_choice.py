@@ -93,7 +93,7 @@ def test_the_journal_keeps_where_a_dialect_comes_from_and_its_version():
     ("dialect", "error", "message"),
     [
         (3, TypeError, "`dialect=3` is a int, which can neither read"),
-        ("fencd", ValueError, "`dialect='fencd'` is unknown. Use one of 'auto', 'native', 'fenced', 'action'"),
+        ("fencd", ValueError, "`dialect='fencd'` is unknown. Use one of 'auto', 'native', 'hermes', 'fenced'"),
         ("no.such.Dialect", ValueError, "could not be loaded"),
         (f"{HERE}.NoSuchDialect", ValueError, "could not be loaded"),
         (lambda: None, TypeError, "three arguments `processing_class`, `schemas` and `config`"),

@@ -69,9 +69,9 @@ def test_rows_are_imitated_with_the_system_message_of_the_rollouts(arguments, mo
     seen = []
     supervised_rows = warm_start.supervised_rows
 
-    def recorded(rows, tokenizer):
+    def recorded(rows, tokenizer, **options):
         seen.extend(rows["messages"])
-        return supervised_rows(rows, tokenizer)
+        return supervised_rows(rows, tokenizer, **options)
 
     monkeypatch.setattr(warm_start, "supervised_rows", recorded)
     parsed = arguments(
@@ -99,7 +99,7 @@ def test_own_successes_are_imitated(arguments, monkeypatch):
     monkeypatch.setattr(warm_start, "engine_factory", lambda *_: lambda model, _: ScriptedEngine(answers, TOKENIZER))
     told = []
     supervised_rows = warm_start.supervised_rows
-    monkeypatch.setattr(warm_start, "supervised_rows", lambda r, t: told.extend(r) or supervised_rows(r, t))
+    monkeypatch.setattr(warm_start, "supervised_rows", lambda r, t, **_: told.extend(r) or supervised_rows(r, t))
     with PythonTool() as tool:
         warm_started(arguments("--warm_start", "rollouts", "--warm_start_generations", "2"), problems(), [tool])
     assert [(row["prompt_index"], row["reward"]) for row in told] == [(1, 1.0), (2, 1.0)]

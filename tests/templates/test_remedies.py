@@ -47,7 +47,7 @@ def test_calls_one_after_another():
 
 def test_calls_as_text_only_where_the_template_takes_user_turns_there():
     message = refusal(byte_tokenizer("llama3"), [user("Q")], [call(1, 2), result("3"), assistant("A")], TOOLS)
-    assert "write calls and results as text" in message
+    assert "set `tool_dialect='hermes'`" in message
     no_user_twice = "{% if loop.index0 > 1 and m.role == 'user' %}{{ raise_exception('no') }}{% endif %}" + TEXT
     message = refusal(tokenizer(words=no_user_twice), [user("Q")], [call(1, 2), result("3"), assistant("A")], TOOLS)
     assert "as text" not in message

@@ -28,6 +28,7 @@ from ..formats import (
 )
 from ..images.vision import vision_of
 from ..messages.terminal import visible
+from ..messages.wording import RenderingSwitches
 from ..segments import branches_of
 from ..templates import TurnTemplate
 from .images.rows import read_token_row, tokenize_image_text
@@ -89,6 +90,8 @@ def check_dataset(
     num_previews: int = 0,
     progress: bool = True,
     drop_reasoning: bool = False,
+    tool_dialect: str | None = None,
+    write_reasoning: bool = False,
 ) -> CheckReport:
     """Checks every row of a preference, unpaired or trajectory dataset.
 
@@ -105,7 +108,7 @@ def check_dataset(
             Rows to keep a preview of.
         progress (`bool`, *optional*, defaults to `True`):
             Whether to show a progress bar.
-        drop_reasoning (`bool`, *optional*, defaults to `False`):
+        drop_reasoning (`bool`, *optional*), tool_dialect (`str`, *optional*), write_reasoning (`bool`, *optional*):
             As in the trainers' configurations.
 
     Returns:
@@ -120,14 +123,15 @@ def check_dataset(
 
     tokenizer: Any = _load_tokenizer(model, splits) if isinstance(model, str) else model
     report = CheckReport()
-    _check_template(tokenizer, report)
+    rendering = RenderingSwitches(drop_reasoning, tool_dialect=tool_dialect, write_reasoning=write_reasoning)
+    _check_template(tokenizer, rendering, report)
     cut, last_token = 0, max(getattr(tokenizer, "tokenizer", tokenizer).get_vocab().values())
     for name, rows in splits.items():
         report.rows[name] = len(rows)
         shapes = column_shapes(rows)
         for index, row in enumerate(tqdm(rows, desc=f"Checking {name}", disable=not progress, unit="row")):
             try:
-                tokens, kind = _read(row, tokenizer, shapes, report, drop_reasoning)
+                tokens, kind = _read(row, tokenizer, shapes, report, rendering)
                 cut += _check_row(tokens, kind, last_token, max_length, report)
                 if len(report.previews) < num_previews:
                     report.previews.append(preview_masks([tokens], 1, tokenizer, max_length, show=False))
@@ -145,21 +149,23 @@ def _load_tokenizer(name: str, splits: Mapping[str, Any]) -> PreTrainedTokenizer
     return (AutoProcessor if images else AutoTokenizer).from_pretrained(name)
 
 
-def _check_template(tokenizer: PreTrainedTokenizerBase | ProcessorMixin, report: CheckReport) -> None:
+def _check_template(
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin, rendering: RenderingSwitches, report: CheckReport
+) -> None:
     if tokenizer.chat_template is None:
         report.warnings.append(
             "The tokenizer has no chat template: rows of messages cannot be read, only plain text and token rows."
         )
         return
     try:
-        template = TurnTemplate(tokenizer)
+        template = TurnTemplate(tokenizer, **rendering.arguments())
     except ValueError as error:
         report.errors.append(f"Chat template: {error}")
         return
     if not template.shows_tool_calls:
         report.warnings.append(
             "The chat template leaves out tool calls or tool results when it renders. Rows with `tool_calls` are "
-            "refused; write calls and results as text, or use a template that supports tools."
+            "refused; set `tool_dialect='hermes'`, which writes them as text, or use a template that supports tools."
         )
 
 
@@ -168,7 +174,7 @@ def _read(
     tokenizer: Any,
     shapes: Shapes,
     report: CheckReport,
-    drop_reasoning: bool,
+    rendering: RenderingSwitches,
 ) -> tuple[dict[str, Any], Kind]:
     """A row's tokens, with masks of what trains, and its kind."""
     written = recognize(row)
@@ -181,7 +187,7 @@ def _read(
         check_label(row["label"])
     sides = PREFERENCE_SIDES if kind == "preference" else UNPAIRED_SIDES
     if sides[0][1] not in row:
-        row = row | _tokenize(row, kind, tokenizer, shapes, drop_reasoning)
+        row = row | _tokenize(row, kind, tokenizer, shapes, rendering)
     elif has_images(row):
         row = row | read_token_row(row, sides, vision_of(tokenizer))
     for ids, mask in sides:
@@ -261,7 +267,9 @@ def _inner_rows(row: Mapping[str, Any]) -> tuple[str, str] | None:
     return None
 
 
-def _tokenize(row: dict[str, Any], kind: Kind, tokenizer: Any, shapes: Shapes, drop_reasoning: bool) -> dict[str, Any]:
+def _tokenize(
+    row: dict[str, Any], kind: Kind, tokenizer: Any, shapes: Shapes, rendering: RenderingSwitches
+) -> dict[str, Any]:
     sides = ("chosen", "rejected") if kind == "preference" else ("completion",)
     if conversation_column(row) is None and not holds_messages(row, sides):
         if has_images(row):
@@ -275,7 +283,7 @@ def _tokenize(row: dict[str, Any], kind: Kind, tokenizer: Any, shapes: Shapes, d
             encoded |= {f"{side}_ids": ids, mask: [1] * len(ids)}
         return encoded
     tokenize = tokenize_preference_row if kind == "preference" else tokenize_unpaired_row
-    return tokenize(row, tokenizer, shapes, drop_reasoning=drop_reasoning)
+    return tokenize(row, tokenizer, shapes, rendering=rendering)
 
 
 def _warn(report: CheckReport, cut: int, max_length: int | None) -> None:

@@ -9,6 +9,7 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from ..formats import Shapes, column_shapes
+from ..messages.wording import AS_WRITTEN, RenderingSwitches
 from ..segments import branches_of, split_segments
 from .tokenization import read_messages, tokenize_trajectory
 from .turns import choose_tokens
@@ -21,6 +22,8 @@ def supervised_rows(
     dataset: Dataset | IterableDataset,
     processing_class: PreTrainedTokenizerBase | ProcessorMixin,
     num_proc: int | None = None,
+    tool_dialect: str | None = None,
+    write_reasoning: bool = False,
 ) -> Dataset | IterableDataset:
     """Turns trajectories into rows with `input_ids` and `labels`, which `SFTTrainer` takes as they are.
 
@@ -36,6 +39,8 @@ def supervised_rows(
             Tokenizer.
         num_proc (`int`, *optional*):
             Processes for a map-style dataset.
+        tool_dialect (`str`, *optional*), write_reasoning (`bool`, *optional*, defaults to `False`):
+            As in [`tokenize_trajectory`].
 
     Returns:
         The dataset with `input_ids` and `labels` (-100 outside the policy's tokens) alone. A trajectory that is more
@@ -47,7 +52,11 @@ def supervised_rows(
     kwargs: dict[str, Any] = {"remove_columns": dataset.column_names}
     if isinstance(dataset, Dataset):
         kwargs |= {"num_proc": num_proc, "desc": "Labelling the policy's tokens"}
-    fn_kwargs = {"processing_class": processing_class, "shapes": column_shapes(dataset)}
+    fn_kwargs = {
+        "processing_class": processing_class,
+        "shapes": column_shapes(dataset),
+        "rendering": RenderingSwitches(tool_dialect=tool_dialect, write_reasoning=write_reasoning),
+    }
     return dataset.map(_label_batch, batched=True, with_indices=True, fn_kwargs=fn_kwargs, **kwargs)
 
 
@@ -62,10 +71,11 @@ def _label(
     index: int,
     processing_class: PreTrainedTokenizerBase | ProcessorMixin,
     shapes: Shapes | None = None,
+    rendering: RenderingSwitches = AS_WRITTEN,
 ) -> list[dict[str, list[int]]]:
     """The rows of [`supervised_rows`] that one row becomes: one for each of its sequences."""
     try:
-        tokens = row if "completion_ids" in row else _tokenize(row, processing_class, shapes)
+        tokens = row if "completion_ids" in row else _tokenize(row, processing_class, shapes, rendering)
         mask = choose_tokens(tokens, "completion_ids", tokens["action_mask"])
     except ValueError as error:
         raise ValueError(f"Row {index}: {error}") from error
@@ -85,12 +95,15 @@ def _label(
 
 
 def _tokenize(
-    row: Mapping[str, Any], processing_class: PreTrainedTokenizerBase | ProcessorMixin, shapes: Shapes | None
+    row: Mapping[str, Any],
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin,
+    shapes: Shapes | None,
+    rendering: RenderingSwitches,
 ) -> dict[str, list[Any]]:
     read = read_messages(row, processing_class, shapes)
     if "completion" not in read:
         raise ValueError(
             "the row is a pair, of which nobody says what is to be imitated. Pass one completion per row."
         )
-    kwargs = read["chat_template_kwargs"]
+    kwargs = {**rendering.arguments(), **read["chat_template_kwargs"]}
     return tokenize_trajectory(processing_class, read["prompt"], read["completion"], read["tools"], **kwargs)

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from ..errors import VanishedPartError
 from ..formats import Shapes, column_shapes, place_images, read_row
 from ..messages import normalize_tools, without_flags, without_reasoning
+from ..messages.wording import AS_WRITTEN, RenderingSwitches
 from ..templates import TurnTemplate, tokenize_unproven
 from ..version import __version__
 from .turns import TURN_COLUMNS, turn_spans
@@ -36,6 +37,8 @@ def tokenize_trajectory(
     tools: list | str | None = None,
     drop_reasoning: bool = False,
     training_template: bool = False,
+    tool_dialect: str | None = None,
+    write_reasoning: bool = False,
     **chat_template_kwargs: Any,
 ) -> dict[str, list[Any]]:
     """Tokenizes one trajectory; the mask is 1 exactly on tokens that the policy would have sampled.
@@ -55,6 +58,11 @@ def tokenize_trajectory(
         training_template (`bool`, *optional*, defaults to `False`):
             Where the chat template rewrites earlier turns, render with TRL's training template of its family, if there
             is one, instead of the sequences that the policy saw.
+        tool_dialect (`str`, *optional*):
+            `"hermes"` or `"fenced"`: render calls and results as text and tell of the tools in the system message, as
+            rollouts in this dialect do; for chat templates that show no calls.
+        write_reasoning (`bool`, *optional*, defaults to `False`):
+            Write reasoning as `<think>…</think>` before the words of its turn, where the template cannot show any.
         **chat_template_kwargs:
             Passed on to the chat template.
 
@@ -76,8 +84,8 @@ def tokenize_trajectory(
     '<tool_call>\\n{"name": "add", ...}\\n</tool_call><|im_end|>The sum is 4.<|im_end|>'
     ```
     """
-    switches = {"drop_reasoning": drop_reasoning, "training_template": training_template}
-    template = turn_template(processing_class, tools, {**switches, **chat_template_kwargs})
+    switches = RenderingSwitches(drop_reasoning, training_template, tool_dialect, write_reasoning)
+    template = turn_template(processing_class, tools, {**switches.arguments(), **chat_template_kwargs})
     return template.tokenize(prompt, completion)
 
 
@@ -103,8 +111,7 @@ def read_messages(
     example: Mapping[str, Any],
     processing_class: PreTrainedTokenizerBase | ProcessorMixin,
     shapes: Shapes | None = None,
-    drop_reasoning: bool = False,
-    training_template: bool = False,
+    rendering: RenderingSwitches = AS_WRITTEN,
 ) -> dict[str, Any]:
     """The conversation of a row in TRL's form (see [`formats.read_row`]), with its `chat_template_kwargs`."""
     kwargs = example.get("chat_template_kwargs") or {}
@@ -115,23 +122,22 @@ def read_messages(
         )
     template = str(kwargs.get("chat_template") or processing_class.chat_template)
     row = place_images(read_row(example, shapes=shapes, template=template), example)
-    if drop_reasoning:
+    if rendering.drop_reasoning:
         row |= {
             side: without_reasoning(row[side])
             for side in ("prompt", "chosen", "rejected", "completion")
             if side in row
         }
-    return {**row, "chat_template_kwargs": kwargs, "training_template": training_template}
+    return {**row, "chat_template_kwargs": kwargs, "rendering": rendering}
 
 
 def _read_answers(
     example: Mapping[str, Any],
     processing_class: PreTrainedTokenizerBase | ProcessorMixin,
     shapes: Shapes | None,
-    drop_reasoning: bool,
-    training_template: bool,
+    rendering: RenderingSwitches,
 ) -> dict[str, Any]:
-    row = read_messages(example, processing_class, shapes, drop_reasoning, training_template)
+    row = read_messages(example, processing_class, shapes, rendering)
     if not row["prompt"]:
         raise ValueError("`prompt` holds no message, so there is nothing to answer. Give it a user's turn.")
     return row
@@ -169,11 +175,11 @@ def tokenize_side(
     plain_prompt, _ = without_flags(prompt)
     completion, flags = without_flags(row[side])
     turns = [(flag, m) for flag, m in zip(flags, completion, strict=True) if m.get("role") == "assistant"]
+    switches = row.get("rendering", AS_WRITTEN)
     try:
         if all_tokens and completion and all(flags):
-            return _untold(tokenize_unproven(processing_class, plain_prompt, completion, tools, **kwargs))
-        switch = {"training_template": row.get("training_template", False)}
-        template = turn_template(processing_class, tools, {**switch, **kwargs})
+            return _untold(tokenize_unproven(processing_class, plain_prompt, completion, tools, switches, **kwargs))
+        template = turn_template(processing_class, tools, {**switches.arguments(), **kwargs})
         output: dict[str, Any] = template.tokenize(plain_prompt, completion, with_turns=True)
     except VanishedPartError as error:
         raise VanishedPartError(f"`{side}`: {error}") from error
@@ -204,7 +210,8 @@ def _tokenize_one_turn(
 ) -> dict[str, Any]:
     """As TRL does, with the reason in the log."""
     try:
-        output = tokenize_unproven(processing_class, prompt, completion, row["tools"], **row["chat_template_kwargs"])
+        switches, kwargs = row.get("rendering", AS_WRITTEN), row["chat_template_kwargs"]
+        output = tokenize_unproven(processing_class, prompt, completion, row["tools"], switches, **kwargs)
     except VanishedPartError:
         raise
     except ValueError as error:  # it cannot be rendered at all
@@ -221,8 +228,7 @@ def _untold(output: dict[str, list[int]]) -> dict[str, Any]:
     return {"branches": FIRST_SEGMENT, **output, **dict.fromkeys(TURN_COLUMNS)}
 
 
-# What rows of messages become, given a row, `processing_class`, `shapes`, `all_tokens`, `drop_reasoning` and
-# `training_template`
+# What rows of messages become, given a row, `processing_class`, `shapes`, `all_tokens` and `rendering`
 Tokenize = Callable[..., dict[str, Any]]
 
 
@@ -231,8 +237,7 @@ def row_tokenization_kwargs(
     processing_class: PreTrainedTokenizerBase | ProcessorMixin,
     tokenize: Tokenize,
     all_tokens: bool = False,
-    drop_reasoning: bool = False,
-    training_template: bool = False,
+    rendering: RenderingSwitches = AS_WRITTEN,
 ) -> dict[str, Any]:
     """`fn_kwargs` for mapping [`tokenize_numbered_row`] over a dataset.
 
@@ -244,8 +249,7 @@ def row_tokenization_kwargs(
         "tokenize": tokenize,
         "shapes": column_shapes(dataset),
         "all_tokens": all_tokens,
-        "drop_reasoning": drop_reasoning,
-        "training_template": training_template,
+        "rendering": rendering,
         "version": __version__,
     }
 
@@ -257,13 +261,12 @@ def tokenize_numbered_row(
     tokenize: Tokenize,
     shapes: Shapes,
     all_tokens: bool,
-    drop_reasoning: bool,
-    training_template: bool,
+    rendering: RenderingSwitches,
     version: str,
 ) -> dict[str, Any]:
     """`tokenize(example, …)`; what it refuses is refused with the row's number."""
     try:
-        return tokenize(example, processing_class, shapes, all_tokens, drop_reasoning, training_template)
+        return tokenize(example, processing_class, shapes, all_tokens, rendering)
     except VanishedPartError as error:
         raise VanishedPartError(f"Row {index}: {error}") from error
     except ValueError as error:
@@ -275,11 +278,10 @@ def tokenize_preference_row(
     processing_class: PreTrainedTokenizerBase | ProcessorMixin,
     shapes: Shapes | None = None,
     all_tokens: bool = False,
-    drop_reasoning: bool = False,
-    training_template: bool = False,
+    rendering: RenderingSwitches = AS_WRITTEN,
 ) -> dict[str, Any]:
     """Token columns of a conversational preference row (`prompt`, `chosen`, `rejected`), with those of its turns."""
-    row = _read_answers(example, processing_class, shapes, drop_reasoning, training_template)
+    row = _read_answers(example, processing_class, shapes, rendering)
     sides = {side: tokenize_side(row, side, processing_class, all_tokens) for side in ("chosen", "rejected")}
     # The sides share one prompt. Where theirs differ, what is left of each moves into its completion, untrained.
     shared = common_prefix_length(sides["chosen"]["prompt_ids"], sides["rejected"]["prompt_ids"])
@@ -300,12 +302,11 @@ def tokenize_unpaired_row(
     processing_class: PreTrainedTokenizerBase | ProcessorMixin,
     shapes: Shapes | None = None,
     all_tokens: bool = False,
-    drop_reasoning: bool = False,
-    training_template: bool = False,
+    rendering: RenderingSwitches = AS_WRITTEN,
 ) -> dict[str, Any]:
     """Token columns of a conversational row with one completion, with those of its turns, and with its `reward` where
     that stands under another name."""
-    row = _read_answers(example, processing_class, shapes, drop_reasoning, training_template)
+    row = _read_answers(example, processing_class, shapes, rendering)
     output = tokenize_side(row, "completion", processing_class, all_tokens)
     return {**output, "reward": row["reward"]} if "reward" in row else output
 
@@ -315,11 +316,10 @@ def tokenize_pair_apart(
     processing_class: PreTrainedTokenizerBase | ProcessorMixin,
     shapes: Shapes | None = None,
     all_tokens: bool = False,
-    drop_reasoning: bool = False,
-    training_template: bool = False,
+    rendering: RenderingSwitches = AS_WRITTEN,
 ) -> dict[str, dict[str, Any]]:
     """The two sides of a conversational preference row, each with the columns of [`tokenize_unpaired_row`]."""
-    row = _read_answers(example, processing_class, shapes, drop_reasoning, training_template)
+    row = _read_answers(example, processing_class, shapes, rendering)
     return {side: tokenize_side(row, side, processing_class, all_tokens) for side in ("chosen", "rejected")}
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from datasets import Dataset, IterableDataset, concatenate_datasets
 
 from ..formats import CONVERSATIONS, NESTED, TOOLS
+from ..messages.wording import AS_WRITTEN, RenderingSwitches
 from ..segments import behind_prompt, branches_of
 from .columns import list_lengths
 from .tokenization import row_tokenization_kwargs, tokenize_numbered_row, tokenize_pair_apart
@@ -37,15 +38,14 @@ def tokenize_interleaved(
     dataset: Dataset | IterableDataset,
     processing_class: Any,
     all_tokens: bool = False,
-    drop_reasoning: bool = False,
-    training_template: bool = False,
+    rendering: RenderingSwitches = AS_WRITTEN,
     desc: str | None = None,
     num_proc: int | None = None,
 ) -> Dataset | IterableDataset:
     """Tokenizes preference rows of messages into twice as many unpaired token rows, in the order of
     [`unpair_interleaved`]. Tokens are taken apart, not messages, whose forms may differ from row to row."""
     map_kwargs: dict[str, Any] = {"num_proc": num_proc, "desc": desc} if isinstance(dataset, Dataset) else {}
-    options = all_tokens, drop_reasoning, training_template
+    options = all_tokens, rendering
     fn_kwargs = row_tokenization_kwargs(dataset, processing_class, tokenize_pair_apart, *options)
     columns = dataset.column_names or list(next(iter(dataset)))
     return dataset.map(

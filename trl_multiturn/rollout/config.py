@@ -77,6 +77,7 @@ class RolloutConfig:
         metadata={
             "help": "How the policy calls tools. `native`: the chat template's tool calls. `fenced`: the paper's "
             "format, a fenced code block answered by a user turn with an `output` block. "
+            "`hermes`: JSON in tags and a description of the tools, for chat templates that show no calls. "
             "`action`: a text environment's, where every turn is an action. `auto`: native where the "
             "chat template can render and parse tool calls, else fenced. Also the dotted path of a dialect's class "
             "of your own (`my_package.MyDialect`); in Python the class or an object, too (see "

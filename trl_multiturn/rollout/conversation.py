@@ -16,7 +16,7 @@ from ..templates import TurnTemplate
 from ..tools.base import ToolCall
 from .config import RolloutConfig
 from .dialects.choice import choose_dialect
-from .dialects.dialect import EndsTurns, Message, Turn
+from .dialects.dialect import EndsTurns, Message, Turn, WritesTools
 
 
 class UnrenderableHistory(RuntimeError):
@@ -43,6 +43,8 @@ class Conversation:
         # Once, as looking at a protocol costs more than reading a turn
         self._turn_end = self.dialect.turn_end if isinstance(self.dialect, EndsTurns) else None
         kwargs: Any = config.chat_template_kwargs or {}  # a dict, once the configuration has read it
+        if isinstance(self.dialect, WritesTools):
+            kwargs = {**kwargs, "tool_dialect": self.dialect.tool_dialect}
         self.template = TurnTemplate(processing_class, tools=self.dialect.template_tools, **kwargs)
         self._tokenizer = getattr(processing_class, "tokenizer", processing_class)
         eos = self._tokenizer.eos_token_id

@@ -61,7 +61,7 @@ def python_shots(
             f"{len(EXAMPLES)}, of the Python interpreter. Give your own: `--shots_name FILE`, a file of `messages`."
         )
     dialect = choose_dialect(config.dialect, processing_class, [tool_schema(tool) for tool in tools], config)
-    if dialect.name not in ("fenced", "native"):
+    if dialect.name not in ("fenced", "native", "hermes"):
         raise ValueError(
             f"There are no worked examples in the dialect {dialect.name!r}. Give your own: `--shots_name FILE`."
         )

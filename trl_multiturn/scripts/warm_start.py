@@ -19,6 +19,7 @@ from ..engines.engine import Engine
 from ..journal.journal import Journal
 from ..rollout.config import RolloutConfig
 from ..rollout.dialects.choice import choose_dialect
+from ..rollout.dialects.dialect import Dialect, WritesTools
 from ..rollout.loop import generate_trajectories
 from ..rows.row_files import write_rows
 from ..rows.selection import UnpairedConfig, select_by_prompt
@@ -92,10 +93,12 @@ def _imitate(
         rows = load_split(str(flags.warm_start)) if demonstrations is None else demonstrations
         rows = _as_in_the_loop(rows, arguments.rollout, tokenizer, tools)
     rows = rows.select(range(min(flags.warm_start_rows or len(rows), len(rows))))
+    dialect = _dialect(arguments.rollout, tokenizer, tools)
+    tool_dialect = dialect.tool_dialect if isinstance(dialect, WritesTools) else None
     trainer = SFTTrainer(
         model=model,
         args=_sft_config(arguments, folder),
-        train_dataset=supervised_rows(rows, tokenizer),
+        train_dataset=supervised_rows(rows, tokenizer, tool_dialect=tool_dialect),
         processing_class=tokenizer,
         peft_config=get_peft_config(arguments.model),
     )
@@ -221,10 +224,14 @@ def verified_rows(
     return rows
 
 
+def _dialect(config: RolloutConfig, tokenizer: Any, tools: Sequence[Any]) -> Dialect:
+    """What the rollouts speak."""
+    return choose_dialect(config.dialect, tokenizer, [tool_schema(tool) for tool in tools], config)
+
+
 def _as_in_the_loop(rows: Dataset, config: RolloutConfig, tokenizer: Any, tools: Sequence[Any]) -> Dataset:
     """Conversations with the system message, the tools and the template's arguments that the rollouts have."""
-    schemas = [tool_schema(tool) for tool in tools]
-    shown = choose_dialect(config.dialect, tokenizer, schemas, config).template_tools
+    shown = _dialect(config, tokenizer, tools).template_tools
 
     def complete(row: dict[str, Any]) -> dict[str, Any]:
         opening = "messages" if "messages" in row else "prompt"

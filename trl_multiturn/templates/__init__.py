@@ -13,4 +13,5 @@ follow (it strips their thinking), the next turn begins a token sequence of its 
 message out is refused with the part.
 """
 
-from .turn_template import TurnTemplate as TurnTemplate, tokenize_unproven as tokenize_unproven
+from .turn_template import TurnTemplate as TurnTemplate
+from .unproven import tokenize_unproven as tokenize_unproven

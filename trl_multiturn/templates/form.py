@@ -7,11 +7,13 @@ import json
 import re
 from collections.abc import Sequence
 from functools import cached_property
+from os.path import commonprefix
 from typing import Any
 
 from ..messages import REASONING, Message, arguments_as_strings
 from ..messages.nulls import tell_once
 from .probes import ANSWER, CALL_ID, USER, call_turn, result, tool_name
+from .remedies import switch_names
 from .rendering import Renderer
 
 
@@ -62,6 +64,22 @@ class Form:
     def reasoning_keys(self, calls: bool) -> tuple[str, ...]:
         """The keys under which a turn's reasoning is shown, in a turn that calls a tool or in an answer."""
         return self._call_reasoning_keys if calls else self._answer_reasoning_keys
+
+    @cached_property
+    def shows_system(self) -> bool:
+        """Whether a system message at the beginning is shown."""
+        return self._shows([{"role": "system", "content": "probed thought"}, USER])
+
+    @cached_property
+    def reasoning_is_text(self) -> bool:
+        """Whether a policy's reasoning can only be text of its turns: the template shows it under no key, with no
+        switch of its own, and its prompts say nothing of thinking."""
+        switches = [{}, *({name: value} for name in switch_names(self._render.template) for value in (False, True))]
+        forms = (Form(self._render.with_kwargs(**switch)) for switch in switches)
+        if any(form.reasoning_keys(calls) for form in forms for calls in (False, True)):
+            return False
+        asked, prompt = (self._attempt([USER], generation_prompt) for generation_prompt in (False, True))
+        return asked is not None and prompt is not None and "think" not in prompt[len(commonprefix([asked, prompt])) :]
 
     def thinking_turns(self) -> list[Message]:
         """Turns whose reasoning this template shows: an answer and a call, as far as it does."""
@@ -132,8 +150,9 @@ class Form:
         text = self._attempt(messages)
         return text is not None and "probed thought" in text
 
-    def _attempt(self, messages: list[Message]) -> str | None:
-        return self._render.attempt(list(map(_in_parts, messages)) if self._content_in_parts else messages)
+    def _attempt(self, messages: list[Message], generation_prompt: bool = False) -> str | None:
+        messages = list(map(_in_parts, messages)) if self._content_in_parts else messages
+        return self._render.attempt(messages, generation_prompt)
 
 
 def _in_parts(message: Message) -> Message:

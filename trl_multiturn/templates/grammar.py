@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 from ..errors import VanishedPartError
 from ..messages import Message
+from ..messages.wording import AS_WRITTEN, RenderingSwitches
 from .endings import EndingProbe, Endings
 from .form import Form
 from .parts import Part, changes, is_verbatim, parts_of, replaced, surroundings, unmistakable
@@ -58,6 +59,11 @@ class Grammar:
         self.endings = self._facts.endings
         self.reader = TurnReader(render, self.form, self.endings)
         self.spans = SpanFinder(render, self.endings, self.reader)
+
+    @property
+    def owner(self) -> Any:
+        """The user's tokenizer, or its copy where that is gone."""
+        return self._owner() or self.render.processing_class
 
     @property
     def training(self) -> str | None:
@@ -144,16 +150,26 @@ class Grammar:
         name = tool_name(self.render.tools)
         return sum(self.proves(each, rewritten) for each in conversations(name)) if self.endings else -1
 
-    def with_remedy(self, error: ValueError, messages: Sequence[Message], first: int) -> ValueError:
-        """The error that refused a conversation, with what makes it trainable."""
-        key = (type(error), *surroundings(messages, first))
+    def with_remedy(
+        self,
+        error: ValueError,
+        messages: Sequence[Message],
+        first: int,
+        further: Callable[[], Iterable[str]] = tuple,
+        switches: RenderingSwitches = AS_WRITTEN,
+    ) -> ValueError:
+        """The error that refused a conversation under some switches, with what makes it trainable.
+
+        `further` finds remedies that this grammar knows nothing of.
+        """
+        key = (type(error), switches, *surroundings(messages, first))
         if key not in self._facts.remedies:
-            self._facts.remedies[key] = find_remedies(messages, first, self.render.template, self._works)
+            template = self.render.template
+            self._facts.remedies[key] = find_remedies(messages, first, template, self._works, further)
         return type(error)(f"{error} {self._facts.remedies[key]}")
 
     def _works(self, messages: list[Message], first: int, kwargs: dict[str, Any]) -> bool:
-        owner = self._owner() or self.render.processing_class
-        grammar = Grammar(self.render.with_kwargs(**kwargs), owner) if kwargs else self
+        grammar = Grammar(self.render.with_kwargs(**kwargs), self.owner) if kwargs else self
         try:
             grammar.measure(messages, first)
         except ValueError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import islice
 from typing import Any
@@ -23,15 +23,23 @@ Trial = Callable[[list[Message], int, dict[str, Any]], bool]
 """Whether messages, trained from a place on, can be measured with further keyword arguments of the template."""
 
 
-def find_remedies(messages: Sequence[Message], first: int, template: str, works: Trial) -> str:
+def find_remedies(
+    messages: Sequence[Message],
+    first: int,
+    template: str,
+    works: Trial,
+    further: Callable[[], Iterable[str]] = tuple,
+) -> str:
     """Sentences that name what makes a refused conversation trainable, each of them tried.
 
     Args:
         messages (`list[dict]`), first (`int`): the conversation, trained from message `first` on.
         template (`str`): the chat template.
         works ([`Trial`]): tries a conversation.
+        further (`Callable`, *optional*): finds remedies of other kinds, which it tries itself.
     """
     found = list(_switches(messages, first, template, works))
+    found += further() if first < len(messages) else ()
     found += (words for words, other, at in _rewritten(messages, first) if works(other, at, {}))
     if not found and _each_turn_works(messages, first, works):
         found.append("make a row of each assistant turn, with all before it as its prompt")
@@ -79,12 +87,6 @@ def _rewritten(messages: Sequence[Message], first: int) -> Iterator[tuple[str, l
     if any(message.get("tool_calls") and str(message.get("content") or "").strip() for message in messages):
         silent = [{**message, "content": ""} if message.get("tool_calls") else message for message in messages]
         yield "leave out the words beside tool calls", silent, first
-    if any(message.get("tool_calls") or message["role"] == "tool" for message in messages):
-        yield (
-            "write calls and results as text (a fenced code block, and a user turn with its output)",
-            list(map(_as_text, messages)),
-            first,
-        )
 
 
 def _one_call_a_turn(messages: Sequence[Message], first: int) -> tuple[list[Message], int]:
@@ -108,22 +110,6 @@ def _one_call_a_turn(messages: Sequence[Message], first: int) -> tuple[list[Mess
             split += results[number : number + 1]
         place += 1 + len(results)
     return split, start
-
-
-def _as_text(message: Message) -> Message:
-    if message["role"] == "tool":
-        content = message.get("content") or ""
-        if isinstance(content, list):
-            before, after = ({"type": "text", "text": text} for text in ("```output\n", "\n```"))
-            return {"role": "user", "content": [before, *content, after]}
-        return {"role": "user", "content": f"```output\n{content}\n```"}
-    if not message.get("tool_calls"):
-        return message
-    calls = "\n".join(
-        f"```{call['function']['name']}\n{call['function']['arguments']}\n```" for call in message["tool_calls"]
-    )
-    kept = {key: value for key, value in message.items() if key != "tool_calls"}
-    return {**kept, "content": f"{message.get('content') or ''}\n{calls}".strip()}
 
 
 def _each_turn_works(messages: Sequence[Message], first: int, works: Trial) -> bool:

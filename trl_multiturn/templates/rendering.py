@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from .. import _upstream
 from ..messages import Message
+from .probes import USER
 
 
 class Renderer:
@@ -73,6 +74,20 @@ class Renderer:
             return self(messages, generation_prompt)
         except ValueError:
             return None
+
+
+def own_renderer(
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin,
+    template: str,
+    tools: list[Any] | None,
+    kwargs: Mapping[str, Any],
+) -> Renderer:
+    """The renderer of a user's own template."""
+    render = Renderer(processing_class, template, tools, kwargs)
+    if tools is not None or render.attempt([USER]) is not None:
+        return render
+    without_any = render.with_tools([])  # some templates go through the tools without a look
+    return render if without_any.attempt([USER]) is None else without_any
 
 
 def template_text(processing_class: PreTrainedTokenizerBase | ProcessorMixin, tools: list[Any] | None) -> str:

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property, lru_cache
+from dataclasses import replace
+from functools import cached_property, lru_cache, partial
 from os.path import commonprefix
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from ..images.vision import Vision, refuse_unseen_images, vision_of
-from ..messages import Message, normalize_messages, normalize_tools, without_flags, without_reasoning
+from ..messages import REASONING, Message, normalize_messages, normalize_tools, without_flags, without_reasoning
 from ..messages.images import images_in
 from ..messages.nulls import tell_once
+from ..messages.wording import RenderingSwitches, Wording
 from ..segments import RowBuilder
 from .encoding import encode, encode_pieces
 from .grammar import Grammar
 from .probes import ANSWER, USER
-from .rendering import Renderer, template_text
+from .rendering import Renderer, own_renderer, template_text
 from .spans import Measured
 from .turns import TemplateMismatch
 
@@ -27,6 +29,11 @@ _CLOSES_BLOCK = (
     "close the block at once, as after a reasoning that is empty. Where that is not what they did, give such turns "
     "their `reasoning_content`, or switch thinking off in the template (`chat_template_kwargs`)."
 )
+
+_WRITES = {
+    "tool_dialect": "calls and results are written as text",
+    "write_reasoning": "reasoning is written as `<think>…</think>` before the words of its turn",
+}
 
 
 class TurnTemplate:
@@ -47,6 +54,11 @@ class TurnTemplate:
             rendered. Without it, reasoning that the template does not show is an error.
         training_template (`bool`, *optional*, defaults to `False`):
             Prefer TRL's training template, where there is one, to several token sequences.
+        tool_dialect (`str`, *optional*):
+            `"hermes"` or `"fenced"`: calls and results are text in the words of this dialect, and the tools stand in
+            the system message, as in a rollout with `RolloutConfig(dialect=…)`. The template's own calls are not used.
+        write_reasoning (`bool`, *optional*, defaults to `False`):
+            Write reasoning as `<think>…</think>` before the words of its turn, where the template cannot show any.
         **chat_template_kwargs:
             Passed on to the template (e.g. `enable_thinking=False`). `chat_template` replaces the tokenizer's own.
 
@@ -68,14 +80,17 @@ class TurnTemplate:
         tools: list | None = None,
         drop_reasoning: bool = False,
         training_template: bool = False,
+        tool_dialect: str | None = None,
+        write_reasoning: bool = False,
         **chat_template_kwargs: Any,
     ):
         self.tools = normalize_tools(tools) or None
-        own = chat_template_kwargs.pop("chat_template", None) or template_text(processing_class, self.tools)
+        shown = self.tools if tool_dialect is None else None
+        own = chat_template_kwargs.pop("chat_template", None) or template_text(processing_class, shown)
         self.chat_template_kwargs = chat_template_kwargs
-        self.drop_reasoning = drop_reasoning
-        self.training_template = training_template
-        self._own, *others = _grammars(processing_class, own, self.tools, chat_template_kwargs)
+        self.switches = RenderingSwitches(drop_reasoning, training_template, tool_dialect, write_reasoning)
+        self._own, *others = _grammars(processing_class, own, shown, chat_template_kwargs)
+        self._wording = Wording(self._own.form, self.tools, self.switches)
         # Stable: the user's own template, where it proves as much
         rewritten = not training_template
         self._grammars = sorted([self._own, *others], key=lambda grammar: -grammar.proven_probes(rewritten))
@@ -108,13 +123,12 @@ class TurnTemplate:
         Raises:
             `ValueError`: if the template cannot render them, or leaves a part of them out.
         """
-        messages, _ = without_flags(self.normalize(messages))
+        messages, _ = without_flags(self._wording.written(self.normalize(messages)))
         try:
-            text = self._grammar.render(self._grammar.form.fit(messages), generation_prompt=True)
-            if check:
-                self._grammar.check_rendering(messages, text)
+            text = self._render_prompt(messages, check)
         except ValueError as error:
-            raise self._grammar.with_remedy(error, messages, len(messages)) from error
+            messages = self._with_thoughts_or(error, messages, len(messages))
+            text = self._render_prompt(messages, check)
         images = images_in(messages)
         return self._encode(self._vision.expand([text], images).pieces[0] if images else text)
 
@@ -125,7 +139,58 @@ class TurnTemplate:
         template = str(self.processing_class.chat_template)
         messages = normalize_messages(messages, column, after=after, schemas=self.tools, template=template)
         refuse_unseen_images(messages, self.processing_class, column)
-        return without_reasoning(messages) if self.drop_reasoning else messages
+        return without_reasoning(messages) if self.switches.drop_reasoning else messages
+
+    def _render_prompt(self, messages: Sequence[Message], check: bool) -> str:
+        text = self._grammar.render(self._grammar.form.fit(messages), generation_prompt=True)
+        if check:
+            self._grammar.check_rendering(messages, text)
+        return text
+
+    def _with_thoughts_or(self, error: ValueError, messages: list[Message], first: int) -> list[Message]:
+        """Refused messages with their reasoning as text, where that is asked for and can make the difference.
+
+        Raises:
+            `ValueError`: the refusal, with its remedy.
+        """
+        written = self._wording.with_thoughts(messages)
+        if written is None:
+            raise self._refusal(error, messages, first) from error
+        return written
+
+    def _refusal(self, error: ValueError, messages: list[Message], first: int) -> ValueError:
+        untried = partial(self._untried_switches, messages, first)
+        return self._own.with_remedy(error, messages, first, untried, self.switches)
+
+    def _untried_switches(self, messages: list[Message], first: int) -> Iterator[str]:
+        """The fewest further switches that make a refused conversation trainable, if they do."""
+        calls = any(message.get("tool_calls") or message["role"] == "tool" for message in messages)
+        thinks = any(message.get(key) for message in messages for key in REASONING)
+        dialects = ["hermes"] if calls and self.switches.tool_dialect is None else []
+        thoughts = [True] if thinks and not self.switches.write_reasoning else []
+        found: list[dict[str, Any]] = [{"tool_dialect": dialect} for dialect in dialects]
+        found += [{"write_reasoning": switch} for switch in thoughts]
+        found += [{"tool_dialect": dialect, "write_reasoning": switch} for dialect in dialects for switch in thoughts]
+        for further in found:
+            switches = replace(self.switches, **further)
+            kwargs = {"chat_template": self._own.render.template, **self.chat_template_kwargs}
+            if TurnTemplate(self._own.owner, self.tools, **switches.arguments(), **kwargs)._proves(messages, first):
+                yield "set " + " and ".join(f"`{name}={value!r}` ({_WRITES[name]})" for name, value in further.items())
+                return
+
+    def _proves(self, messages: list[Message], first: int) -> bool:
+        try:
+            prompt = self._wording.written(messages[:first])
+            written = [*prompt, *self._wording.written(messages[first:], opens=False)]
+        except ValueError:
+            return False
+        for each in (written, self._wording.with_thoughts(written)):
+            try:
+                if each is not None and self._prove(each, len(prompt)):
+                    return True
+            except ValueError:
+                continue
+        return False
 
     @cached_property
     def _vision(self) -> Vision:
@@ -159,10 +224,14 @@ class TurnTemplate:
             [`VanishedPartError`]: if the template leaves out a part of a message.
         """
         prompt, _ = without_flags(self.normalize(prompt, "prompt"))
-        completion, flags = without_flags(self.normalize(completion, "completion", prompt))
+        completion, flags = without_flags(
+            self._wording.written(self.normalize(completion, "completion", prompt), opens=False)
+        )
+        prompt = self._wording.written(prompt)
         if not completion:
             raise ValueError("The completion holds no message, so there is nothing to train on. Drop the row.")
-        measured, grammar = self._measure(prompt + completion, len(prompt))
+        measured, grammar, messages = self._measure(prompt + completion, len(prompt))
+        prompt, completion = messages[: len(prompt)], messages[len(prompt) :]
         trains = [flag for flag, message in zip(flags, completion, strict=True) if message["role"] == "assistant"]
         images = images_in([*prompt, *completion])
         expansion = None
@@ -206,14 +275,14 @@ class TurnTemplate:
         `None` where the template cannot render it, or where it is unknown what of the rendering is sampled.
         """
         try:
-            fitted = self._grammar.form.fit(self.normalize(messages))
+            fitted = self._grammar.form.fit(self._wording.written(self.normalize(messages)))
             return self._grammar.reader.words(fitted, len(fitted) - 1)
         except ValueError:
             return None
 
     def reasoning_keys(self, calls: bool) -> tuple[str, ...]:
         """The keys under which the template shows a turn's reasoning, in a turn that calls a tool or in an answer."""
-        return self._grammar.form.reasoning_keys(calls)
+        return self._grammar.form.reasoning_keys(calls and self.switches.tool_dialect is None)
 
     def observation_ids(self, messages: Sequence[Message], observations: Sequence[Message]) -> list[int]:
         """Ids between an assistant turn's end-of-turn token and the end of the next generation prompt.
@@ -231,14 +300,14 @@ class TurnTemplate:
 
     def after_turn(self, messages: Sequence[Message]) -> Callable[[Sequence[Message]], list[int]]:
         """[`observation_ids`] for many observations after the same turn, which is rendered by itself only once."""
-        messages, _ = without_flags(self.normalize(messages))
-        messages = self._grammar.form.label(messages)
+        before, _ = without_flags(self.normalize(messages))
+        messages = self._grammar.form.label(self._wording.written(before))
         fit, render = self._grammar.form.fit, self._grammar.render
         alone = render(fit(messages))
         encode_head = lru_cache(maxsize=2)(self._encode)
 
         def observation_ids(observations: Sequence[Message]) -> list[int]:
-            answers = self.normalize(observations, "observations", messages)
+            answers = self._wording.written(self.normalize(observations, "observations", before), opens=False)
             text = render(fit(messages + answers), generation_prompt=True)
             try:
                 end = self._grammar.spans.turn_end(text, messages, alone)
@@ -259,10 +328,10 @@ class TurnTemplate:
         The policy then reads no continuation of what it had read and sampled. `False` where the template cannot render
         the messages.
         """
-        messages, _ = without_flags(self.normalize(messages))
-        messages = self._grammar.form.label(messages)
+        before, _ = without_flags(self.normalize(messages))
+        messages = self._grammar.form.label(self._wording.written(before))
         fit, render = self._grammar.form.fit, self._grammar.render
-        answers = self.normalize(observations, "observations", messages)
+        answers = self._wording.written(self.normalize(observations, "observations", before), opens=False)
         text = render.attempt(fit(messages + answers), generation_prompt=True)
         try:
             return text is not None and not self._grammar.spans.continues(text, fit(messages))
@@ -272,7 +341,7 @@ class TurnTemplate:
     @property
     def shows_tool_calls(self) -> bool:
         """Whether the template shows tool calls, their arguments and results."""
-        return self._grammar.shows_tool_calls
+        return self.switches.tool_dialect is not None or self._grammar.shows_tool_calls
 
     @cached_property
     def end_of_turn_ids(self) -> tuple[int, ...]:
@@ -297,9 +366,19 @@ class TurnTemplate:
     def _encode(self, text: str) -> list[int]:
         return encode(self._tokenizer, text)
 
-    def _measure(self, messages: list[Message], first: int) -> tuple[list[Measured], Grammar]:
+    def _measure(self, messages: list[Message], first: int) -> tuple[list[Measured], Grammar, list[Message]]:
         """The renderings and their turns, under the first of the template and TRL's training template that proves
-        them."""
+        them; and the messages with what of them had to be written as text."""
+        try:
+            return *self._prove(messages, first), messages
+        except ValueError as error:
+            written = self._with_thoughts_or(error, messages, first)
+        try:
+            return *self._prove(written, first), written
+        except ValueError as error:
+            raise self._refusal(error, written, first) from error
+
+    def _prove(self, messages: list[Message], first: int) -> tuple[list[Measured], Grammar]:
         errors: list[ValueError] = []
         for grammar, rewritten in self._ways(bool(images_in(messages))):
             if grammar is not self._own and not self._stands_in(grammar, messages, first, errors):
@@ -308,11 +387,11 @@ class TurnTemplate:
                 return grammar.measure(messages, first, rewritten), grammar
             except ValueError as error:
                 errors.append(error)
-        raise self._own.with_remedy(errors[0], messages, first) from errors[0]
+        raise errors[0]
 
     def _ways(self, with_images: bool) -> Iterator[tuple[Grammar, bool]]:
         """Templates to try, and whether each may rewrite earlier turns; images stand in one sequence."""
-        if self.training_template or with_images:
+        if self.switches.training_template or with_images:
             yield from ((grammar, False) for grammar in self._grammars)
         if not with_images:
             yield from ((grammar, True) for grammar in self._grammars)
@@ -331,48 +410,6 @@ class TurnTemplate:
         return shown == training.render.attempt(training.form.fit(messages[:first]), generation_prompt=True)
 
 
-def tokenize_unproven(
-    processing_class: PreTrainedTokenizerBase | ProcessorMixin,
-    prompt: Sequence[Message],
-    completion: Sequence[Message],
-    tools: list | None = None,
-    **chat_template_kwargs: Any,
-) -> dict[str, list[int]]:
-    """Tokenizes messages in TRL's form as TRL's trainers do: the completion begins where prompt and whole part.
-
-    Every token of the completion has mask 1, whoever wrote it.
-
-    Raises:
-        `ValueError`: if the template cannot render the messages.
-        [`VanishedPartError`]: if it leaves a part of them out.
-    """
-    kwargs = dict(chat_template_kwargs)
-    own = kwargs.pop("chat_template", None) or template_text(processing_class, tools)
-    grammar = Grammar(_own_renderer(processing_class, own, tools, kwargs), processing_class)
-    messages = [*prompt, *completion]
-    refuse_unseen_images(messages, processing_class)
-    text = grammar.render(grammar.form.fit(messages))
-    header = grammar.render(grammar.form.fit(prompt), generation_prompt=True)
-    try:
-        grammar.check_rendering(messages, text)
-    except ValueError as error:
-        raise grammar.with_remedy(error, messages, len(prompt)) from error
-    images, more = images_in(messages), {}
-    if images:
-        seen, vision = len(images_in(prompt)), vision_of(processing_class)
-        expansion = vision.expand([text], images)
-        header, text = "".join(vision.expand([header], images[:seen]).pieces), "".join(expansion.pieces)
-        more = {
-            "images": images[:seen],
-            "completion_images": images[seen:],
-            "completion_image_tokens": expansion.tokens[seen:],
-        }
-    prompt_ids, ids = (encode(grammar.render.tokenizer, each) for each in (header, text))
-    start = len(commonprefix([prompt_ids, ids]))
-    mask = [1] * (len(ids) - start)
-    return {"prompt_ids": ids[:start], "completion_ids": ids[start:], "action_mask": mask, **more}
-
-
 def _grammars(
     processing_class: PreTrainedTokenizerBase | ProcessorMixin,
     own: str,
@@ -380,22 +417,9 @@ def _grammars(
     kwargs: dict[str, Any],
 ) -> list[Grammar]:
     """The user's own template, and TRL's training template of its family where there is one."""
-    render = _own_renderer(processing_class, own, tools, kwargs)
+    render = own_renderer(processing_class, own, tools, kwargs)
     grammars = [Grammar(render, processing_class)]
     training = grammars[0].training
     if training not in (None, own):
         grammars.append(Grammar(Renderer(processing_class, training, render.tools, kwargs), processing_class))
     return grammars
-
-
-def _own_renderer(
-    processing_class: PreTrainedTokenizerBase | ProcessorMixin,
-    template: str,
-    tools: list[Any] | None,
-    kwargs: dict[str, Any],
-) -> Renderer:
-    render = Renderer(processing_class, template, tools, kwargs)
-    if tools is not None or render.attempt([USER]) is not None:
-        return render
-    without_any = render.with_tools([])  # some templates go through the tools without a look
-    return render if without_any.attempt([USER]) is None else without_any

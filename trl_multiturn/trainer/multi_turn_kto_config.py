@@ -16,10 +16,10 @@ class MultiTurnKTOConfig(RenderingConfig, PackedConfig, KTOConfig):
     Configuration class for the [`MultiTurnKTOTrainer`].
 
     This class includes only the parameters that are specific to multi-turn KTO. How batches are computed (`packed`,
-    `group_by_prompt`, `max_tokens_per_batch`) is described in [`PackedConfig`], what of messages is rendered
-    (`drop_reasoning`, `training_template`) in [`RenderingConfig`]; for all other parameters please refer
-    to the [`~trl.KTOConfig`] documentation. A plain [`~trl.KTOConfig`] works too; the fields below then have
-    their defaults.
+    `group_by_prompt`, `max_tokens_per_batch`) is described in [`PackedConfig`], how messages are rendered
+    (`tool_dialect`, `write_reasoning`, `drop_reasoning`, `training_template`) in [`RenderingConfig`]; for all other
+    parameters please refer to the [`~trl.KTOConfig`] documentation. A plain [`~trl.KTOConfig`] works too; the fields
+    below then have their defaults.
 
     Parameters:
         > Parameters that control which tokens are trained

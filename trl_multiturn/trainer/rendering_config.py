@@ -19,6 +19,14 @@ class RenderingConfig:
             Where the chat template rewrites earlier turns (it strips their thinking), whether rows are rendered with
             TRL's training template of its family, if there is one. By default a row is the token sequences that the
             policy saw, one for each time that its history was rewritten.
+        tool_dialect (`str`, *optional*):
+            Calls, results and tools as text, for chat templates that show none: `"hermes"` (JSON in tags, the tools
+            described in the system message) or `"fenced"` (a code block). Rows are then what rollouts with
+            `RolloutConfig(dialect=…)` read and sample. By default calls are the chat template's own, and a row whose
+            calls it does not show is refused.
+        write_reasoning (`bool`, *optional*, defaults to `False`):
+            Whether reasoning is written as `<think>…</think>` before the words of its turn, where the chat template
+            can show none under any of its switches. Without it such rows are refused.
     """
 
     drop_reasoning: bool = field(
@@ -33,5 +41,19 @@ class RenderingConfig:
         metadata={
             "help": "Where the chat template rewrites earlier turns, whether rows are rendered with TRL's training "
             "template of its family. By default a row is the token sequences that the policy saw."
+        },
+    )
+    tool_dialect: str | None = field(
+        default=None,
+        metadata={
+            "help": "Calls, results and tools as text, for chat templates that show none: `hermes` (JSON in tags) or "
+            "`fenced` (a code block), as rollouts in this dialect read and sample them."
+        },
+    )
+    write_reasoning: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether reasoning is written as `<think>…</think>` before the words of its turn, where the chat "
+            "template can show none. Without it, such rows are refused."
         },
     )

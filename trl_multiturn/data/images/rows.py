@@ -15,6 +15,7 @@ from datasets import Dataset, Features, Image, IterableDataset, List, Value
 
 from ...formats import IMAGE_COLUMNS, PROMPT_IMAGES, SIDES_WITH_IMAGES, holds_image_parts, holds_own_images, images_of
 from ...images.vision import Vision, vision_of
+from ...messages.wording import AS_WRITTEN, RenderingSwitches
 from ..tokenization import Tokenize, row_tokenization_kwargs, tokenize_numbered_row
 from ..turns import branches_column, columns_of_turns
 
@@ -28,8 +29,7 @@ def tokenize_image_rows(
     tokenize: Tokenize,
     sides: Sides,
     all_tokens: bool = False,
-    drop_reasoning: bool = False,
-    training_template: bool = False,
+    rendering: RenderingSwitches = AS_WRITTEN,
     **map_kwargs: Any,
 ) -> Dataset | IterableDataset:
     """Tokenizes rows of messages with images, each expanded to its tokens; see [`tokenize_numbered_row`].
@@ -39,14 +39,14 @@ def tokenize_image_rows(
             Rows of messages.
         processing_class ([`~transformers.ProcessorMixin`]):
             Processor.
-        tokenize (`Callable`), all_tokens (`bool`), drop_reasoning (`bool`), training_template (`bool`):
+        tokenize (`Callable`), all_tokens (`bool`), rendering ([`RenderingSwitches`]):
             As in [`row_tokenization_kwargs`].
         sides (`tuple[tuple[str, str], ...]`):
             `(ids, mask)` column names.
     """
     moves = moves_images(dataset)
     tokenize = partial(_tokenize_with_images, tokenize=tokenize, sides=sides, moves=moves)
-    options = all_tokens, drop_reasoning, training_template
+    options = all_tokens, rendering
     fn_kwargs = row_tokenization_kwargs(dataset, processing_class, tokenize, *options)
     if moves:
         dataset = undecoded(dataset)

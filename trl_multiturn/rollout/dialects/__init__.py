@@ -9,4 +9,5 @@ from .action import ActionDialect as ActionDialect
 from .choice import DIALECTS as DIALECTS, choose_dialect as choose_dialect, resolve_dialect as resolve_dialect
 from .dialect import Dialect as Dialect, DialectFactory as DialectFactory, Message as Message, Turn as Turn
 from .fenced import FencedDialect as FencedDialect
+from .hermes import HermesDialect as HermesDialect
 from .native import NativeDialect as NativeDialect

@@ -12,6 +12,7 @@ from ...tools.base import tool_version
 from .action import ActionDialect
 from .dialect import Dialect, DialectFactory, DialectLike, DialectSettings, FromConfig, text_parameter
 from .fenced import FencedDialect
+from .hermes import HermesDialect
 from .native import NativeCallsImpossible, NativeDialect
 
 
@@ -36,6 +37,7 @@ def _auto(processing_class: Any, schemas: Sequence[dict[str, Any]], config: Dial
 DIALECTS: dict[str, DialectFactory] = {
     "auto": _auto,
     "native": NativeDialect.from_config,
+    "hermes": HermesDialect.from_config,
     "fenced": FencedDialect.from_config,
     "action": ActionDialect.from_config,
 }

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
+from ...messages.tool_text import text_parameter as text_parameter
 from ...sandbox.result import ToolResult
 from ...tools.base import ToolCall
 
@@ -60,6 +61,14 @@ class Dialect(Protocol):
 
 
 @runtime_checkable
+class WritesTools(Protocol):
+    """A dialect with messages like the chat template's own (`tool_calls`, role `tool`), whose calls are text all the
+    same: `tool_dialect` names the words, as in [`TurnTemplate`]."""
+
+    tool_dialect: str
+
+
+@runtime_checkable
 class EndsTurns(Protocol):
     """A dialect that ends turns by itself."""
 
@@ -96,12 +105,3 @@ class FromConfig(Protocol):
     ) -> Dialect:
         """A class method: the dialect that a configuration asks for."""
         ...
-
-
-def text_parameter(schema: dict[str, Any]) -> str | None:
-    """The name of a tool's only required argument, where that is text."""
-    parameters = schema["function"].get("parameters", {})
-    required = parameters.get("required", [])
-    if len(required) == 1 and parameters.get("properties", {}).get(required[0], {}).get("type") == "string":
-        return required[0]
-    return None

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ...messages.images import content_of
+from ...messages.tool_text import TOOL_DIALECTS, joined_results
 from ...sandbox.result import ToolResult
 from ...tools.base import ToolCall
 from ...verify.answers import boxed_answers
@@ -75,7 +76,5 @@ class FencedDialect:
         return None
 
     def observe(self, turn: Turn, results: Sequence[ToolResult]) -> list[Message]:
-        outputs = [result.output for result in results] or [turn.problem or ""]
-        blocks = [f"```output\n{output.rstrip()}\n```" for output in outputs]
-        images = [image for result in results for image in result.images]
-        return [{"role": "user", "content": content_of("\n".join(blocks), images)}]
+        outputs = [content_of(result.output, result.images) for result in results] or [turn.problem or ""]
+        return [{"role": "user", "content": joined_results(outputs, TOOL_DIALECTS["fenced"])}]

@@ -65,13 +65,19 @@ class NativeDialect:
         if not schemas:
             return cls(None, schemas, config.answer_pattern)
         try:
-            fit = choose_reader(processing_class, config.chat_template_kwargs, config.tool_parser)
+            fit = choose_reader(processing_class, cls._template_kwargs(config), config.tool_parser)
         except UnreadableTemplateError as error:
             raise NativeCallsImpossible(
                 f"Native tool calls are not possible: {error}. Use a chat template with tool calls, set "
-                "`tokenizer.response_template`, or offer one tool with one text argument and `dialect='fenced'`."
+                "`tokenizer.response_template`, take `dialect='hermes'`, which writes calls as text, or offer one "
+                "tool with one text argument and `dialect='fenced'`."
             ) from error
         return cls(fit.reader, schemas, config.answer_pattern, fit.parallel)
+
+    @classmethod
+    def _template_kwargs(cls, config: DialectSettings) -> dict[str, Any]:
+        """Arguments of the [`TurnTemplate`] that prints the calls to be read."""
+        return dict(config.chat_template_kwargs or {})
 
     def read(self, text: str, sampled_ids: Sequence[int], prefix_ids: Sequence[int]) -> Turn:
         written = {"role": "assistant", "content": text}

@@ -15,6 +15,7 @@ from ...data.tokenization import Tokenize, row_tokenization_kwargs, tokenize_num
 from ...data.turns import branches_column
 from ...formats import has_images
 from ...images.vision import Vision, vision_of
+from ...messages.wording import RenderingSwitches
 from ..host import TrainerHost
 
 
@@ -86,7 +87,7 @@ class ImageRowsMixin(TrainerHost):
         dataset: Dataset | IterableDataset,
         tokenize: Tokenize,
         processing_class: Any,
-        options: tuple[bool, bool, bool],
+        options: tuple[bool, RenderingSwitches],
         images: bool,
         map_kwargs: dict[str, Any],
     ) -> Dataset | IterableDataset:

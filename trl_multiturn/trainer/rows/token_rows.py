@@ -23,6 +23,7 @@ from ... import _upstream
 from ...data.row_checks import check_column, check_logp
 from ...data.truncation import fit_rows
 from ...data.turns import branches_column
+from ...messages.wording import RenderingSwitches
 from .image_rows import ImageRowsMixin
 
 
@@ -84,13 +85,9 @@ class TokenRowsMixin(ImageRowsMixin):
         """Whether masks tell the policy's tokens from others. Where every token trains, TRL tokenizes as it is."""
         return getattr(args, "mask_observations", True) or getattr(args, "train_on_turns", "all") != "all"
 
-    def _rendering_options(self, args: Any) -> tuple[bool, bool, bool]:
-        """How messages become tokens: every token trains; without reasoning; by TRL's training template."""
-        drop_reasoning, training_template = (
-            getattr(args, "drop_reasoning", False),
-            getattr(args, "training_template", False),
-        )
-        return not self._needs_turns(args), drop_reasoning, training_template
+    def _rendering_options(self, args: Any) -> tuple[bool, RenderingSwitches]:
+        """How messages become tokens: whether every token trains, and what the configuration says of rendering."""
+        return not self._needs_turns(args), RenderingSwitches.of(args)
 
     def _fit(self, dataset: Dataset | IterableDataset, args: Any, dataset_name: str) -> Dataset | IterableDataset:
         """Chooses trained tokens, truncates and drops (see [`fit_rows`]); keeps and logs the counts."""

@@ -15,6 +15,7 @@ from ...data.unpaired import tokenize_interleaved
 from ...data.value_rows import finish_rows
 from ...formats import columns_read
 from ...messages.images import images_in
+from ...messages.wording import RenderingSwitches
 from ...trajectory import Trajectory, Verdict
 
 
@@ -100,7 +101,7 @@ def _token_rows(rows: Dataset, tokenizer: Any, args: Any, name: str) -> Dataset:
     if tokenizer is None:
         raise ValueError("Rows of messages need a tokenizer. Pass `processing_class=`, or token rows.")
     map_kwargs: dict[str, Any] = {"num_proc": args.dataset_num_proc, "desc": f"Tokenizing {name} dataset"}
-    options = False, args.drop_reasoning, args.training_template
+    options = False, RenderingSwitches.of(args)
     if columns_read(first) >= {"chosen", "rejected"}:
         tokens = tokenize_interleaved(rows, tokenizer, *options, **map_kwargs)
         assert isinstance(tokens, Dataset)
