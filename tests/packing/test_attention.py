@@ -11,11 +11,12 @@ from tests.packing.families import branching_batch
 from trl_multiturn.packing.attention import packed_attention, poison_mask
 from trl_multiturn.packing.path_attention import path_attention
 from trl_multiturn.packing.row import pack_rows
-from trl_multiturn.packing.varlen import varlen_attention, varlen_index
+from trl_multiturn.packing.slices import RowSlice, cut
+from trl_multiturn.packing.varlen import varlen_index
 
 
 HEADS, GROUPS, DIM, SCALE = 4, 2, 8, 0.3
-MODULE = SimpleNamespace(is_causal=True)
+MODULE = SimpleNamespace(is_causal=True, layer_idx=0)
 
 
 def a_row():
@@ -67,22 +68,32 @@ def documented_kernel(query, key, value, index, scaling, left, softcap):
     return torch.cat(outputs)
 
 
-def varlen(q, k, v, row, window, softcap):
-    return varlen_attention(documented_kernel, q, k, v, row, SCALE, window, softcap)
-
-
-def chunked(q, k, v, row, window, softcap):
+def whole(q, k, v, row, window, softcap):
     return packed_attention(MODULE, q, k, v, row, SCALE, sliding_window=window, softcap=softcap)
 
 
-@pytest.fixture(params=[1, 256])
-def least_new_tokens(request, monkeypatch):
-    """From how many new tokens on a chunk attends to its path without a mask."""
-    monkeypatch.setattr("trl_multiturn.packing.path_attention.LEAST_NEW_TOKENS", request.param)
+def sliced(q, k, v, row, window, softcap):
+    """Slice by slice, each with the keys and values of its path."""
+    outputs, spans = [], cut(row, 4)
+    for span in spans:
+        path = [i for n, length in span.path for i in range(spans[n].start, spans[n].start + length)]
+        part = RowSlice({0: (k[:, :, path], v[:, :, path])} if path else {}, len(path))
+        own = [x[:, :, span.start : span.end] for x in (q, k, v)]
+        outputs.append(packed_attention(MODULE, *own, part, SCALE, sliding_window=window, softcap=softcap))
+    return torch.cat(outputs, dim=1)
 
 
-@pytest.mark.usefixtures("least_new_tokens")
-@pytest.mark.parametrize("attention", [chunked, varlen])
+@pytest.fixture(params=["masks", "two calls", "variable length"])
+def kernel(request, monkeypatch):
+    """How new tokens attend to their path: under a mask, in two calls without one, or as on a GPU."""
+    least = 1 if request.param == "two calls" else 1000
+    monkeypatch.setattr("trl_multiturn.packing.path_attention.LEAST_NEW_TOKENS", least)
+    if request.param == "variable length":
+        monkeypatch.setattr("trl_multiturn.packing.attention.varlen_kernel", lambda *_: documented_kernel)
+
+
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize("attention", [whole, sliced])
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("window", [None, 1, 7, 1000])
 def test_each_token_sees_its_own_path(attention, window, softcap):

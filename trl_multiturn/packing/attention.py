@@ -21,7 +21,7 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 from .path_attention import path_attention, splits
 from .row import Chunk, PackedRow
 from .slices import RowSlice
-from .varlen import varlen_attention, varlen_kernel
+from .varlen import varlen_attention, varlen_index, varlen_kernel
 
 
 SDPA, EAGER = "packed_sdpa", "packed_eager"
@@ -128,7 +128,7 @@ def packed_attention(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     kernel = varlen_kernel(query, softcap)
     if kernel is not None:
-        return varlen_attention(kernel, query, key, value, row, scaling, sliding_window, softcap)
+        return varlen_attention(kernel, query, key, value, varlen_index(row), scaling, sliding_window, softcap)
 
     # Splits, not slices: the backward of a slice fills a tensor of the whole row with zeros, once per slice
     own = [tensor.split(row.chunk_lengths, dim=2) for tensor in (query, key, value)]
@@ -172,6 +172,10 @@ def _slice_attention(
         return path_attention(query, key, value, *path, scaling).transpose(1, 2)
     if path:
         key, value = (torch.cat(pair, dim=2) for pair in zip(path, (key, value), strict=True))
+    kernel = varlen_kernel(query, softcap)
+    if kernel is not None:
+        index = row.varlen_index(new, query.device)
+        return varlen_attention(kernel, query, key, value, index, scaling, window, softcap)
     grouped = query.shape[1] != key.shape[1]
     if window is None and softcap is None and new == total:
         output = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=grouped)

@@ -24,6 +24,7 @@ from torch import Tensor
 from .plan import Plan
 from .row import PackedRow
 from .scored_head import TokenScores
+from .varlen import VarlenIndex, last_tokens_index
 
 
 LEAST_TOKENS, MOST_TOKENS = 256, 2048
@@ -76,6 +77,13 @@ class RowSlice:
     length: int
     own: dict[int, States] = field(default_factory=dict)
     masks: dict[int | None, Tensor] = field(default_factory=dict)
+    _index: VarlenIndex | None = None
+
+    def varlen_index(self, new: int, device: torch.device) -> VarlenIndex:
+        """What a variable-length kernel needs to know of the slice's `new` tokens, in every layer the same."""
+        if self._index is None:
+            self._index = last_tokens_index(new, self.length + new, device)
+        return self._index
 
     def causal_mask(self, new: int, window: int | None, device: torch.device) -> Tensor:
         """`(1, 1, new, length + new)`, true where a token may attend."""

@@ -29,7 +29,7 @@ KERNEL_DTYPES = (torch.float16, torch.bfloat16)
 class VarlenIndex(NamedTuple):
     """What a variable-length kernel needs to know of a row."""
 
-    kv_index: Tensor  # (K,) row indices of all chunks' keys, chunk after chunk
+    kv_index: Tensor | None  # (K,) row indices of all chunks' keys, chunk after chunk; `None` where those are given
     cu_seq_q: Tensor  # (chunks + 1,) int32, cumulative numbers of queries
     cu_seq_k: Tensor  # (chunks + 1,) int32, cumulative numbers of keys
     max_q: int
@@ -48,13 +48,19 @@ def varlen_index(row: PackedRow) -> VarlenIndex:
         lengths.append(chunk.prefix_length + chunk.end - chunk.start)
     device = row.input_ids.device
     row._varlen_index = VarlenIndex(
-        kv_index=torch.cat(pieces).to(device),
+        kv_index=torch.cat(pieces).to(device) if row.shares else None,
         cu_seq_q=torch.tensor([0, *row.chunk_lengths]).cumsum(0).to(device, torch.int32),
         cu_seq_k=torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32),
         max_q=max(row.chunk_lengths),
         max_k=max(lengths),
     )
     return row._varlen_index
+
+
+def last_tokens_index(new: int, total: int, device: torch.device) -> VarlenIndex:
+    """That of the `new` last tokens of one path of `total`, whose keys are given."""
+    queries, keys = (torch.tensor([0, length], dtype=torch.int32, device=device) for length in (new, total))
+    return VarlenIndex(None, queries, keys, new, total)
 
 
 def varlen_kernel(query: Tensor, softcap: float | None) -> Callable | None:
@@ -85,15 +91,14 @@ def varlen_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    row: PackedRow,
+    index: VarlenIndex,
     scaling: float,
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    """Attention along the row's paths in one kernel call, `(1, T, heads, head_dim)`."""
-    index = varlen_index(row)
+    """Attention along paths in one kernel call, `(1, T, heads, head_dim)`."""
     query, key, value = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
-    if row.shares:
+    if index.kv_index is not None:
         key, value = key.index_select(0, index.kv_index), value.index_select(0, index.kv_index)
     # A window counts the token itself here, and the tokens to its left there
     left = -1 if window is None else window - 1
