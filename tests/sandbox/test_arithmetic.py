@@ -5,8 +5,9 @@ import sys
 
 import pytest
 
-from trl_multiturn.sandbox import forkserver
+from trl_multiturn.sandbox import arithmetic, forkserver
 from trl_multiturn.sandbox.arithmetic import names_after
+from trl_multiturn.sandbox.backend import Reply
 from trl_multiturn.sandbox.config import SandboxConfig
 from trl_multiturn.sandbox.sandbox import Sandbox
 
@@ -113,7 +114,7 @@ def test_the_first_cell_of_another_kind_finds_what_came_before(sandbox, forks, c
         with sandbox.open(on_first_use=True) as session:
             session.run("x = 41")
             answers.append(session.run(code))
-    assert len(forks) == 2 and answers[0].output == answers[1].output and answers[0].status == answers[1].status
+    assert len(forks) == 1 + 2 and answers[0].output == answers[1].output and answers[0].status == answers[1].status
 
 
 @linux
@@ -131,7 +132,7 @@ def test_an_error_is_not_repeated(sandbox, forks):
         with sandbox.open(on_first_use=True) as session:
             assert session.run("1 / 0").output == "ZeroDivisionError: division by zero"
             assert session.run("x = 3\nx").output == "3"
-    assert len(forks) == 2
+    assert len(forks) == 1 + 2
 
 
 @linux
@@ -144,6 +145,55 @@ def test_equal_cells_that_run_at_the_same_time_share_a_process(sandbox, forks):
         return await asyncio.gather(*(session() for _ in range(5)))
 
     assert asyncio.run(all_of_them()) == ["42"] * 5 and len(forks) == 1
+
+
+@linux
+def test_sessions_share_a_process_and_see_nothing_of_each_other(sandbox, forks):
+    with sandbox.open(on_first_use=True) as one, sandbox.open(on_first_use=True) as other:
+        assert [one.run("x = 1\nx").output, other.run("x = 2\nx").output] == ["1", "2"]
+        assert [one.run("x + 10").output, other.run("x + 20").output] == ["11", "22"]
+        assert len(forks) == 1
+        assert other.run("y").output == "NameError: name 'y' is not defined"
+    with sandbox.open(on_first_use=True) as third:
+        assert third.run("x").output == "NameError: name 'x' is not defined"
+
+
+@linux
+def test_a_function_that_one_session_redefines_is_the_same_for_others(sandbox, forks):
+    with sandbox.open(on_first_use=True) as one, sandbox.open(on_first_use=True) as other:
+        assert one.run("max = min\nmax(1, 2)").output == "1"
+        assert other.run("max(1, 2)").output == "2"
+        assert one.run("max(3, 4)").output == "3"
+    assert len(forks) == 2  # the first one's own, and the shared one
+
+
+@linux
+def test_a_shared_process_that_dies_costs_no_session_anything(sandbox, forks):
+    with sandbox.open(on_first_use=True) as session:
+        session.run("x = 4")
+        sandbox.loop_thread().run(sandbox.calculator.close())
+        assert session.run("x + 1").output == "5"
+
+
+@linux
+def test_a_shared_process_is_replaced_before_its_shell_speaks_of_what_it_keeps(sandbox, forks, monkeypatch):
+    monkeypatch.setattr(arithmetic, "_MOST_SHARED_CELLS", 2)
+    for number in range(5):
+        with sandbox.open(on_first_use=True) as session:
+            assert session.run(f"{number} + 1").output == str(number + 1)
+    assert len(forks) == 3
+
+
+@linux
+def test_what_takes_longer_than_others_may_wait_runs_in_a_process_of_its_own(sandbox, forks, monkeypatch):
+    monkeypatch.setattr(arithmetic.Calculator, "_run", lambda calculator, cells: slow(calculator))
+
+    async def slow(calculator):
+        return Reply("", "timeout", alive=False)
+
+    with sandbox.open(on_first_use=True) as session:
+        assert session.run("2 + 3").output == "5"
+    assert len(forks) == 1
 
 
 @linux

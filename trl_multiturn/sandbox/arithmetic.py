@@ -1,9 +1,9 @@
 """Cells of plain arithmetic, whose text decides their answer: what such a cell has answered once, it answers again.
 
 A policy that samples many solutions of one problem writes the same few lines again and again, and a process costs a
-hundred times what they compute. Nothing is evaluated here: the first such cell runs in a process as any other does,
-and its answer is kept. A session gets its process with the first cell that is new or of another kind; the arithmetic
-before that is then run in it, as after a crash.
+hundred times what they compute. Nothing is evaluated here: the first such cell runs in a process that such sessions
+share ([`Calculator`]), and its answer is kept. A session gets a process of its own with the first cell of
+another kind; the arithmetic before that is then run in it, as after a crash.
 """
 
 from __future__ import annotations
@@ -14,16 +14,19 @@ import contextlib
 import keyword
 import re
 import threading
+import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Set
+from collections.abc import AsyncIterator, Awaitable, Callable, Set
 
-from .backend import Reply
+from .backend import Interpreter, Reply
 
 
 Key = tuple[str, ...]  # the cells of a session, the last one included
 
 _LONGEST = 1000  # characters of a cell, and of its answer
 MOST_CELLS = 8  # of a session
+_MOST_SHARED_CELLS = 500  # of a process that sessions share: a shell keeps what its cells display
+_LONGEST_SECONDS = 1.0  # that others may have to wait there; what takes longer takes it in a process of its own
 _FUNCTIONS = frozenset(("abs", "float", "int", "max", "min", "print", "round"))
 _RESERVED = frozenset((*keyword.kwlist, *dir(builtins), "In", "Out", "display", "get_ipython")) - _FUNCTIONS
 _TOKEN = re.compile(
@@ -76,6 +79,11 @@ def _names_after_line(line: str, names: set[str]) -> set[str] | None:
     return None if assigned & _RESERVED else names | assigned
 
 
+def can_share_a_process(names: Set[str]) -> bool:
+    """Whether plain arithmetic that assigned these names leaves nothing that arithmetic of others would read."""
+    return not names & _FUNCTIONS
+
+
 class Answers:
     """What plain arithmetic has answered, by the cells that led to it; the least recently used are forgotten.
 
@@ -122,3 +130,54 @@ class Answers:
         finally:
             del self._running[key]
             running.set_result(None)
+
+
+class Calculator:
+    """Runs cells of plain arithmetic for sessions that share its process and cannot tell.
+
+    Such a cell reads only variables that its own session assigned (see [`names_after`]). All cells of the
+    session run here, one right after the other, so those variables are its own again, and what others left is never
+    read. What redefines a function, fails, or takes long is none of this process's business.
+
+    Args:
+        spawn (`Callable[[], Awaitable[Interpreter]]`):
+            Starts the process.
+        seconds (`float`):
+            The limit of a session's cells together, at most one second.
+    """
+
+    def __init__(self, spawn: Callable[[], Awaitable[Interpreter]], seconds: float) -> None:
+        self._spawn = spawn
+        self._seconds = min(seconds, _LONGEST_SECONDS)
+        self._interpreter: Interpreter | None = None
+        self._cells = 0
+        self._turn = asyncio.Lock()
+
+    async def answer(self, cells: Key) -> Reply | None:
+        """What the last of a session's cells answers; `None` where that is for a process of its own to say."""
+        async with self._turn:
+            try:
+                reply = await self._run(cells)
+            except BaseException:  # cancelled in the middle: nobody knows what the process is doing now
+                await asyncio.shield(self.close())
+                raise
+            if not reply.alive or self._cells >= _MOST_SHARED_CELLS:
+                await self.close()
+            return reply if reply.status == "ok" and reply.alive else None
+
+    async def close(self) -> None:
+        """Ends the process. The next cell starts another."""
+        interpreter, self._interpreter, self._cells = self._interpreter, None, 0
+        if interpreter is not None:
+            await interpreter.close()
+
+    async def _run(self, cells: Key) -> Reply:
+        if self._interpreter is None:
+            self._interpreter = await self._spawn()
+        deadline = time.monotonic() + self._seconds
+        for cell in cells:
+            reply = await self._interpreter.execute(cell, max(0.1, deadline - time.monotonic()))
+            self._cells += 1
+            if reply.status != "ok" or not reply.alive:
+                break
+        return reply

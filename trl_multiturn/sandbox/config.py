@@ -72,8 +72,8 @@ class SandboxConfig:
             then numbered as they appear, so that an observation repeats; `id(…)` still differs from run to run.
         repeats_arithmetic (`bool`, *optional*, defaults to `True`):
             Whether a session without a process answers plain arithmetic (numbers, variables, `+ - * / // %`, and
-            `print`, `abs`, `round` and the like) as an earlier session with the very same cells did, instead of
-            running it again. Fork server only.
+            `print`, `abs`, `round` and the like) as an earlier session with the very same cells did, or from one
+            process that all such sessions share, instead of starting its own. Fork server only.
         python (`str`, *optional*):
             Interpreter of the sessions (it needs IPython); the running one by default.
         launcher (`tuple[str, ...]`, *optional*):

@@ -12,7 +12,7 @@ from typing import Any
 
 from ._admission import Gate
 from ._loop import LoopThread
-from .arithmetic import Answers
+from .arithmetic import Answers, Calculator
 from .backend import Backend, Interpreter
 from .config import SandboxConfig
 from .session import Session
@@ -44,6 +44,7 @@ class Sandbox:
         self._custom_backend = backend
         repeats = self.config.repeats_arithmetic and backend is None and self.config.backend == "forkserver"
         self.answers = Answers() if repeats else None
+        self.calculator: Calculator | None = None
         self._backend: Backend | None = None
         self._thread: LoopThread | None = None
         self._guard = threading.Lock()
@@ -102,6 +103,8 @@ class Sandbox:
                 self._thread = LoopThread("trl-multiturn-sandbox")
                 self._starting = asyncio.Lock()
                 self.admission = Gate(self.config.running_cells)
+                if self.answers is not None:
+                    self.calculator = Calculator(self.spawn, self.config.timeout_seconds)
             return self._thread
 
     async def _open(self, on_first_use: bool) -> Session:
@@ -133,6 +136,8 @@ class Sandbox:
 
     async def _close(self) -> None:
         await asyncio.gather(*(session._close() for session in list(self._sessions)), return_exceptions=True)
+        if self.calculator is not None:
+            await self.calculator.close()
         backend, self._backend = self._backend, None
         if backend is not None:
             await backend.stop()

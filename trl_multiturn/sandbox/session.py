@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from ._admission import Gate, Visit
 from ._loop import LoopThread
-from .arithmetic import MOST_CELLS, Answers, Key, names_after
+from .arithmetic import MOST_CELLS, Answers, Calculator, Key, can_share_a_process, names_after
 from .backend import Begins, Begun, Interpreter, Reply
 from .config import SandboxConfig
 from .observation import Addresses, clean, truncate
@@ -36,6 +36,7 @@ class SessionHost(Protocol):
     config: SandboxConfig
     admission: Gate  # bounds the cells that run at the same time
     answers: Answers | None  # of plain arithmetic, where it need not run again
+    calculator: Calculator | None  # runs plain arithmetic that is new
 
     @property
     def running_thread(self) -> LoopThread | None: ...
@@ -251,6 +252,14 @@ class Session:
             return None
         return (*self._history, code)
 
+    async def _calculated(self, code: str) -> Reply | None:
+        """The answer to plain arithmetic of a session that needed no process so far."""
+        calculator, key = self._sandbox.calculator, self._key(code)
+        names = names_after(code, self._names or frozenset())
+        if calculator is None or self._had_process or key is None or names is None or not can_share_a_process(names):
+            return None
+        return await calculator.answer(key)
+
     def _refusal(self, code: str) -> str | None:
         config = self._config
         if not isinstance(code, str):  # a policy fills in the arguments of native tool calls
@@ -276,6 +285,8 @@ class Session:
         return ToolResult(output, reply.status, seconds)
 
     async def _execute(self, code: str, begun: Begun | None) -> Reply:
+        if begun is None and (calculated := await self._calculated(code)) is not None:
+            return calculated
         for attempt in range(3):
             if begun is not None:
                 reply = await begun.finish()
