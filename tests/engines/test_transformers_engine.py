@@ -299,16 +299,16 @@ def test_release_and_refresh_drop_caches(engine):
     assert engine.stats["retained_caches"] == 2
     engine.refresh()
     assert (engine.stats["retained_caches"], engine.stats["retained_bytes"]) == (0, 0)
-    assert engine._batch._cache.tensors() == []
+    assert engine._batch.slots.cache.tensors() == []
 
 
 def test_nothing_is_held_after_the_last_release(engine):
     for name in ("a", "b"):
         run(engine, (prompt(10), SamplingParams(2)), session=name)
     engine.release("a")
-    assert engine._batch._cache.tensors() != []
+    assert engine._batch.slots.cache.tensors() != []
     engine.release("b")
-    assert engine._batch._cache.tensors() == []
+    assert engine._batch.slots.cache.tensors() == []
 
 
 def test_refresh_forgets_what_the_old_weights_said():

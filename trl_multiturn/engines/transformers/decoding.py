@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,20 +11,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ...precision import matmul_uses_tf32
 from ..engine import Generation, SamplingParams
-from .compatibility import attention_windows, refuse_different_logits, refuse_uncertain_window
-from .kv_cache import RetainedCaches, SlotCache, round_up
+from .kv_cache import RetainedCaches
+from .packed_prompts import Piece
+from .prompts import read_prompts
 from .sampler import TokenSampler
-from .slot_attention import uses_slot_attention
+from .slot_model import ROW_MULTIPLE, SlotModel
 from .stop_strings import StopStringMatcher
-
-
-# Matrix kernels treat fewer rows than this differently (GEMV, short tails): below it, the last bits of a row's result
-# would depend on how many rows share the batch. Attention treats every row alone, so it leaves the padding out, but it
-# sums in lanes, so its length is rounded up as well.
-ROW_MULTIPLE = 16
-COLUMN_MULTIPLE = 32
 
 
 @dataclass(eq=False)
@@ -93,8 +85,7 @@ class DecodingBatch:
 
     Args:
         model (`torch.nn.Module`):
-            What is called: the policy, or PEFT's shell around it. It gets `input_ids`, `position_ids`,
-            `past_key_values` and a 4-D `attention_mask` (or a dict of them by layer type).
+            What is called: the policy, or PEFT's shell around it; see [`SlotModel`].
         policy ([`~transformers.PreTrainedModel`]):
             The decoder inside.
         matcher ([`StopStringMatcher`]):
@@ -102,7 +93,7 @@ class DecodingBatch:
         retained ([`RetainedCaches`]):
             Caches of sessions between turns.
         max_prefill_tokens (`int`):
-            Most tokens, padding included, of one prefill pass.
+            Most tokens, padding included, of one pass over prompts.
         max_batch_size (`int`):
             Most rows.
     """
@@ -119,28 +110,15 @@ class DecodingBatch:
         self.rows: list[DecodingRequest] = []
         self.prefilled_tokens = 0
         self.steps = 0
-        self.model = model
+        self.slots = SlotModel(model, policy, max_batch_size)
         self._matcher = matcher
         self._retained = retained
         self._max_prefill_tokens = max(max_prefill_tokens, ROW_MULTIPLE)
-        self.policy = policy
-        self._max_rows = max(max_batch_size, ROW_MULTIPLE)
-        self._windows, self._uncertain_window = attention_windows(policy)
-        self._layer_types = getattr(policy.config.get_text_config(decoder=True), "layer_types", None)
-        # Without it, all logits of a prompt are computed and thrown away.
-        keeps_logits = "logits_to_keep" in inspect.signature(type(policy).forward).parameters
-        self._options = {"use_cache": True} | ({"logits_to_keep": 1} if keeps_logits else {})
-        self.drop_buffers()
         self._sampler: TokenSampler | None = None
-        self._proven = False
-
-    @property
-    def device(self) -> torch.device:
-        return self.policy.get_input_embeddings().weight.device
 
     def drop_buffers(self) -> None:
         """Frees the shared cache. Only while no row is live."""
-        self._cache = SlotCache(len(self._windows), self._max_rows)
+        self.slots.drop_buffers()
 
     def join(self, requests: Sequence[DecodingRequest]) -> None:
         """Admits requests: fills their rows from retained caches and reads the rest of their prompts.
@@ -148,9 +126,7 @@ class DecodingBatch:
         Raises:
             ValueError: the first time, if the model cannot be sampled from a shared cache.
         """
-        if not self._proven:
-            refuse_different_logits(self, precise=_computes_in_float32(self.model, self.policy))
-            self._proven = True
+        self.slots.prove()
         sources: dict[tuple[int, ...], DecodingRequest] = {}
         copies: list[tuple[DecodingRequest, DecodingRequest]] = []
         fresh: list[tuple[int, DecodingRequest]] = []
@@ -171,12 +147,17 @@ class DecodingBatch:
         self._sampler = None
         index = {id(request): row for row, request in enumerate(self.rows[first:], start=first)}
         longest = max(request.position for request in requests)
-        self._cache.reserve(max(len(self.rows), ROW_MULTIPLE), longest + ROW_MULTIPLE + 1)
+        cache = self.slots.cache
+        cache.reserve(max(len(self.rows), ROW_MULTIPLE), longest + ROW_MULTIPLE + 1)
         for request, retained, cached in resumed:
-            self._cache.attach_row(index[id(request)], retained, cached)
-        self._prefill(first, [cached for cached, _ in fresh])
+            cache.attach_row(index[id(request)], retained, cached)
+        pieces = [
+            Piece(row, cached, request.prompt_ids[cached:-1])
+            for row, (cached, request) in enumerate(fresh, start=first)
+        ]
+        self.prefilled_tokens += read_prompts(self.slots, pieces, self._max_prefill_tokens)
         for request, source in copies:
-            self._cache.copy_row(index[id(source)], index[id(request)], request.position)
+            cache.copy_row(index[id(source)], index[id(request)], request.position)
 
     def step(self) -> list[DecodingRequest]:
         """Samples one token for every row. Rows that were cancelled leave; rows whose turn is over leave and are
@@ -185,15 +166,14 @@ class DecodingBatch:
         if not self.rows:
             return []
         self.steps += 1
-        device, count = self.device, len(self.rows)
+        device, count = self.slots.device, len(self.rows)
         padding = [0] * max(0, ROW_MULTIPLE - count)
         token_ids = torch.tensor([r.next_token for r in self.rows] + padding, device=device).unsqueeze(1)
         positions = torch.tensor([r.position for r in self.rows] + padding, device=device).unsqueeze(1)
         length = max(r.position for r in self.rows) + 1
-        if self._uncertain_window is not None:
-            refuse_uncertain_window(self.policy, self._uncertain_window, length)
-        self._cache.reserve(len(token_ids), length)
-        logits = self._forward(0, token_ids, positions, positions, length, live=count)[:count, 0]
+        self.slots.refuse_uncertain(length)
+        self.slots.cache.reserve(len(token_ids), length)
+        logits = self.slots.run(0, token_ids, positions, positions, length, live=count)[:count, 0]
         if self._sampler is None:
             self._sampler = TokenSampler([r.sampling for r in self.rows], device)
         uniforms = torch.tensor([r.rng.random() for r in self.rows], dtype=torch.float32, device=device)
@@ -209,21 +189,6 @@ class DecodingBatch:
                 finished.append(row)
         return self._remove(finished, retain=True)
 
-    def decode_known(self, token_ids: torch.Tensor, count: int) -> torch.Tensor:
-        """Logits `(count, V)` after the last `count` of `token_ids`, `(1, T)`, each read by a step of its own. Only
-        while no row is live."""
-        read, length = token_ids.shape[1] - count, token_ids.shape[1]
-        self._cache.reserve(ROW_MULTIPLE, length)
-        columns = torch.arange(length, device=self.device).unsqueeze(0)
-        self._forward(0, token_ids[:, :read], columns[:, :read], columns[:, :read], read)
-        logits = []
-        for column in range(read, length):
-            step_ids, positions = torch.zeros(2, ROW_MULTIPLE, 1, dtype=torch.long, device=self.device)
-            step_ids[0], positions[0] = token_ids[0, column], column
-            # Two rows: keys of one alone would fit any number of queries.
-            logits.append(self._forward(0, step_ids, positions, positions, column + 1, live=2)[0, 0])
-        return torch.stack(logits)
-
     def clear(self) -> list[DecodingRequest]:
         """Forgets every live row, e.g. after an error, and returns their requests."""
         rows, self.rows = self.rows, []
@@ -237,101 +202,12 @@ class DecodingBatch:
         for row in reversed(rows):
             request = self.rows[row]
             if retain and request.session is not None and not request.cancelled:
-                self._retained.put(request.session, self._cache.detach_row(row, request.cached_ids()))
+                self._retained.put(request.session, self.slots.cache.detach_row(row, request.cached_ids()))
             last = self.rows.pop()
             if last is not request:
                 self.rows[row] = last
-                self._cache.copy_row(len(self.rows), row, last.position)
+                self.slots.cache.copy_row(len(self.rows), row, last.position)
             removed.append(request)
         if rows:
             self._sampler = None
         return removed[::-1]
-
-    def _prefill(self, first: int, cached: list[int]) -> None:
-        """Reads what is left of the prompts of rows `first, first + 1, …`, sorted by what is left."""
-        done = 0
-        while done < len(cached):
-            # Rows are taken while their padded rectangle, as wide as the last (longest) of them, stays in the budget.
-            take = 0
-            while done + take < len(cached):
-                row = first + done + take
-                wide = round_up(self.rows[row].position - cached[done + take], ROW_MULTIPLE)
-                if take and wide * (take + 1) > self._max_prefill_tokens:
-                    break
-                take, width = take + 1, wide
-            self._prefill_rows(first + done, cached[done : done + take], width)
-            done += take
-
-    def _prefill_rows(self, first: int, starts: list[int], width: int) -> None:
-        rows = self.rows[first : first + len(starts)]
-        chunk = max(ROW_MULTIPLE, self._max_prefill_tokens // len(rows) // ROW_MULTIPLE * ROW_MULTIPLE)
-        self._cache.reserve(first + len(rows), max(starts) + width)
-        device = self.device
-        start_column = torch.tensor(starts, device=device).unsqueeze(1)
-        last_column = torch.tensor([r.position for r in rows], device=device).unsqueeze(1)
-        for offset in range(0, width, chunk):
-            size = min(chunk, width - offset)
-            token_ids = []
-            for request, start in zip(rows, starts, strict=True):
-                tokens = request.prompt_ids[start + offset : min(start + offset + size, request.position)]
-                token_ids.append(tokens + [0] * (size - len(tokens)))
-                self.prefilled_tokens += len(tokens)
-            columns = start_column + torch.arange(offset, offset + size, device=device)
-            # Padding is written behind the row's tokens, where it is masked and later overwritten; its position only
-            # has to be one that the model knows.
-            positions = torch.minimum(columns, last_column)
-            length = max(starts) + offset + size
-            self._forward(first, torch.tensor(token_ids, device=device), positions, columns, length)
-
-    def _forward(
-        self,
-        first: int,
-        token_ids: torch.Tensor,
-        positions: torch.Tensor,
-        columns: torch.Tensor,
-        length: int,
-        live: int | None = None,
-    ) -> torch.Tensor:
-        """Runs rows from `first` on; tensors are `(N, Q)`, `length` is one more than the largest of `columns`. The
-        rows behind the first `live` (all by default) are padding, whose results mean nothing. Returns the logits of
-        the last token of each row, `(N, 1, V)`."""
-        if live is None or not uses_slot_attention(self.policy):
-            live = len(token_ids)
-        # The buffer's length is a multiple of this one too.
-        visible = round_up(length, COLUMN_MULTIPLE)
-        self._cache.focus(first, live, columns, visible)
-        output = self.model(
-            input_ids=token_ids,
-            attention_mask=self._masks(columns, visible),
-            position_ids=positions,
-            past_key_values=self._cache,
-            **self._options,
-        )
-        return output.logits[:, -1:]
-
-    def _masks(self, columns: torch.Tensor, visible: int) -> torch.Tensor | dict[str, torch.Tensor]:
-        """`(N, 1, Q, K)` masks: a token sees the columns up to its own, within its layer's window."""
-        keys = torch.arange(visible, device=columns.device)
-        queries = columns[:, None, :, None]
-        causal = keys <= queries
-        by_window = {
-            window: self._in_model_format(causal if window is None else causal & (keys > queries - window))
-            for window in set(self._windows)
-        }
-        if len(by_window) == 1:
-            return next(iter(by_window.values()))
-        return {kind: by_window[window] for kind, window in zip(self._layer_types, self._windows, strict=True)}
-
-    def _in_model_format(self, allowed: torch.Tensor) -> torch.Tensor:
-        if self.policy.config._attn_implementation != "eager":
-            return allowed
-        dtype = self.policy.dtype
-        return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(
-            ~allowed, torch.finfo(dtype).min
-        )
-
-
-def _computes_in_float32(model: nn.Module, policy: PreTrainedModel) -> bool:
-    mixed = any(hasattr(module, "_original_forward") for module in (model, policy))  # Accelerate's mixed precision
-    coarse = mixed or getattr(policy, "is_quantized", False) or matmul_uses_tf32()
-    return policy.dtype == torch.float32 and not coarse

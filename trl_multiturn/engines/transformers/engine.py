@@ -221,7 +221,7 @@ class TransformersEngine:
             "model": config.name_or_path,
             "architecture": self._architecture,
             "dtype": str(self._policy.dtype).removeprefix("torch."),
-            "device": self._batch.device.type,
+            "device": self._batch.slots.device.type,
         }
 
     @property

@@ -99,6 +99,10 @@ class RetainedCaches:
             self.nbytes = 0
 
 
+class CacheFilledError(Exception):
+    """Ends a pass that only fills the cache, behind the last layer's keys and values: nothing more is needed of it."""
+
+
 class SlotLayer(CacheLayerMixin):
     """One layer's keys and values, `(R, C, H, D)`: row r holds its request's tokens in columns 0, 1, …
 
@@ -108,9 +112,9 @@ class SlotLayer(CacheLayerMixin):
 
     is_sliding = False
 
-    def __init__(self, window: SlotWindow) -> None:
+    def __init__(self, window: SlotWindow, last: bool) -> None:
         super().__init__()
-        self._window = window
+        self._window, self._last = window, last
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.keys = self._allocate(key_states)
@@ -124,17 +128,23 @@ class SlotLayer(CacheLayerMixin):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Writes `(N, H, Q, D)` states at the window's columns and returns its live rows, `(L, H, K, D)`."""
+        """Writes `(N, H, Q, D)` states at the window's cells and returns its live rows, `(L, H, K, D)`.
+
+        Raises:
+            CacheFilledError: in the last layer of a pass that only fills the cache.
+        """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        return self._write(self.keys, key_states), self._write(self.values, value_states)
+        written = self._write(self.keys, key_states), self._write(self.values, value_states)
+        if self._last and self._window.only_fills:
+            raise CacheFilledError
+        return written
 
     def _write(self, buffer: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
         window = self._window
-        flat = buffer.view(-1, *buffer.shape[2:])
-        flat.index_copy_(
-            0, window.cells.to(buffer.device), states.transpose(1, 2).reshape(-1, *buffer.shape[2:]).to(buffer.dtype)
-        )
+        flat, cells = buffer.view(-1, *buffer.shape[2:]), window.cells.to(buffer.device)
+        written = states.transpose(1, 2).reshape(-1, *buffer.shape[2:])[: len(cells)]
+        flat.index_copy_(0, cells, written.to(buffer.dtype))
         return buffer[window.first : window.first + window.live, : window.visible].transpose(1, 2)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -156,7 +166,9 @@ class SlotWindow:
         first (`int`): the first row of this pass.
         live (`int`): rows whose keys and values attention gets, L; rows behind them are padding.
         visible (`int`): columns that attention sees, K.
-        cells (`torch.Tensor`): flat indices (row · C + column) to write, one per token of the pass.
+        cells (`torch.Tensor`): flat indices (row · C + column) to write, one per token of the pass; tokens beyond
+            them are padding.
+        only_fills (`bool`): the pass ends when the last layer is written.
     """
 
     rows: int = 0
@@ -165,6 +177,7 @@ class SlotWindow:
     live: int = 0
     visible: int = 0
     cells: torch.Tensor | None = None
+    only_fills: bool = False
 
 
 class SlotCache(Cache):
@@ -180,7 +193,7 @@ class SlotCache(Cache):
     def __init__(self, num_layers: int, max_rows: int) -> None:
         self.window = SlotWindow()
         self._max_rows = max_rows
-        super().__init__(layers=[SlotLayer(self.window) for _ in range(num_layers)])
+        super().__init__(layers=[SlotLayer(self.window, index == num_layers - 1) for index in range(num_layers)])
 
     def buffers(self) -> list[tuple[CacheLayerMixin, str]]:
         return [(layer, name) for layer in self.layers if layer.is_initialized for name in ("keys", "values")]
@@ -208,9 +221,16 @@ class SlotCache(Cache):
         """Aims the next forward pass at the rows from `first` on, of which the first `live` are read by attention;
         token (n, q) of `columns`, `(N, Q)`, is written to row `first + n`, column `columns[n, q]`."""
         window = self.window
-        window.first, window.live, window.visible = first, live, visible
+        window.first, window.live, window.visible, window.only_fills = first, live, visible, False
         rows = torch.arange(first, first + len(columns), device=columns.device).unsqueeze(1)
         window.cells = (rows * window.length + columns).flatten()
+
+    def focus_on_tokens(self, rows: torch.Tensor, columns: torch.Tensor) -> None:
+        """Aims the next forward pass at single tokens, `(T,)`, anywhere in the buffer, all of whose rows attention
+        gets; the pass ends as soon as they are written."""
+        window = self.window
+        window.first, window.live, window.visible, window.only_fills = 0, window.rows, window.length, True
+        window.cells = rows * window.length + columns
 
     def copy_row(self, source: int, target: int, length: int) -> None:
         for buffer in self.tensors():

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from .packed_prompts import packed_attention
 
 
 SLOT_ATTENTION = "slot_sdpa"
@@ -35,8 +37,11 @@ def slot_attention(
             Mask of all rows.
 
     Returns:
-        `(N, Q, H, D)`, zeros in the rows from L on, and `None`.
+        `(N, Q, H, D)`, zeros in the rows from L on, and `None`. In a pass over pieces of prompts
+        [`PackedAttention`] decides what attends to what.
     """
+    if (packed := packed_attention()) is not None:
+        return packed(cast(int, module.layer_idx), query, key, value, **kwargs), None
     count, live = query.shape[0], key.shape[0]
     if live == count:
         return _attention(module, query, key, value, attention_mask, **kwargs), None
