@@ -27,7 +27,9 @@ class CachedDecoder(Protocol):
 
     policy: PreTrainedModel
     model: nn.Module
-    device: torch.device
+
+    @property
+    def device(self) -> torch.device: ...
 
     def decode_known(self, token_ids: Tensor, decoded: int) -> Tensor: ...
 

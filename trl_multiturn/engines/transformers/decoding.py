@@ -96,6 +96,8 @@ class DecodingBatch:
             Most tokens, padding included, of one pass over prompts.
         max_batch_size (`int`):
             Most rows.
+        step_weights_bytes (`int`):
+            Most bytes of copies of weights; see [`StepWeights`].
     """
 
     def __init__(
@@ -106,19 +108,21 @@ class DecodingBatch:
         retained: RetainedCaches,
         max_prefill_tokens: int,
         max_batch_size: int,
+        step_weights_bytes: int,
     ) -> None:
         self.rows: list[DecodingRequest] = []
         self.prefilled_tokens = 0
         self.steps = 0
-        self.slots = SlotModel(model, policy, max_batch_size)
+        self.slots = SlotModel(model, policy, max_batch_size, step_weights_bytes)
         self._matcher = matcher
         self._retained = retained
         self._max_prefill_tokens = max(max_prefill_tokens, ROW_MULTIPLE)
         self._sampler: TokenSampler | None = None
 
     def drop_buffers(self) -> None:
-        """Frees the shared cache. Only while no row is live."""
+        """Frees the shared cache and the copies of weights. Only while no row is live."""
         self.slots.drop_buffers()
+        self.slots.step_weights.drop()
 
     def join(self, requests: Sequence[DecodingRequest]) -> None:
         """Admits requests: fills their rows from retained caches and reads the rest of their prompts.

@@ -77,6 +77,11 @@ class TransformersEngine:
             feed-forward block's states in its caches (2,048 for 1,536 wide ones), 512 at least.
         seed (`int`, *optional*):
             Seed of the draws for requests without one of their own; by default they differ from run to run.
+        step_weights_limit_mb (`int`, *optional*, defaults to `2048`):
+            Bound on transposed copies of weights, in MiB, on a CPU in float32: decoding steps multiply faster with
+            them. They are as large as the weights of the linear layers (513 MiB for SmolLM2-135M); layers that do not
+            fit do without, and 0 makes none. They go when the caches go: with the last request, [`release`] or
+            [`refresh`].
     """
 
     weights: Literal["shared", "own"] = "shared"
@@ -90,6 +95,7 @@ class TransformersEngine:
         cache_memory_limit_mb: int = 4096,
         max_prefill_tokens: int | None = None,
         seed: int | None = None,
+        step_weights_limit_mb: int = 2048,
     ) -> None:
         if max_batch_size < 1:
             raise ValueError(f"`max_batch_size` must be at least 1, got {max_batch_size}.")
@@ -110,6 +116,7 @@ class TransformersEngine:
             self._retained,
             max_prefill_tokens=max_prefill_tokens or _prefill_tokens(self._policy),
             max_batch_size=max_batch_size,
+            step_weights_bytes=step_weights_limit_mb * 2**20,
         )
         self._seeds = random.Random(seed)
         # Guards the four fields below, which the event loop's thread and the worker share.
@@ -226,13 +233,15 @@ class TransformersEngine:
 
     @property
     def stats(self) -> dict[str, int]:
-        """Counts since the start: decoding steps, prompt tokens read, caches evicted; and caches now held."""
+        """Counts since the start: decoding steps, prompt tokens read, caches evicted; and caches and copies of weights
+        now held."""
         return {
             "steps": self._batch.steps,
             "prefilled_tokens": self._batch.prefilled_tokens,
             "evicted_caches": self._retained.evictions,
             "retained_caches": len(self._retained),
             "retained_bytes": self._retained.nbytes,
+            "step_weights_bytes": self._batch.slots.step_weights.nbytes,
         }
 
     # The rest runs in the worker thread.

@@ -26,8 +26,8 @@ def read_prompts(slots: SlotModel, pieces: Sequence[Piece], max_tokens: int) -> 
         for together in _packed(pieces, max_tokens):
             slots.read_packed(together)
     else:
-        for together in _rectangles(pieces, max_tokens):
-            _read_rectangle(slots, together, max_tokens)
+        for rectangle in _rectangles(pieces, max_tokens):
+            _read_rectangle(slots, rectangle, max_tokens)
     return sum(len(piece.token_ids) for piece in pieces)
 
 

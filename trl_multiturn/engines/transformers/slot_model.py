@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from .compatibility import attention_windows, refuse_different_logits, refuse_un
 from .kv_cache import SlotCache, round_up
 from .packed_prompts import PackedAttention, Piece, attending
 from .slot_attention import uses_slot_attention
+from .step_weights import StepWeights
 
 
 # Matrix kernels treat fewer rows than this differently (GEMV, short tails): below it, the last bits of a row's result
@@ -35,11 +37,14 @@ class SlotModel:
             The decoder inside.
         max_rows (`int`):
             Most rows of the cache.
+        step_weights_bytes (`int`):
+            Most bytes of copies of weights for decoding steps; see [`StepWeights`].
     """
 
-    def __init__(self, model: nn.Module, policy: PreTrainedModel, max_rows: int) -> None:
+    def __init__(self, model: nn.Module, policy: PreTrainedModel, max_rows: int, step_weights_bytes: int) -> None:
         self.model, self.policy = model, policy
         self._max_rows = max(max_rows, ROW_MULTIPLE)
+        self.step_weights = StepWeights(model, step_weights_bytes, self._max_rows)
         self._windows, self._uncertain_window = attention_windows(policy)
         self._layer_types = getattr(policy.config.get_text_config(decoder=True), "layer_types", None)
         # Without it, all logits of a prompt are computed and thrown away.
@@ -52,7 +57,7 @@ class SlotModel:
 
     @property
     def device(self) -> torch.device:
-        return self.policy.get_input_embeddings().weight.device
+        return cast(nn.Embedding, self.policy.get_input_embeddings()).weight.device
 
     @property
     def packs(self) -> bool:
@@ -110,15 +115,16 @@ class SlotModel:
     def run(
         self, first: int, token_ids: Tensor, positions: Tensor, columns: Tensor, length: int, live: int | None = None
     ) -> Tensor:
-        """Runs rows from `first` on; tensors are `(N, Q)`, `length` is one more than the largest of `columns`. The
-        rows behind the first `live` (all by default) are padding, whose results mean nothing. Returns the logits of
-        the last token of each row, `(N, 1, V)`."""
+        """Runs rows from `first` on; tensors are `(N, Q)`, `length` is one more than the largest of `columns`. In a
+        decoding step the rows behind the first `live` are padding, whose results mean nothing; without `live` all are
+        rows of prompts. Returns the logits of the last token of each row, `(N, 1, V)`."""
+        call = self.model if live is None else self.step_weights.call
         if live is None or not uses_slot_attention(self.policy):
             live = len(token_ids)
         # The buffer's length is a multiple of this one too.
         visible = round_up(length, COLUMN_MULTIPLE)
         self.cache.focus(first, live, columns, visible)
-        return self._forward(token_ids, positions, self._masks(columns, visible))[:, -1:]
+        return self._forward(call, token_ids, positions, self._masks(columns, visible))[:, -1:]
 
     def read_packed(self, pieces: Sequence[Piece]) -> None:
         """Fills rows of the cache with what is left to read of their prompts, one behind the other in one row."""
@@ -134,10 +140,12 @@ class SlotModel:
         )
         with attending(PackedAttention(pieces, self._windows)):
             ids, positions = torch.tensor([token_ids + padding]), torch.tensor([columns + padding])
-            self._forward(ids, positions, self._by_layer_type(dict.fromkeys(self._windows, seen)))
+            self._forward(self.model, ids, positions, self._by_layer_type(dict.fromkeys(self._windows, seen)))
 
-    def _forward(self, token_ids: Tensor, positions: Tensor, mask: Tensor | dict[str, Tensor]) -> Tensor:
-        return self.model(
+    def _forward(
+        self, call: Callable[..., Any], token_ids: Tensor, positions: Tensor, mask: Tensor | dict[str, Tensor]
+    ) -> Tensor:
+        return call(
             input_ids=token_ids,
             attention_mask=mask,
             position_ids=positions,
@@ -160,7 +168,8 @@ class SlotModel:
     def _by_layer_type(self, by_window: dict[int | None, Tensor]) -> Tensor | dict[str, Tensor]:
         if len(by_window) == 1:
             return next(iter(by_window.values()))
-        return {kind: by_window[window] for kind, window in zip(self._layer_types, self._windows, strict=True)}
+        layers = zip(self._layer_types or (), self._windows, strict=True)
+        return {kind: by_window[window] for kind, window in layers}
 
     def _in_model_format(self, allowed: Tensor) -> Tensor:
         if self.policy.config._attn_implementation != "eager":

@@ -1,0 +1,108 @@
+"""Decoding steps may multiply with transposed copies of weights: the same tokens, and no copy outlives its weight."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from tests.engines.test_transformers_engine import TOKENIZER, prompt, run, score
+from tests.support import tiny_model
+from trl_multiturn.engines.engine import SamplingParams
+from trl_multiturn.engines.transformers.engine import TransformersEngine
+from trl_multiturn.engines.transformers.step_weights import MAX_ROWS, StepWeights
+
+
+REQUESTS = [(prompt(n, seed=n), SamplingParams(9, temperature=0)) for n in (4, 11, 17)]
+
+
+def with_adapter(model):
+    return get_peft_model(model, LoraConfig(r=2, init_lora_weights=False))
+
+
+MODELS = {
+    "tied": lambda: tiny_model(TOKENIZER, tie_word_embeddings=True),
+    "a head of its own": lambda: tiny_model(TOKENIZER, tie_word_embeddings=False),
+    "LoRA": lambda: with_adapter(tiny_model(TOKENIZER)),
+}
+
+
+def linear_bytes(model) -> int:
+    return sum(module.weight.nbytes for module in model.modules() if type(module) is torch.nn.Linear)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_copies_change_no_token(name):
+    model = MODELS[name]().eval()
+    without = TransformersEngine(model, TOKENIZER, step_weights_limit_mb=0)
+    copying = TransformersEngine(model, TOKENIZER)
+    expected, found = run(without, *REQUESTS), run(copying, *REQUESTS, session="kept")
+    assert (without.stats["step_weights_bytes"], copying.stats["step_weights_bytes"]) == (0, linear_bytes(model))
+    assert [generation.token_ids for generation in found] == [generation.token_ids for generation in expected]
+    for one, other in zip(found, expected, strict=True):
+        assert one.logps == pytest.approx(other.logps, abs=1e-5)
+
+
+def test_the_models_own_weights_are_back_after_a_step():
+    model = tiny_model(TOKENIZER, tie_word_embeddings=True)
+    before = dict(model.named_parameters(remove_duplicate=False))
+    run(TransformersEngine(model, TOKENIZER), *REQUESTS)
+    after = dict(model.named_parameters(remove_duplicate=False))
+    assert all(after[name] is parameter for name, parameter in before.items()) and len(after) == len(before)
+    assert all(parameter.is_contiguous() for parameter in after.values())
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("kept", ["nothing", "a session"])
+def test_after_a_training_step_the_new_weights_are_sampled(kept):
+    model = tiny_model(TOKENIZER)
+    engine = TransformersEngine(model, TOKENIZER)
+    (old,) = run(engine, REQUESTS[1], session=None if kept == "nothing" else "a")
+    if kept == "a session":
+        assert engine.stats["step_weights_bytes"]
+    optimizer = torch.optim.SGD(model.parameters(), lr=3.0)
+    model(torch.tensor([prompt(20)]), labels=torch.tensor([prompt(20)])).loss.backward()
+    optimizer.step()
+    if kept == "a session":
+        engine.refresh()
+    assert engine.stats["step_weights_bytes"] == 0
+    (new,) = run(engine, REQUESTS[1])
+    assert new.token_ids != old.token_ids
+    logps, modes = score(model.eval(), REQUESTS[1][0], new.token_ids)
+    assert new.token_ids == modes
+    assert new.logps == pytest.approx(logps.tolist(), abs=1e-5)
+
+
+def test_the_last_release_frees_the_copies():
+    engine = TransformersEngine(tiny_model(TOKENIZER), TOKENIZER)
+    run(engine, REQUESTS[0], session="a")
+    assert engine.stats["step_weights_bytes"]
+    engine.release("a")
+    assert engine.stats["step_weights_bytes"] == 0
+
+
+def test_layers_that_do_not_fit_keep_their_own_weights():
+    model = tiny_model(TOKENIZER).eval()
+    weights = StepWeights(model, limit_bytes=linear_bytes(model) - 1, max_rows=16)
+    ids = torch.tensor([prompt(16)])
+    with torch.no_grad():
+        torch.testing.assert_close(weights.call(input_ids=ids).logits, model(input_ids=ids).logits)
+    assert 0 < weights.nbytes < linear_bytes(model)
+
+
+@pytest.mark.parametrize("change", ["bfloat16", "many rows", "another layer"])
+def test_what_is_not_known_to_be_alike_is_not_copied(change):
+    class OwnLinear(torch.nn.Linear):
+        """A layer that may read its weight as it likes."""
+
+    model = tiny_model(TOKENIZER).eval()
+    if change == "bfloat16":
+        model.to(torch.bfloat16)
+    if change == "another layer":
+        for module in model.modules():
+            if type(module) is torch.nn.Linear:
+                module.__class__ = OwnLinear
+    weights = StepWeights(model, 2**30, max_rows=MAX_ROWS + (change == "many rows"))
+    with torch.no_grad():
+        weights.call(input_ids=torch.tensor([prompt(16)]))
+    assert weights.nbytes == 0
