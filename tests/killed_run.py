@@ -65,12 +65,14 @@ def train(
     save_total_limit: int | None = 1,
     method: str = "M-DPO",
     broken: bool = False,
+    max_policy_lag: int = 0,
 ) -> None:
     """Three iterations with a real policy and the real interpreter; the same call starts the run and takes it up.
 
     With `lora` there is dropout, so that training draws random numbers. With the method `"OREO"` there is a value
     model with an optimizer of its own, and a reference that moves with every iteration. A `broken` reward is to be
     repaired before the run goes on.
+    With `max_policy_lag=1` rollouts run while the iteration before trains.
     """
     torch.set_num_threads(1)
     tokenizer = byte_tokenizer("qwen2_5")
@@ -95,6 +97,7 @@ def train(
             pairing=PairingConfig(filters=[], max_pairs_per_prompt=2) if method == "M-DPO" else UnpairedConfig(),
             history=history,
             eval_prompts=Dataset.from_dict({"prompt": questions[:2]}),
+            max_policy_lag=max_policy_lag,
             engine=lambda model, processing_class: TransformersEngine(model, processing_class, max_batch_size=8),
         )
         trainer_class, config_class, method_settings = METHODS[method]

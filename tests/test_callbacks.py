@@ -177,6 +177,9 @@ def test_mixture_samples_with_the_previous_weights(tmp_path, tool):
         "1/current": {second.policy_revision},
         "1/previous": {first.policy_revision},
     }
+    assert (second.policy_lag, second.starting_revision) == (0, second.policy_revision)
+    journal = Journal(generator.run_folder / "iteration_001" / "journal")
+    assert not any({"policy_lag", "policy_iteration"} & t.info.keys() for t in journal.read())
 
 
 class TwoPolicies(ScriptedEngine):

@@ -173,7 +173,7 @@ def check_kills(runner: Runner, folder: Path, runs: int, seed: int, **arguments:
 
 RUNS = {
     "all weights, history of all": {"history": "all"},
-    "adapter, dropout": {"lora": True, "save_total_limit": 2},
+    "adapter, dropout, rollouts beside training": {"lora": True, "save_total_limit": 2, "max_policy_lag": 1},
     "OREO: value model, two optimizers, a reference": {"method": "OREO"},
 }
 if KILLS > 2:  # else the launched run below stands for it

@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,7 +31,8 @@ from .online.arguments import (
 from .online.diagnosis import diagnose
 from .online.endings import alone_in, where_to_look
 from .online.held_out import HeldOut
-from .online.plan import Beginning, plan_iteration, refuse_other_layout, step_layout
+from .online.overlap import RolloutsAhead, begin_ahead, refuse_impossible_lag, refuse_overlap, sampling_revision
+from .online.plan import Beginning, plan_iteration, refuse_other_layout, step_layout, write_beginning
 from .online.reference import restore_reference
 from .online.report import IterationReport, load_reports, load_start, print_iterations, save_start
 from .online.sampling import refresh, rest, unwrapped_policy
@@ -43,7 +44,12 @@ from .rollout.provenance import fingerprint
 from .rows.row_files import load_rows
 from .rows.selection import PairingConfig, UnpairedConfig, check_pairing
 from .tools.toolbox import Toolset
-from .trainer.loop.policy_weights import load_policy_weights, policy_revision, refuse_diverged, save_policy_weights
+from .trainer.loop.policy_weights import (
+    load_policy_weights,
+    policy_revision,
+    refuse_diverged,
+    save_policy_weights,
+)
 from .trainer.outcomes.outcome_based import OutcomeBasedTrainer
 
 
@@ -75,8 +81,9 @@ class ToolRolloutGenerator(TrainerCallback):
             Filters, and how rows are chosen. By default that of the trainer's paper: random pairs for M-DPO and M-KTO,
             balanced trajectories for OREO and DQO.
         reference (`str`, *optional*, defaults to `"previous"`):
-            `"previous"`: each iteration's reference is the policy that rolled it out (eq. 15, better in domain);
-            `"initial"`: it stays the policy before the first iteration (eq. 14).
+            `"previous"`: each iteration's reference is the policy that its training starts from, which (without
+            `max_policy_lag`) rolled it out (eq. 15, better in domain); `"initial"`: it stays the policy before the
+            first iteration (eq. 14).
         history (`str`, *optional*, defaults to `"latest"`):
             `"latest"` trains on the iteration's rows, `"all"` on the rows of all iterations so far.
         prompts_per_iteration (`int`, *optional*):
@@ -87,6 +94,11 @@ class ToolRolloutGenerator(TrainerCallback):
             best one is loaded into the model at the end.
         eval_generations (`int`, *optional*, defaults to `1`):
             Samples per held-out prompt for pass@n and maj@n besides the greedy one; 1 means greedy only.
+        max_policy_lag (`int`, *optional*, defaults to `0`):
+            How many iterations older than the policy that trains on rows the one may be that rolled them out. 0:
+            rollouts and training take turns, as in the paper. 1: while an iteration trains, the next one's prompts are
+            rolled out with the policy with which this training began, so that rollouts cost no time of their own where
+            engine and tools do not need the trainer's device. The reference stays that of `reference`.
         lr_schedule (`str`, *optional*, defaults to `"run"`):
             One learning-rate schedule over the whole run, or one per `"iteration"` (warm-up included).
         reward_weights (`list[float]`, *optional*):
@@ -126,6 +138,7 @@ class ToolRolloutGenerator(TrainerCallback):
         prompts_per_iteration: int | None = None,
         eval_prompts: Dataset | None = None,
         eval_generations: int = 1,
+        max_policy_lag: int = 0,
         lr_schedule: Literal["run", "iteration"] = "run",
         reward_weights: list[float] | None = None,
         environment_factory: Any = None,
@@ -144,6 +157,7 @@ class ToolRolloutGenerator(TrainerCallback):
             check_engine(engine)
         refuse_mistakes(prompts, eval_prompts, judge, environment_factory, prompts_per_iteration)
         refuse_unknown_choices(reference=reference, history=history, lr_schedule=lr_schedule)
+        refuse_impossible_lag(max_policy_lag)
         self.prompts = prompts
         self.held_out = None if eval_prompts is None else HeldOut(eval_prompts, eval_generations)
         self.shown = ShownCompletions(num_completions_to_print) if log_completions else None
@@ -158,12 +172,14 @@ class ToolRolloutGenerator(TrainerCallback):
             reference=reference,
             history=history,
             environment_factory=environment_factory,
+            max_policy_lag=max_policy_lag,
         )
         self.run_folder = Path(run_folder) if run_folder else None
         self.run = RunFolder(Path(run_folder or "."))  # until the trainer says where
         self._preemption = Preemption()
         self.trainer: Any = None
         self._report: Any = None  # of the iteration under way
+        self._ahead: RolloutsAhead | None = None  # the next one's rollouts, or this one's, where they are done
         self._epoch_started = 0.0
 
     # What the trainer asks (see `trainer.iterative.TrainingRowSource`)
@@ -186,6 +202,8 @@ class ToolRolloutGenerator(TrainerCallback):
         elif is_engine_factory(self.engine):
             self.engine = self.engine(unwrapped_policy(trainer), trainer.processing_class)
         check_engine(self.engine, unwrapped_policy(trainer))
+        if self.settings.max_policy_lag:
+            refuse_overlap(self.engine, trainer)
 
     def begin_iteration(self, iteration: int, resumed_inside: bool) -> Dataset:
         """Rolls out, or takes up what the iteration has found already; the rows that its epoch trains on.
@@ -201,18 +219,21 @@ class ToolRolloutGenerator(TrainerCallback):
                 policy; or if its rows are gone. Nothing is overwritten.
         """
         folder = self.run.iteration(iteration)
+        starting = policy_revision(weights_of(self.trainer))
         beginning = Beginning(
             iteration,
             resumed_inside,
-            settings={"prompts": self._prompts_fingerprint(iteration), **self.settings.describe()},
-            policy_revision=policy_revision(weights_of(self.trainer)),
+            settings=self._described(iteration),
+            policy_revision=sampling_revision(self.trainer, self.run, self.settings, iteration),
             first_step=self.trainer.state.global_step,
+            starting_revision=starting,
         )
         plan = on_main(lambda: plan_iteration(folder, beginning))
-        if plan.notice and self.trainer.args.process_index == 0:
+        if plan.notice and self.trainer.args.process_index == 0 and not self._is_rolled_out(iteration):
             tqdm.write(plan.notice)
         if plan.action == "set aside":
             on_main(lambda: self.run.set_aside(iteration))
+            self._ahead = None
         if plan.action == "load":
             rest(self.engine)
             self._report = IterationReport.load(folder.path)
@@ -239,29 +260,47 @@ class ToolRolloutGenerator(TrainerCallback):
 
     def _find_rows(self, beginning: Beginning) -> Dataset:
         """Rolls out what is missing, judges and selects."""
-        iteration, settings = beginning.iteration, beginning.settings
-        before = IterationReport.load(self.run.iteration(iteration).path)
-        samples = self.settings.samples(iteration, before.spans() if before else None)
-        marks = {policy: [[span.start, span.stop] for span in spans] for policy, spans in samples.items()}
-        begun = IterationReport(
-            iteration,
-            beginning.first_step,
-            policy_revision=beginning.policy_revision,
-            settings=settings,
-            ready=False,
-            samples=marks,
-        )
-        self._save(begun)
-        see = self.shown.see if self.shown else None
+        iteration = beginning.iteration
+        begun, samples = write_beginning(beginning, self.settings, self.run)
+        see, is_rolled_out = self.shown.see if self.shown else None, self._is_rolled_out(iteration)
         rows, report = run_iteration(
-            iteration, self._prompts_of, self.trainer, self.engine, self.settings, self.run, samples, see
+            iteration,
+            self._prompts_of,
+            self.trainer,
+            self.engine,
+            self.settings,
+            self.run,
+            samples,
+            see,
+            is_rolled_out,
         )
         if self.shown:
             self.shown.log_iteration(self.trainer, iteration)
-        report.settings, report.samples = settings, marks
+        report.settings, report.samples = begun.settings, begun.samples
+        if is_rolled_out and self._ahead is not None:
+            report.overlapped_seconds = self._ahead.seconds
+            report.rollout_seconds += self._ahead.waited_seconds
         self._report = report
         self._save(report)
         return rows
+
+    def _is_rolled_out(self, iteration: int) -> bool:
+        """Whether this run has rolled an iteration out while the one before was trained."""
+        return self._ahead is not None and self._ahead.iteration == iteration
+
+    def _overlaps(self, iteration: int) -> bool:
+        """Whether an iteration follows the one that is about to train, and is rolled out beside it."""
+        args, last_step = self.trainer.args, self.trainer.iteration_last_step
+        ends = iteration >= math.ceil(args.num_train_epochs) or 0 < args.max_steps <= last_step
+        return self.settings.max_policy_lag > 0 and not ends
+
+    def _begin_ahead(self, iteration: int) -> RolloutsAhead | None:
+        prompts, described = self._prompts_of(iteration), self._described(iteration)
+        return begin_ahead(self.trainer, self.engine, self.settings, self.run, iteration, prompts, described)
+
+    def _described(self, iteration: int) -> dict[str, Any]:
+        """The settings that decide which rows an iteration finds."""
+        return {"prompts": self._prompts_fingerprint(iteration), **self.settings.describe()}
 
     def position(self, global_step: int) -> tuple[int, int]:
         """`(iteration, its first global step)` of a run that stopped after `global_step` optimizer steps."""
@@ -281,13 +320,20 @@ class ToolRolloutGenerator(TrainerCallback):
 
     @contextmanager
     def training(self) -> Iterator[None]:
-        """Around an epoch: SIGTERM waits for the end of the step, whose checkpoint is then written."""
-        if self.trainer.args.world_size > 1:  # processes would stop at different steps
-            yield
-            return
-        with self._preemption.deferred():
-            yield
-        self._preemption.raise_if_arrived()
+        """Around an epoch: SIGTERM waits for the end of the step, whose checkpoint is then written.
+
+        With `max_policy_lag` the next iteration's rollouts run beside the body, and are waited for.
+        """
+        self._ahead = None
+        following = self._report.iteration + 1
+        ahead = self._begin_ahead(following) if self._overlaps(following) else None
+        with nullcontext() if ahead is None else ahead.running():
+            with nullcontext() if self.trainer.args.world_size > 1 else self._preemption.deferred():
+                yield  # several processes would stop at different steps
+            self._preemption.raise_if_arrived()
+            if ahead is not None and not self.trainer.control.should_training_stop:
+                ahead.finish(self.trainer.args.ddp_timeout)
+                self._ahead = ahead
 
     def end_iteration(self) -> None:
         """Evaluates the policy after an iteration. Its checkpoint stands, so that a failure here loses no training."""
@@ -332,7 +378,9 @@ class ToolRolloutGenerator(TrainerCallback):
         # The policy after this iteration is the one with which the next would start; kept now, in case it is the best.
         policy, following = weights_of(self.trainer), report.iteration + 1
         refuse_diverged(policy)
-        self._set_aside_but(following, policy_revision(policy), state.global_step)
+        self._set_aside_but(
+            following, sampling_revision(self.trainer, self.run, self.settings, following), state.global_step
+        )
         save_policy_weights(policy, self.run.iteration(following).policy)
         self._save(report)
         control.should_save = args.save_strategy != SaveStrategy.NO  # so that a stopped run loses no iteration
@@ -413,7 +461,8 @@ class ToolRolloutGenerator(TrainerCallback):
 
     def _evaluation_of_unchanged(self, report: IterationReport, key: str) -> dict[str, float] | None:
         """What is known of the policy already, if the iteration has not changed it."""
-        if report.trained_rows or policy_revision(weights_of(self.trainer)) != report.policy_revision:
+        before_training = report.starting_revision or report.policy_revision
+        if report.trained_rows or policy_revision(weights_of(self.trainer)) != before_training:
             return None
         before = [earlier for earlier in self.reports if earlier.iteration < report.iteration]
         if before:
@@ -441,8 +490,11 @@ class ToolRolloutGenerator(TrainerCallback):
         on_main(set_aside)
 
     def _forget_policies(self, current: int) -> None:
-        """Deletes the snapshots that nothing needs any more: all but the last two, the best and the initial one."""
-        keep = {current, current - 1, self.best_policy, 0}
+        """Deletes the snapshots that nothing needs any more: all but the last two, the best and the initial one.
+
+        Where rollouts lag, the last three: a run that is taken up draws with the last but one and the one before.
+        """
+        keep = {*range(current - 1 - self.settings.max_policy_lag, current + 1), self.best_policy, 0}
         on_main(lambda: self.run.forget_policies(current, keep))
 
 

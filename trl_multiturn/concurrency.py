@@ -8,10 +8,44 @@ import contextlib
 import contextvars
 import threading
 from collections.abc import Callable, Coroutine, Iterable
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 
 T = TypeVar("T")
+
+
+class BackgroundCoroutine(Generic[T]):
+    """
+    A coroutine that runs, from now on, on a thread and an event loop of its own.
+
+    Args:
+        coroutine (`Coroutine`): what to run.
+        name (`str`): name of the thread.
+    """
+
+    def __init__(self, coroutine: Coroutine[Any, Any, T], name: str) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._task = self._loop.create_task(coroutine)
+        self._outcome: concurrent.futures.Future[T] = concurrent.futures.Future()
+        threading.Thread(target=self._work, name=name).start()
+
+    def _work(self) -> None:
+        try:
+            self._outcome.set_result(self._loop.run_until_complete(self._task))
+        except BaseException as error:
+            self._outcome.set_exception(error)
+        finally:
+            self._loop.close()
+
+    def result(self) -> T:
+        """Waits for the coroutine's end. Raises what it raised; an interrupt ends the wait, not the coroutine."""
+        return self._outcome.result()
+
+    def cancel(self) -> None:
+        """Cancels the coroutine, unless it has ended, and waits until it has closed what it had opened."""
+        with contextlib.suppress(RuntimeError):  # the loop has ended already
+            self._loop.call_soon_threadsafe(self._task.cancel)
+        self._outcome.exception()  # `Thread.join` cannot be waited on twice
 
 
 async def run_in_thread(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
@@ -57,25 +91,11 @@ def run_coroutine(coroutine: Coroutine[Any, Any, T]) -> T:
     """
     if not _inside_a_loop():
         return asyncio.run(coroutine)
-    loop = asyncio.new_event_loop()
-    task = loop.create_task(coroutine)
-    outcome: concurrent.futures.Future[T] = concurrent.futures.Future()
-
-    def work() -> None:
-        try:
-            outcome.set_result(loop.run_until_complete(task))
-        except BaseException as error:
-            outcome.set_exception(error)
-        finally:
-            loop.close()
-
-    threading.Thread(target=work, name="trl-multiturn-loop").start()
+    background = BackgroundCoroutine(coroutine, "trl-multiturn-loop")
     try:
-        return outcome.result()
+        return background.result()
     except KeyboardInterrupt:
-        with contextlib.suppress(RuntimeError):  # the loop has ended already
-            loop.call_soon_threadsafe(task.cancel)
-        outcome.exception()  # waits until every session is closed; `Thread.join` cannot be waited on twice
+        background.cancel()  # every session is closed
         raise
 
 

@@ -24,16 +24,16 @@ from .journal.journal import Journal, Places
 from .journal.run_folder import IterationFolder, RunFolder
 from .online.agreement import SamplerAgreement
 from .online.arrivals import await_trajectories
+from .online.overlap import sampling_weights, share_of
 from .online.plan import found_otherwise
 from .online.reference import with_reference
 from .online.report import IterationReport, Samples
 from .online.sampling import EarlierPolicy, ready_to_sample, together
 from .online.settings import IterationSettings
 from .rollout.judging import judge_again
-from .rollout.loop import agenerate_trajectories
 from .rows.row_files import forget_caches, load_rows, save_rows, write_rows
 from .rows.selection import PairingConfig, Selection, UnpairedConfig, select_by_prompt
-from .trainer.loop.policy_weights import policy_revision, policy_weights, save_policy_weights
+from .trainer.loop.policy_weights import policy_revision, policy_weights, save_policy_weights, snapshot_revision
 from .trajectory import Trajectory
 
 
@@ -46,6 +46,7 @@ def run_iteration(
     run: RunFolder,
     samples: Samples | None = None,
     see: Callable[[Trajectory, str | None], None] | None = None,
+    is_rolled_out: bool = False,
 ) -> tuple[Dataset, IterationReport]:
     """Prompts in, the training rows of one iteration out: lines 3 to 7 of Algorithm 1.
 
@@ -70,6 +71,8 @@ def run_iteration(
             Which samples each policy draws (see [`IterationSettings.samples`]).
         see (`Callable`, *optional*):
             Called on the main process with every trajectory and the name of the filter that dropped it.
+        is_rolled_out (`bool`, *optional*, defaults to `False`):
+            Whether this run has rolled out already, while the iteration before was trained (`max_policy_lag`).
 
     Returns:
         `(rows, report)`: token rows with the reference's log-probabilities, and the iteration's counts.
@@ -79,15 +82,17 @@ def run_iteration(
     folder, patience = run.iteration(iteration), trainer.args.ddp_timeout
 
     # π_t is kept: the next iteration explores with it, and it may turn out to be the best of all.
-    policy = weights_of(trainer)
+    policy, lag = weights_of(trainer), settings.lag(iteration)
     save_policy_weights(policy, folder.policy)
-    revision = policy_revision(policy)
 
     # Roll out with π_t and, for exploration, with the previous policy; every answer is verified on the way.
     prompts = prompts_of(iteration)
     samples = samples or settings.samples(iteration)
     places = Places(range(len(prompts)), {f"{iteration}/{policy}": spans for policy, spans in samples.items()})
-    roll_out(iteration, prompts, trainer, engine, settings, run, samples)
+    if is_rolled_out:
+        trainer.accelerator.wait_for_everyone()
+    else:
+        roll_out(iteration, prompts, trainer, engine, settings, run, samples)
     if (processes := trainer.args.world_size) > 1:
         on_main_at_own_pace(lambda: await_trajectories(Journal(folder.journal), places, processes), patience)
 
@@ -95,7 +100,7 @@ def run_iteration(
     def select_rows() -> IterationReport:
         agreement = SamplerAgreement(settings.rollout, see)
         found = find_rows(folder.journal, folder, places, settings.pairing, trainer.row_format, agreement.see)
-        found.agreement = agreement.measure(trainer)
+        found.agreement = agreement.measure(trainer, sampling_weights(trainer, run, iteration, lag) if lag else None)
         return found
 
     report = on_main_at_own_pace(select_rows, patience)
@@ -113,7 +118,10 @@ def run_iteration(
     forget_caches(prepared, run.path)  # what was computed on the way, beside the rows
     training_rows = load_rows(folder.training_rows)
 
-    report.iteration, report.first_step, report.policy_revision = iteration, trainer.state.global_step, revision
+    report.iteration, report.first_step = iteration, trainer.state.global_step
+    report.starting_revision, report.policy_lag = policy_revision(policy), lag
+    sampled_by = snapshot_revision(run.iteration(iteration - lag).policy) if lag else report.starting_revision
+    report.policy_revision = sampled_by
     report.rows, report.trained_rows = len(rows), len(training_rows)
     report.row_statistics = dict(trainer.row_statistics or {})
     report.rollout_seconds = time.perf_counter() - started
@@ -134,45 +142,26 @@ def roll_out(
     Every finished trajectory is in the iteration's journal the moment it finishes. With several processes each rolls
     out its share of the prompts; what all have rolled out is on the disk when it returns.
     """
-    policy = weights_of(trainer)
-    share = range(trainer.args.process_index, len(prompts), trainer.args.world_size)
-
-    def arguments(label: str, span: range, revision: str) -> dict[str, Any]:
-        return {
-            **settings.arguments(),
-            "num_generations": len(span),
-            "sample_offset": span.start,
-            "prompt_indices": list(share),
-            "policy": label,
-            "policy_revision": revision,
-            "iteration": iteration,
-            "journal": journal,
-            "collect": False,  # the main process reads those of all from the journal
-            "progress": label == "current" and trainer.args.process_index == 0 and not trainer.args.disable_tqdm,
-        }
-
-    async def sample(label: str, sampler: Engine, revision: str) -> None:
-        for span in samples[label] if share else ():
-            await agenerate_trajectories(prompts.select(share), sampler, **arguments(label, span, revision))
-
+    policy, lag = weights_of(trainer), settings.lag(iteration)
     with Journal(run.iteration(iteration).journal) as journal:
+        share = share_of(iteration, prompts, trainer, settings, samples, journal)
         earlier = None
         if samples["previous"]:
-            with policy_weights(policy, run.iteration(iteration - 1).policy):
+            with policy_weights(policy, run.iteration(iteration - lag - 1).policy):
                 earlier = EarlierPolicy.save(engine, trainer, run)
                 if earlier is None:  # first, so that the engine goes on with the present policy
                     revision = policy_revision(policy)  # on every process, also on one without a prompt
                     with ready_to_sample(engine, trainer, run):
-                        run_coroutine(sample("previous", engine, revision))
-        revision = policy_revision(policy)
-        with ready_to_sample(engine, trainer, run):
-            if earlier is None:
-                run_coroutine(sample("current", engine, revision))
-            else:
-                with earlier.engine(engine) as beside:
-                    run_coroutine(
-                        together(sample("previous", beside, earlier.revision), sample("current", engine, revision))
-                    )
+                        run_coroutine(share.sample("previous", engine, revision))
+        with sampling_weights(trainer, run, iteration, lag):
+            revision = policy_revision(policy)
+            with ready_to_sample(engine, trainer, run):
+                current = share.sample("current", engine, revision)
+                if earlier is None:
+                    run_coroutine(current)
+                else:
+                    with earlier.engine(engine) as beside:
+                        run_coroutine(together(share.sample("previous", beside, earlier.revision), current))
     trainer.accelerator.wait_for_everyone()
 
 

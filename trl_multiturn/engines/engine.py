@@ -82,7 +82,8 @@ class Engine(Protocol):
     """What the rollout loop needs of an inference engine.
 
     `generate` is awaited once per turn, by many trajectories at the same time; batching them is the engine's business.
-    What an engine can do beyond this is said by optional protocols: [`Forks`], [`Sleeps`] and [`SamplesBeside`].
+    What an engine can do beyond this is said by optional protocols: [`Forks`], [`Sleeps`], [`SamplesFromCopies`]
+    and [`SamplesBeside`].
 
     Attributes:
         weights (`str`): whose weights the engine samples with. `"shared"`: those of the model that is being trained.
@@ -172,6 +173,16 @@ class Shares(Protocol):
 
     def shares_weights_with(self, model: Any) -> bool:
         """Whether it samples with the weights of `model`, which may be wrapped."""
+        ...
+
+
+@runtime_checkable
+class SamplesFromCopies(Protocol):
+    """An engine with `weights = "shared"` that can be built once more over a copy of its model, which then samples
+    while the model itself is trained (`max_policy_lag`)."""
+
+    def over(self, model: Any) -> Engine:
+        """An engine with the same settings that samples with `model`, and shares no state with this one."""
         ...
 
 

@@ -119,6 +119,10 @@ class ScriptedEngine:
         """Records the refresh."""
         self.refreshes.append(model_path)
 
+    def over(self, model: Any) -> ScriptedEngine:
+        """Itself: a script has no weights. See [`SamplesFromCopies`]."""
+        return self
+
     def describe(self) -> dict[str, Any]:
         """Name and settings."""
         return {"engine": "scripted", "end_turns": self.end_turns, "latency_seconds": self.latency_seconds}

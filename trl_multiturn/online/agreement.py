@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -65,7 +66,7 @@ class SamplerAgreement:
         current = trajectory.info.get("policy") == "current"
         return self._measures and recorded and current and not images_in(trajectory.prompt + trajectory.completion)
 
-    def measure(self, trainer: Any) -> dict[str, float]:
+    def measure(self, trainer: Any, sampling_weights: AbstractContextManager[None] | None = None) -> dict[str, float]:
         """
         Scores the trajectories, warns where the two do not agree, and returns the metrics.
 
@@ -73,11 +74,22 @@ class SamplerAgreement:
         process cannot read.
 
         Not collective: the main process calls it.
+
+        Args:
+            trainer ([`~transformers.Trainer`]):
+                Whose policy sampled.
+            sampling_weights (`AbstractContextManager`, *optional*):
+                Puts the weights that sampled into the policy, where it has others by now (`max_policy_lag`). How far
+                it is from them is then measured, too.
         """
         if not self._chosen or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
             return {}
-        differences = _differences(trainer, list(self._chosen.values()), self._temperature)
+        trajectories = list(self._chosen.values())
+        with sampling_weights or nullcontext():
+            differences = _differences(trainer, trajectories, self._temperature)
         metrics = agreement_metrics(differences)
+        if sampling_weights is not None:
+            metrics["sampling/lag_kl"] = _kl(torch.cat(_differences(trainer, trajectories, self._temperature)))
         if not metrics["sampling/kl"] <= MAX_KL:
             logger.warning(
                 "The engine's log-probabilities are not those of the policy that is trained: KL %.3g nats per sampled "

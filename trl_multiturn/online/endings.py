@@ -47,10 +47,11 @@ def stopped(run: RunFolder) -> str:
 
 
 def _where(run: RunFolder) -> str:
-    reports = [IterationReport.load(folder.path) for folder in run.iterations()]
-    report = next((report for report in reversed(reports) if report is not None), None)
-    if report is None:
+    reports = [report for folder in run.iterations() if (report := IterationReport.load(folder.path)) is not None]
+    if not reports:
         return "before the first iteration"
+    # The first that has not ended: the next one's rollouts may have begun
+    report = next((report for report in reports if report.last_step is None), reports[-1])
     if not report.ready:
         return f"in iteration {report.iteration + 1}, while it rolled out"
     if report.last_step is None:

@@ -6,9 +6,11 @@ import json
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..journal.run_folder import IterationFolder
+from ..distributed.main_process import on_main
+from ..journal.run_folder import IterationFolder, RunFolder
 from ..rollout.provenance import tools_without_patch
-from .report import IterationReport
+from .report import IterationReport, Samples
+from .settings import IterationSettings
 
 
 # What may change between two starts of a run. The rollouts stay; they are judged anew,
@@ -29,6 +31,8 @@ class Beginning:
         settings (`dict`): what decides which rows are found.
         policy_revision (`str`): hash of the policy that is to roll out.
         first_step (`int`): optimizer steps of the run so far.
+        starting_revision (`str`, *optional*): hash of the policy that is to be trained; unknown as long as the
+            iteration before trains.
     """
 
     iteration: int
@@ -36,10 +40,16 @@ class Beginning:
     settings: dict[str, Any]
     policy_revision: str
     first_step: int
+    starting_revision: str | None = None
 
     def is_of(self, report: IterationReport) -> bool:
         """Whether a report is of this policy at this step."""
         return (report.policy_revision, report.first_step) == (self.policy_revision, self.first_step)
+
+    def trains_from(self, report: IterationReport) -> bool:
+        """Whether a report's rows were prepared for the policy that is to be trained, whose reference they carry."""
+        known = report.starting_revision is not None and self.starting_revision is not None
+        return not known or report.starting_revision == self.starting_revision
 
 
 @dataclass(frozen=True)
@@ -75,7 +85,7 @@ def plan_iteration(folder: IterationFolder, beginning: Beginning) -> Plan:
             return Plan(
                 "roll out", f"{name} keeps the rollouts in {folder.path} and finds its rows anew: {names} changed."
             )
-        if report.ready:
+        if report.ready and beginning.trains_from(report):
             return Plan("load", f"{name} has its rows already: {folder.path}.")
         return Plan("roll out", f"{name} goes on with the rollouts in {folder.path}.")
     if beginning.first_step == 0:
@@ -86,6 +96,26 @@ def plan_iteration(folder: IterationFolder, beginning: Beginning) -> Plan:
             "loses all iterations."
         )
     return Plan("set aside")
+
+
+def write_beginning(
+    beginning: Beginning, settings: IterationSettings, run: RunFolder
+) -> tuple[IterationReport, Samples]:
+    """Writes down that an iteration has begun, and with what; also returns which samples each policy draws."""
+    folder = run.iteration(beginning.iteration)
+    before = IterationReport.load(folder.path)
+    samples = settings.samples(beginning.iteration, before.spans() if before else None)
+    begun = IterationReport(
+        beginning.iteration,
+        beginning.first_step,
+        policy_revision=beginning.policy_revision,
+        settings=beginning.settings,
+        ready=False,
+        samples={policy: [[span.start, span.stop] for span in spans] for policy, spans in samples.items()},
+        policy_lag=settings.lag(beginning.iteration),
+    )
+    on_main(lambda: begun.save(folder.path))
+    return begun, samples
 
 
 def step_layout(args: Any) -> dict[str, Any]:

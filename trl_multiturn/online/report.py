@@ -62,6 +62,11 @@ class IterationReport:
         evaluated_by (`str`, *optional*): hash of what decides the evaluation; those of others are not compared.
         agreement (`dict[str, float]`): how far the engine's log-probabilities are from the trainer's (`sampling/…`).
         step_layout (`dict`, *optional*): what decides which of its rows each optimizer step trains on.
+        starting_revision (`str`, *optional*): hash of the policy that its epoch begins with; `policy_revision`, unless
+            the policy that rolled out is older.
+        policy_lag (`int`): how many iterations older.
+        overlapped_seconds (`float`): wall time of those rollouts that ran while the iteration before trained; not in
+            `rollout_seconds`.
     """
 
     iteration: int
@@ -92,6 +97,9 @@ class IterationReport:
     evaluated_by: str | None = None
     step_layout: dict[str, Any] | None = None
     agreement: dict[str, float] = field(default_factory=dict)
+    starting_revision: str | None = None
+    policy_lag: int = 0
+    overlapped_seconds: float = 0.0
 
     @property
     def correct_share(self) -> float:
@@ -138,6 +146,8 @@ class IterationReport:
             **({"rollout/reward_errors": self.reward_errors} if self.reward_errors else {}),
             **{f"data/dropped_{name}": count for name, count in self.dropped.items()},
             **{f"data/unused_{name}": count for name, count in self.unused.items()},
+            **({"rollout/policy_lag": self.policy_lag} if self.policy_lag else {}),
+            **({"rollout/overlapped_time_s": self.overlapped_seconds} if self.overlapped_seconds else {}),
             **self.agreement,
         }
 

@@ -54,13 +54,23 @@ def refresh(engine: Engine, trainer: Any, run: RunFolder) -> None:
     if engine.weights == "shared":
         engine.refresh()
         return
-    # Each process has an engine of its own. The last checkpoint stays: an engine may load an adapter when it is used.
-    process = trainer.args.process_index
-    earlier, checkpoint = run.engine_checkpoints(process), run.next_engine_checkpoint(process)
+    load_checkpoint(engine, save_checkpoint(trainer, run))
+
+
+def save_checkpoint(trainer: Any, run: RunFolder) -> Path:
+    """Writes the policy as it is now to a folder that an engine can load. Each process has an engine of its own."""
+    checkpoint = run.next_engine_checkpoint(trainer.args.process_index)
     unwrapped_policy(trainer).save_pretrained(checkpoint, state_dict=whole_state_dict(trainer))
+    return checkpoint
+
+
+def load_checkpoint(engine: Engine, checkpoint: Path) -> None:
+    """Has an engine load a folder, and deletes those before. The last one stays: an adapter may be loaded late."""
     engine.refresh(str(checkpoint))
-    for folder in earlier:
-        shutil.rmtree(folder, ignore_errors=True)
+    prefix = checkpoint.name.rpartition("_")[0]
+    for folder in checkpoint.parent.glob(f"{prefix}_*"):
+        if folder.name < checkpoint.name:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,8 @@ class IterationSettings:
         pairing ([`PairingConfig`] or [`UnpairedConfig`], *optional*): chosen by the trainer, once it stands.
         reference, history (`str`): reference policy, and whose rows an epoch trains on.
         environment_factory (`Callable`, *optional*): an environment per trajectory.
+        max_policy_lag (`int`): whether rollouts overlap with the training of the iteration before. It decides which
+            policy rolls out, which the revisions say, and is therefore no setting that [`describe`] compares.
     """
 
     tools: list[Any]
@@ -37,6 +39,11 @@ class IterationSettings:
     reference: Literal["previous", "initial"] = "previous"
     history: Literal["latest", "all"] = "latest"
     environment_factory: Any = None
+    max_policy_lag: int = 0
+
+    def lag(self, iteration: int) -> int:
+        """How many iterations older than π_t the policy is that iteration t (0-based) rolls out with."""
+        return min(self.max_policy_lag, iteration)
 
     def arguments(self) -> dict[str, Any]:
         """What [`generate_trajectories`] and [`evaluate_policy`] are told alike."""
@@ -52,11 +59,11 @@ class IterationSettings:
 
         Args:
             iteration (`int`):
-                0-based; the first has no previous policy.
+                0-based; the first has no previous policy, nor has one that rolls out with the first's policy.
             before (`Samples`, *optional*):
                 Those of the same iteration before `num_generations` changed. They are kept, and others added.
         """
-        explored = self.rollout.explored_generations if iteration else 0
+        explored = self.rollout.explored_generations if iteration > self.lag(iteration) else 0
         samples: Samples = {}
         unused = max((span.stop for spans in (before or {}).values() for span in spans), default=0)
         for policy, count in (("current", self.rollout.num_generations - explored), ("previous", explored)):

@@ -38,6 +38,7 @@ def generate_trajectories(
     policy: str = "current",
     policy_revision: str | None = None,
     iteration: int = 0,
+    policy_lag: int = 0,
     sample_offset: int = 0,
     prompt_indices: Sequence[int] | None = None,
     journal: Journal | str | os.PathLike | None = None,
@@ -88,6 +89,9 @@ def generate_trajectories(
             Label of the policy that samples, part of every seed; and what identifies its weights, for provenance.
         iteration (`int`, *optional*, defaults to `0`):
             Of the online loop; part of every seed.
+        policy_lag (`int`, *optional*, defaults to `0`):
+            How many iterations older the policy that samples is than the one that the iteration trains; for
+            provenance (`policy_lag`, `policy_iteration`).
         sample_offset (`int`, *optional*, defaults to `0`):
             First `sample_index`, where several policies share the samples of a prompt.
         prompt_indices (`Sequence[int]`, *optional*):
@@ -131,6 +135,7 @@ def generate_trajectories(
             policy=policy,
             policy_revision=policy_revision,
             iteration=iteration,
+            policy_lag=policy_lag,
             sample_offset=sample_offset,
             prompt_indices=prompt_indices,
             journal=journal,
@@ -159,6 +164,7 @@ async def agenerate_trajectories(
     policy: str = "current",
     policy_revision: str | None = None,
     iteration: int = 0,
+    policy_lag: int = 0,
     sample_offset: int = 0,
     prompt_indices: Sequence[int] | None = None,
     journal: Journal | str | os.PathLike | None = None,
@@ -190,6 +196,7 @@ async def agenerate_trajectories(
         policy=policy,
         policy_revision=policy_revision,
         iteration=iteration,
+        policy_lag=policy_lag,
         journal=Journal(journal) if isinstance(journal, (str, os.PathLike)) else journal,
         collect=collect,
         on_trajectory=on_trajectory,

@@ -26,6 +26,7 @@ class RolloutOptions(TypedDict, total=False):
     policy: str
     policy_revision: str | None
     iteration: int
+    policy_lag: int
     sample_offset: int
     prompt_indices: Sequence[int] | None
     journal: Journal | str | os.PathLike | None

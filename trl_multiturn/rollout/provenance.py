@@ -76,13 +76,16 @@ def version_of(function: Any) -> Any:
     return tool_version(function)
 
 
+_NOT_DECISIVE = ("verifiers", "versions", "policy_iteration", "policy_lag")
+
+
 def decides_rollouts(provenance: Mapping[str, Any]) -> dict[str, Any]:
     """What of a rollout's provenance decides which trajectories come out.
 
-    How they were judged does not; that is kept with each verdict. Of versions the first two numbers count, so that a
-    patch release goes on with what is there.
+    How they were judged does not; that is kept with each verdict. Nor does the age of the policy, whose weights are
+    named. Of versions the first two numbers count, so that a patch release goes on with what is there.
     """
-    decisive = {name: value for name, value in provenance.items() if name not in ("verifiers", "versions")}
+    decisive = {name: value for name, value in provenance.items() if name not in _NOT_DECISIVE}
     decisive["version"] = _release_line(provenance["versions"]["trl_multiturn"])
     decisive["engine"] = {
         name: _release_line(value) if name.endswith("_version") else value

@@ -52,6 +52,7 @@ class RolloutPlan:
     policy: str
     policy_revision: str | None
     iteration: int
+    policy_lag: int
     journal: Journal | None
     collect: bool
     on_trajectory: Callable[[Trajectory], None] | None
@@ -83,6 +84,8 @@ class RolloutPlan:
             "policy": self.policy,
             "policy_revision": self.policy_revision,
         }
+        if self.policy_lag:
+            provenance |= {"policy_iteration": self.iteration - self.policy_lag, "policy_lag": self.policy_lag}
         return provenance | (self.player.provenance if self.player is not None else {})
 
 

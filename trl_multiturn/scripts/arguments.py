@@ -91,6 +91,13 @@ class OnlineScriptArguments(PromptArguments):
     history: Literal["latest", "all"] = field(
         default="latest", metadata={"help": "Train on the rows of the latest iteration, or of all so far."}
     )
+    max_policy_lag: int = field(
+        default=0,
+        metadata={
+            "help": "1: the next iteration is rolled out while this one trains, by the policy with which its training "
+            "began. 0: rollouts and training take turns."
+        },
+    )
     lr_schedule: Literal["run", "iteration"] = field(
         default="run", metadata={"help": "One learning-rate schedule over the whole run, or one per iteration."}
     )

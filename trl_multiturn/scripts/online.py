@@ -52,6 +52,7 @@ def rollout_generator(
         prompts_per_iteration=script.prompts_per_iteration,
         eval_prompts=eval_prompts,
         eval_generations=script.eval_generations,
+        max_policy_lag=script.max_policy_lag,
         lr_schedule=script.lr_schedule,
         engine=engine_factory(arguments.engine, arguments.model, arguments.rollout),
         log_completions=script.log_completions,

@@ -27,7 +27,7 @@ _SNIPPET = 160  # characters of a prompt that the table shows
 # What a trajectory shares with the others of its policy and iteration
 _SHARED = (
     "engine", "sampler", "dialect", "dialects", "tools", "verifiers", "versions", "tokenizer", "chat_template",
-    "policy_revision", "decoding", "environment",
+    "policy_revision", "policy_iteration", "policy_lag", "decoding", "environment",
 )  # fmt: skip
 # What a column or another part says already
 _ELSEWHERE = (

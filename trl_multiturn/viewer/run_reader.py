@@ -153,6 +153,7 @@ class Iteration:
         return (
             self.report.settings.get("reference") == "previous"
             and trajectory.info.get("policy_revision") == self.report.policy_revision
+            and not self.report.policy_lag
             and all(sampler.get(name) == value for name, value in _SAMPLES_AS_TRAINED.items())
         )
 

@@ -118,6 +118,11 @@ class TransformersEngine:
             max_batch_size=max_batch_size,
             step_weights_bytes=step_weights_limit_mb * 2**20,
         )
+        self._settings: dict[str, Any] = {
+            "cache_memory_limit_mb": cache_memory_limit_mb,
+            "max_prefill_tokens": max_prefill_tokens,
+            "seed": seed,
+        }
         self._seeds = random.Random(seed)
         # Guards the four fields below, which the event loop's thread and the worker share.
         self._lock = threading.Lock()
@@ -212,6 +217,10 @@ class TransformersEngine:
     def shares_weights_with(self, model: nn.Module) -> bool:
         """Whether the model sampled from is the one in `model`, which may be wrapped (DDP, PEFT)."""
         return unwrap_policy(model)[1] is self._policy
+
+    def over(self, model: nn.Module) -> TransformersEngine:
+        """An engine with the same settings that samples with another model; see [`SamplesFromCopies`]."""
+        return TransformersEngine(model, self.processing_class, self.max_batch_size, **self._settings)
 
     @property
     def vocab_size(self) -> int:

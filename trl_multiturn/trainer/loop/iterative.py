@@ -138,6 +138,11 @@ class IterativeTrainerMixin(TrainerHost):
             columns |= {ids: [[token]], mask: [[1]]}
         return Dataset.from_dict(columns)
 
+    @property
+    def needs_reference_samples(self) -> bool:
+        """Whether the loss takes the reference for the policy that sampled the rows."""
+        return False
+
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As the parent's. With a [`TrainingRowSource`], `resume_from_checkpoint=True` goes on from the last complete
         checkpoint, and starts from the beginning where there is none yet: the same command starts a run and takes it

@@ -36,6 +36,8 @@ from ...errors import DivergedError
 
 logger = get_logger(__name__)
 
+_VALUES = "value_model."  # what the names of a value model's parameters begin with
+
 
 def _trainable(model: nn.Module) -> set[str]:
     names = trainable_names(model)
@@ -107,15 +109,24 @@ def save_policy_weights(model: nn.Module, path: str | os.PathLike) -> None:
     on_main(write)
 
 
-def load_policy_weights(model: nn.Module, path: str | os.PathLike) -> None:
+def load_policy_weights(model: nn.Module, path: str | os.PathLike, values: bool = True) -> None:
     """Copies a snapshot into `model` in place; with sharded weights every process its part.
+
+    Args:
+        model ([`~torch.nn.Module`]):
+            A policy.
+        path (`str` or `os.PathLike`):
+            What [`save_policy_weights`] wrote.
+        values (`bool`, *optional*, defaults to `True`):
+            Whether the snapshot's value model belongs to `model`, too.
 
     Raises:
         `ValueError`: the file is damaged, or the snapshot's parameters are not the model's trainable ones.
     """
     names = _trainable(model)
     with _reading(Path(path)), safe_open(path, framework="pt") as snapshot:
-        if differing := set(snapshot.keys()) ^ names:
+        written = {name for name in snapshot.keys() if values or not name.startswith(_VALUES)}
+        if differing := written ^ names:
             raise ValueError(
                 f"{path} is a snapshot of another model: {len(differing)} parameters differ, for example "
                 f"`{sorted(differing)[0]}`. Start from the model and the PEFT configuration that wrote it."
@@ -143,8 +154,8 @@ def _reading(path: Path) -> Iterator[None]:
 def _damaged(path: Path, reason: str) -> str:
     return (
         f"{path} is not what was written ({reason}), so the policy of that time cannot be put back. Restore the file. "
-        "Without it, `previous_policy_generations=0` goes on without the previous policy, and `reference='previous'` "
-        "without the initial one."
+        "Without it, `previous_policy_generations=0` goes on without the previous policy, `reference='previous'` "
+        "without the initial one, and `max_policy_lag=0` with the present one."
     )
 
 
@@ -169,9 +180,19 @@ def policy_revision(model: nn.Module) -> str:
 
     A value model beside the policy does not count: it has no say in what is sampled.
     """
-    names = {name for name in _trainable(model) if not name.startswith("value_model.")}
+    names = {name for name in _trainable(model) if not name.startswith(_VALUES)}
     digest = hashlib.blake2b(digest_size=8)
     for name, whole in whole_parameters(model, names):
         digest.update(name.encode())
         digest.update(whole.cpu().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def snapshot_revision(path: str | os.PathLike) -> str:
+    """[`policy_revision`] of a policy whose snapshot this is, from the file alone."""
+    digest = hashlib.blake2b(digest_size=8)
+    with _reading(Path(path)), safe_open(path, framework="pt") as snapshot:
+        for name in sorted(name for name in snapshot.keys() if not name.startswith(_VALUES)):
+            digest.update(name.encode())
+            digest.update(snapshot.get_tensor(name).reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()

@@ -127,6 +127,10 @@ class GroupRegressionTrainer(OutcomeBasedTrainer):
         return dataset.add_column("baseline", baselines.numpy())
 
     @property
+    def needs_reference_samples(self) -> bool:
+        return self.args.baseline != "variance" and not self.args.behavior_reference
+
+    @property
     def _holds_placeholder(self) -> bool:
         return self._rows_come_later and self._row_source is None
 
