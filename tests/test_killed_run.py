@@ -160,7 +160,7 @@ def check_kills(runner: Runner, folder: Path, runs: int, seed: int, **arguments:
     events, _ = runner.run(folder / "undisturbed", **arguments)
     expected = outcome(folder / "undisturbed")
     assert len(expected["reports"]) == ITERATIONS and all(r["rows"] > 2 for r in expected["reports"])
-    assert len({r["policy_revision"] for r in expected["reports"]}) == ITERATIONS
+    assert len({r["starting_revision"] for r in expected["reports"]}) == ITERATIONS
     for number in range(runs):
         span = number * len(events) // runs, (number + 1) * len(events) // runs
         folders = (folder / f"killed_{number}_{attempt}" for attempt in range(10))
