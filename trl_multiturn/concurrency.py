@@ -27,7 +27,8 @@ class BackgroundCoroutine(Generic[T]):
         self._loop = asyncio.new_event_loop()
         self._task = self._loop.create_task(coroutine)
         self._outcome: concurrent.futures.Future[T] = concurrent.futures.Future()
-        threading.Thread(target=self._work, name=name).start()
+        self._thread = threading.Thread(target=self._work, name=name)
+        self._thread.start()
 
     def _work(self) -> None:
         try:
@@ -45,7 +46,8 @@ class BackgroundCoroutine(Generic[T]):
         """Cancels the coroutine, unless it has ended, and waits until it has closed what it had opened."""
         with contextlib.suppress(RuntimeError):  # the loop has ended already
             self._loop.call_soon_threadsafe(self._task.cancel)
-        self._outcome.exception()  # `Thread.join` cannot be waited on twice
+        self._outcome.exception()  # an interrupted `Thread.join` cannot be waited on again
+        self._thread.join()  # which is about to end
 
 
 async def run_in_thread(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
