@@ -84,7 +84,7 @@ def share_of(
     journal: Journal,
     shows_progress: bool = True,
 ) -> Share:
-    """Every so-manieth prompt is one process's."""
+    """One process's share: every `world_size`-th prompt."""
     args = trainer.args
     indices = range(args.process_index, len(prompts), args.world_size)
     progress = shows_progress and args.process_index == 0 and not args.disable_tqdm
