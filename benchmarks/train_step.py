@@ -14,9 +14,10 @@ printed only if every arm's loss and gradient norm agree with the first arm's; t
 with minimum and maximum. TRL has no OREO, no DQO and no group regression: there the first arm is our trainer with
 `packed=False`.
 In bfloat16 each arm's loss is held against the same loss in float32 instead, and may be as far off as TRL's.
-`limit` is the step's necessary arithmetic at the rate of this machine's own matrix products, for the policy alone and
-with the reference's forward pass (`train_step_limit.py`), then the fraction of it that each arm achieves, of the
-latter where the arm computes its reference. `launches` counts the operators of a step, but views and allocations.
+`limit` is the step's necessary arithmetic, a value model's included, at the rate of this machine's own matrix
+products, without and with the reference's forward pass (`train_step_limit.py`), then the fraction of it that each arm
+achieves, of the latter where the arm computes its reference. `launches` counts the operators of a step, but views and
+allocations.
 Times are CPU seconds of one thread, or wall-clock seconds of several (`--threads`) or of a GPU, packing and metrics
 included; peak memory is that of a process which runs one arm alone, above what the process held before the step (on a
 GPU, what the step allocates).
@@ -125,10 +126,8 @@ def measure(setting: Setting, batches: int, warm_up: int, real: Path | None) -> 
             continue
         order = list(arms)[i % len(arms) :] + list(arms)[: i % len(arms)]
         steps = {name: arms[name].step(batch) for name in order}
-        if setting.kind == "dpo":
-            result.limits.append(
-                limit_of(arms[first].trainer.model, batch, torch.bfloat16 if setting.bf16 else torch.float32)
-            )
+        model = arms[first].trainer.accelerator.unwrap_model(arms[first].trainer.model)
+        result.limits.append(limit_of(model, batch, torch.bfloat16 if setting.bf16 else torch.float32))
         expected = exact(batch) if exact else steps[first].loss
         result.rounding = max(result.rounding, abs(steps[first].loss - expected) / max(1.0, abs(expected)))
         for name, step in steps.items():
@@ -239,7 +238,8 @@ def report(table: str, results: list[Result]) -> Iterator[str]:
             ratios = r.ratios[name]
             median = statistics.median(ratios)
             cells.append(f"{_time(r.seconds[name])}, **{median:.2f}** ({min(ratios):.2f}..{max(ratios):.2f})")
-        computes = [name == first or (name == "packed" and r.setting.online) for name in r.seconds]
+        online = r.setting.online or r.setting.kind in ON_OUTCOMES
+        computes = [name == first or (name == "packed" and online) for name in r.seconds]
         cells.append(shares_of_limit(r.limits, list(r.seconds.values()), computes))
         cells.append(", ".join(map(str, r.launches.values())) or "not counted")
         cells.append(" → ".join(f"{r.tokens['trained'] / r.seconds[name]:.0f}" for name in (first, "packed")))

@@ -4,8 +4,8 @@ The least time of a step for `train_step.py`: its necessary arithmetic at the ra
 Necessary are the products of unique tokens with the decoder's matrices, of trained ones with the head, and of queries
 with the keys and values of their paths, forward and backward (a frozen matrix has no gradient of its own). The last
 feed-forward block is necessary only for tokens that predict a trained one. Norms, activations, softmax, the metrics
-and everything that is computed again are not. Products with matrices are timed at these very sizes, in this process;
-those of attention are taken at their rate.
+and everything that is computed again are not. A value model with a decoder of its own needs the same, but no head.
+Products with matrices are timed at these very sizes, in this process; those of attention are taken at their rate.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Work(NamedTuple):
 
 
 class Limit(NamedTuple):
-    """Of one step: its arithmetic and the seconds that its products take, of the policy, and of a reference too."""
+    """Of one step: its arithmetic and the seconds that its products take, without and for a reference."""
 
     operations: float
     seconds: float
@@ -44,18 +44,48 @@ class Limit(NamedTuple):
         return self.operations / self.seconds
 
 
-def work_of(batch: dict[str, Tensor]) -> Work:
-    row = pack_rows(batch["input_ids"], batch["attention_mask"])
-    trained = row.cells[:, 1:][batch["completion_mask"][:, 1:].bool()].unique()
+class Cost(NamedTuple):
+    """Of a model on a row: operations and seconds, forward and backward."""
+
+    forward: float
+    forward_seconds: float
+    backward: float
+    backward_seconds: float
+
+
+def work_of(batch: dict[str, Tensor], prefix: str = "") -> Work:
+    row = pack_rows(batch[f"{prefix}input_ids"], batch[f"{prefix}attention_mask"])
+    trained = row.cells[:, 1:][batch[f"{prefix}completion_mask"][:, 1:].bool()].unique()
     read = row.parents[trained].unique()
     return Work(len(row), len(read), len(trained), int((row.position_ids + 1).sum()))
 
 
-def limit_of(model: nn.Module, batch: dict[str, Tensor], dtype: torch.dtype) -> Limit:
-    """The limit of a step of `model`, a causal LM or one with adapters."""
-    work, device = work_of(batch), batch["input_ids"].device
+def limit_of(model: Any, batch: dict[str, Tensor], dtype: torch.dtype) -> Limit:
+    """
+    The limit of a step of `model`, a causal LM or one with adapters, and of its value model. KTO's mismatched
+    completions go through the policy and the reference once more, forward only.
+    """
+    device, work = batch["input_ids"].device, work_of(batch)
+    causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+    policy = _cost(causal_lm, causal_lm.get_output_embeddings(), work, device, dtype)
+    parts = [policy[:2], policy[2:]]
+    reference = [policy[:2]]
+    if "KL_input_ids" in batch:
+        mismatched = _cost(causal_lm, causal_lm.get_output_embeddings(), work_of(batch, "KL_"), device, dtype)
+        parts.append(mismatched[:2])
+        reference.append(mismatched[:2])
+    backbone = getattr(getattr(model, "value_model", None), "backbone", None)
+    if backbone is not None:
+        decoder = backbone.get_base_model() if hasattr(backbone, "get_base_model") else backbone
+        value = _cost(decoder, None, work, device, dtype)
+        parts += [value[:2], value[2:]]
+    totals = [sum(numbers) for part in (parts, reference) for numbers in zip(*part, strict=True)]
+    return Limit(*totals)
+
+
+def _cost(decoder: Any, head: nn.Module | None, work: Work, device: torch.device, dtype: torch.dtype) -> Cost:
     forward = backward = forward_seconds = backward_seconds = 0.0
-    for (tokens, inputs, outputs, trained), count in _products(model, work).items():
+    for (tokens, inputs, outputs, trained), count in _products(decoder, head, work).items():
         x, w = (torch.randn(n, inputs, device=device).to(dtype) for n in (tokens, outputs))
         g = torch.randn(tokens, outputs, device=device).to(dtype)
         products: list[Callable[[], Tensor]] = [lambda g=g, w=w: g @ w]
@@ -67,24 +97,21 @@ def limit_of(model: nn.Module, batch: dict[str, Tensor], dtype: torch.dtype) -> 
         backward += operations * len(products)
         backward_seconds += count * sum(_seconds(product, device) for product in products)
     rate = (forward + backward) / (forward_seconds + backward_seconds)
-    attention = 4.0 * work.attended * _attention_width(model)
-    both = forward + backward + 3 * attention
-    return Limit(
-        both,
-        forward_seconds + backward_seconds + 3 * attention / rate,
+    attention = 4.0 * work.attended * _attention_width(decoder)
+    return Cost(
         forward + attention,
         forward_seconds + attention / rate,
+        backward + 2 * attention,
+        backward_seconds + 2 * attention / rate,
     )
 
 
-def _products(model: nn.Module, work: Work) -> Counter[tuple[int, int, int, bool]]:
-    """Tokens, inputs, outputs and whether it is trained, of each linear map of a causal LM."""
-    causal_lm: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
-    last = causal_lm.base_model.layers[-1].mlp
-    within_last = {id(module) for module in last.modules()}
-    head = causal_lm.get_output_embeddings()
+def _products(decoder: Any, head: nn.Module | None, work: Work) -> Counter[tuple[int, int, int, bool]]:
+    """Tokens, inputs, outputs and whether it is trained, of each linear map of a decoder and of its head."""
+    body = decoder.base_model
+    within_last = {id(module) for module in body.layers[-1].mlp.modules()}
     products: Counter[tuple[int, int, int, bool]] = Counter()
-    for module in causal_lm.modules():
+    for module in [*body.modules(), *([] if head is None else head.modules())]:
         if isinstance(module, nn.Linear):
             tokens = work.read if id(module) in within_last else work.unique
             tokens = work.trained if module is head else tokens
