@@ -130,7 +130,7 @@ def test_ids_without_the_tokens_of_an_image_are_refused(processors):
         ("chatml", [ask(picture(), "an <image> tag")], [assistant("x")], "1 images as 2 times '<image>'"),
         ("chatml", [ask("x")], [{"role": "assistant", "content": ask(picture())["content"]}], "no policy samples"),
         ("chatml", [{"role": "user", "content": [{"type": "image"}]}], [assistant("x")], "part without an image"),
-        ("llava", [ask("x")], [assistant("x"), SEEN], "results as text"),
+        ("llava", [ask("x")], [assistant("x"), SEEN], "`tool_dialect='hermes'`"),
     ],
 )
 def test_images_that_cannot_be_masked_are_refused(processors, family, prompt, completion, error):
