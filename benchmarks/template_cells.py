@@ -31,6 +31,7 @@ from chat_templates import shipped_templates
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from trl_multiturn.data import turn_template
 from trl_multiturn.messages import REASONING
 from trl_multiturn.segments import path
 from trl_multiturn.templates import TurnTemplate
@@ -254,7 +255,7 @@ def named_switches(error: str) -> dict[str, Any]:
 def _outcome(tokenizer: PreTrainedTokenizerFast, kind: str, switches: dict[str, Any]) -> tuple[str, str]:
     messages, first, tools = copy.deepcopy(KINDS[kind])
     try:
-        template = TurnTemplate(tokenizer, copy.deepcopy(TOOLS) if tools else None, **switches)
+        template = turn_template(tokenizer, copy.deepcopy(TOOLS) if tools else None, switches)
         row = template.tokenize(messages[:first], messages[first:])
     except ValueError as error:
         return "refused", str(error)
@@ -281,16 +282,14 @@ def _fault(
         stop = next(end for end in range(start, len(mask)) if not mask[end])
         sampled = tokenizer.decode(ids[start:stop])
         context = [ids[column] for column in path(row.get("branches", []), start)]
-        # What is written as text must be shown, as far as a template does not cut its own text
-        written = bool({"tool_dialect", "write_reasoning"} & {name for name, value in switches.items() if value})
-        if context != template.prompt_ids(messages[:at], check=written):
+        # Reasoning is written where a check finds that it is left out
+        if context != template.prompt_ids(messages[:at], check="write_reasoning" in switches):
             return f"message {at}: its context is not the template's prompt"
-        read = tokenizer.decode(context)
-        said = [word for message in messages[:at] if message["role"] != "assistant" for word in words_of(message)]
-        if written and (missing := [word for word in said if word not in read]):
-            return f"message {at}: {missing} not in its context"
-        if switches.get("tool_dialect") and not all(json.dumps(tool) in read for tool in template.tools):
-            return f"message {at}: its context does not tell of the tools"
+        if "tool_dialect" in switches:
+            read = tokenizer.decode(context)
+            said = [word for message in messages[:at] if message["role"] != "assistant" for word in words_of(message)]
+            if missing := [word for word in [*map(json.dumps, template.tools), *said] if word not in read]:
+                return f"message {at}: {missing} not in its context"
         if missing := [word for word in words_of(messages[at]) if word not in sampled]:
             return f"message {at}: {missing} not in its sampled tokens"
         others = [message for other, message in enumerate(messages) if other != at and message["role"] != "assistant"]

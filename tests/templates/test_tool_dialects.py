@@ -166,6 +166,14 @@ def test_the_error_names_the_switches_that_make_a_row_trainable():
         tokenize_trajectory(byte_tokenizer("llama3"), PROMPT, turns, TOOLS, tool_dialect="hermes")
 
 
+def test_a_template_that_cannot_render_tools_takes_them_as_text():
+    broken = byte_tokenizer(chatml(top="{% for tool in tools or [] %}{{ tool.no.such }}{% endfor %}"))
+    turns = [call(2, 2), result("4"), assistant("4")]
+    with pytest.raises(ValueError, match="has no attribute 'no'.* You can set `tool_dialect='hermes'`"):
+        tokenize_trajectory(broken, PROMPT, turns, TOOLS)
+    assert tokenize_trajectory(broken, PROMPT, turns, TOOLS, tool_dialect="hermes")
+
+
 def test_a_trainer_takes_the_switches(tmp_path):
     turns = [{**call(2, 2), **THOUGHT}, result("4"), assistant("4")]
     rows = [{"prompt": PROMPT[1:], "completion": turns, "label": label} for label in (True, False)]

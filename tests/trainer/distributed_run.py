@@ -10,15 +10,23 @@ from typing import Any
 
 from tests.support import save_tiny
 from tests.trainer.helpers import dpo_config, kto_config, move, preference_dataset, unpaired_dataset
+from tests.trainer.test_segments import pairs, trajectories
 from trl_multiturn.trainer import MultiTurnDPOTrainer, MultiTurnKTOTrainer
 
 
-CASES = [("dpo", "precompute"), ("dpo", "online"), ("kto", "precompute")]
+# Rows, and where the reference is scored; those of `segments` are more than one token sequence
+CASES = [
+    ("dpo", "precompute", "plain"),
+    ("dpo", "online", "segments"),
+    ("kto", "precompute", "plain"),
+    ("kto", "precompute", "segments"),
+]
 
 
-def outcome(kind: str, reference: str, folder: Path, processes: int) -> dict[str, Any]:
-    # KTO rotates completions within a process's batch, so only DPO's batches can be put together
-    batch_size = 4 // processes if kind == "dpo" else 2
+def outcome(kind: str, reference: str, rows: str, folder: Path, processes: int) -> dict[str, Any]:
+    # KTO rotates completions within a process's batch, so without its KL term alone batches can be put together
+    together = kind == "dpo" or rows == "segments"
+    batch_size = 4 // processes if together else 2
     kwargs = dict(
         per_device_train_batch_size=batch_size,
         precompute_ref_log_probs=reference == "precompute",
@@ -26,16 +34,20 @@ def outcome(kind: str, reference: str, folder: Path, processes: int) -> dict[str
         max_steps=3,
         learning_rate=1e-3,
     )
-    model, output = str(folder / "model"), folder / f"{kind}-{reference}"
+    model, output = str(folder / "model"), folder / f"{kind}-{reference}-{rows}"
     if kind == "dpo":
-        trainer = MultiTurnDPOTrainer(model, args=dpo_config(output, **kwargs), train_dataset=preference_dataset(8))
+        dataset = pairs(8) if rows == "segments" else preference_dataset(8)
+        trainer = MultiTurnDPOTrainer(model, args=dpo_config(output, **kwargs), train_dataset=dataset)
     else:
-        trainer = MultiTurnKTOTrainer(model, args=kto_config(output, **kwargs), train_dataset=unpaired_dataset(8))
+        dataset = trajectories(8) if rows == "segments" else unpaired_dataset(8)
+        kwargs |= {"loss_type": "apo_zero_unpaired"} if together else {}
+        trainer = MultiTurnKTOTrainer(model, args=kto_config(output, **kwargs), train_dataset=dataset)
     before = trainer.train_dataset
     trainer.train()
     move(trainer.model)
     # Weights are the same on every process and so must be the columns, complete and in order on each
-    columns = trainer.compute_reference_columns(before, batch_size=3).select_columns(trainer._reference_columns)
+    columns = trainer.compute_reference_columns(before, batch_size=3)
+    columns = columns.select_columns([name for name in trainer._reference_columns if name in columns.column_names])
     return {"history": trainer.state.log_history, "columns": columns.to_dict(), "world": trainer.args.world_size}
 
 

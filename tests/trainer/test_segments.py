@@ -42,9 +42,9 @@ def side(row: RowBuilder, name: str, mask: str, branches: str) -> dict:
     }
 
 
-def pairs() -> Dataset:
+def pairs(n: int = 3) -> Dataset:
     rows = []
-    for number in range(3):
+    for number in range(n):
         prompt = tokens(12 + number, 100 + number)
         row = side(builder(prompt, 10 * number), "chosen_ids", "chosen_action_mask", "chosen_branches")
         plain = {"rejected_ids": tokens(8, 50 + number), "rejected_action_mask": [1, 1, 0, 0, 1, 1, 1, 1]}
@@ -56,12 +56,12 @@ def pairs() -> Dataset:
     return Dataset.from_list(rows)
 
 
-def trajectories(**columns: list) -> Dataset:
+def trajectories(n: int = 4, **columns: list) -> Dataset:
     rows = []
-    for number in range(4):
+    for number in range(n):
         row = builder(tokens(12 + number, 100 + number // 2), 10 * number)
         rows.append(side(row, "completion_ids", "action_mask", "branches"))
-        rows[-1] |= {"reward": [1.0, 0.0, 0.25, -0.5][number], "label": number % 2 == 0}
+        rows[-1] |= {"reward": [1.0, 0.0, 0.25, -0.5][number % 4], "label": number % 2 == 0}
     dataset = Dataset.from_list(rows)
     for name, values in columns.items():
         dataset = dataset.add_column(name, values)

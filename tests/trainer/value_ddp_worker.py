@@ -16,10 +16,10 @@ from trl_multiturn.trainer import DQOTrainer, GroupRegressionTrainer, OREOTraine
 
 
 CASES = {
-    "oreo-full": (OREOTrainer, {"value_model": "full", "kl_coef": 0.5}),
+    # rows of several segments
+    "oreo-full": (OREOTrainer, {"value_model": "full", "kl_coef": 0.5, "dataset": trajectories()}),
     "oreo-lora-adapter": (OREOTrainer, {"value_model": "adapter", "lora": True, "precompute_ref_log_probs": True}),
     "oreo-head-checkpointing": (OREOTrainer, {"value_model": "head", "gradient_checkpointing": True}),
-    # rows of several segments
     "dqo-adapter": (DQOTrainer, {"value_model": "adapter", "horizon": "turn", "dataset": trajectories()}),
     # the four rows of a group lie on both processes
     "group-variance": (GroupRegressionTrainer, {"dataset": group_rows(), "eval_dataset": group_rows(1)}),

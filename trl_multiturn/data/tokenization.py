@@ -103,8 +103,30 @@ def turn_template(
     if key not in templates:
         if len(templates) >= _MAX_TEMPLATES:
             templates.clear()
-        templates[key] = TurnTemplate(processing_class, tools, **kwargs)
+        try:
+            templates[key] = TurnTemplate(processing_class, tools, **kwargs)
+        except ValueError as error:
+            raise _with_dialect(error, processing_class, tools, kwargs) from error
     return templates[key]
+
+
+def _with_dialect(
+    error: ValueError,
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin,
+    tools: list[Any] | None,
+    kwargs: dict[str, Any],
+) -> ValueError:
+    """The error of a template that cannot even render tools, with the switch that goes without, where that works."""
+    if not tools or kwargs.get("tool_dialect"):
+        return error
+    try:
+        TurnTemplate(processing_class, tools, **{**kwargs, "tool_dialect": "hermes"})
+    except ValueError:
+        return error
+    return ValueError(
+        f"{error} You can set `tool_dialect='hermes'` (tools, calls and results are written as text), or use another "
+        "chat template."
+    )
 
 
 def read_messages(
