@@ -15,9 +15,11 @@ from trl_multiturn import (
     RolloutConfig,
     ScriptedEngine,
     generate_trajectories,
+    preview_masks,
     tokenize_trajectory,
 )
 from trl_multiturn.data.tokenization import tokenize_unpaired_row
+from trl_multiturn.messages.tool_text import tool_text, written_as_text
 from trl_multiturn.messages.wording import RenderingSwitches
 from trl_multiturn.templates import TurnTemplate
 from trl_multiturn.tools.base import tool_schema
@@ -164,6 +166,20 @@ def test_the_error_names_the_switches_that_make_a_row_trainable():
         tokenize_trajectory(byte_tokenizer("llama3"), PROMPT, turns, TOOLS)
     with pytest.raises(ValueError, match=r"set `write_reasoning=True` \("):
         tokenize_trajectory(byte_tokenizer("llama3"), PROMPT, turns, TOOLS, tool_dialect="hermes")
+
+
+def test_images_of_results_stand_before_their_texts():
+    image = {"type": "image", "image": "a.png"}
+    observed = [{**result("4"), "content": [{"type": "text", "text": "4"}, image]}, result("5")]
+    (turn,) = written_as_text(observed, tool_text("hermes"))
+    text = "<tool_response>\n4\n</tool_response>\n<tool_response>\n5\n</tool_response>"
+    assert turn == {"role": "user", "content": [image, {"type": "text", "text": text}]}
+
+
+def test_a_preview_takes_the_switches():
+    rows = Dataset.from_list([{"prompt": PROMPT[1:], "completion": [call(2, 2), result("4"), assistant("4")]}])
+    preview = preview_masks(rows, 1, byte_tokenizer("gemma"), show=False, tool_dialect="hermes")
+    assert "<tool_call>" in str(preview)
 
 
 def test_a_template_that_cannot_render_tools_takes_them_as_text():

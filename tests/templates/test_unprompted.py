@@ -58,6 +58,17 @@ def test_a_prompt_may_introduce_reasoning_in_words_that_no_finished_turn_shows()
     ]
 
 
+def test_a_finished_turn_may_show_the_block_without_the_reasoning():
+    """DeepSeek V3.1: `<think></think>` stands in the history, whatever was thought."""
+    emptied = "{% if m.role == 'assistant' %}<think></think>{% endif %}" + SPLIT
+    turns = lived(
+        tokenizer(words=emptied, prompt="<think>"),
+        [{**call(1, 2), "reasoning_content": "R"}, result("3"), assistant("A", reasoning_content="S")],
+        TOOLS,
+    )
+    assert turns == [("<think>", f"R</think>{CALL}<|im_end|>"), ("<think>", "S</think>A<|im_end|>")]
+
+
 def test_reasoning_that_the_template_cuts_off_is_closed_by_its_mark():
     cutting = tokenizer(words=SPLIT, prompt="<think>\n")
     turns = lived(cutting, [assistant("A"), user("Q"), assistant("B", reasoning_content="R\n")])

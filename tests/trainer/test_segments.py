@@ -12,6 +12,7 @@ from tests.trainer import test_dqo_trainer, test_oreo_trainer
 from tests.trainer.helpers import batch_loss, dpo_config, kto_config, move, reference_model, token_logps
 from tests.trainer.value_helpers import make_trainer, whole_batch
 from trl_multiturn import DQOTrainer, MultiTurnDPOTrainer, MultiTurnKTOTrainer
+from trl_multiturn.packing.sequences import sequences_of
 from trl_multiturn.segments import RowBuilder, split_segments
 
 
@@ -328,6 +329,15 @@ def test_returns_of_later_states_do_not_depend_on_dropped_segments(tmp_path):
     paid = [reward for reward, bit in zip(row["token_rewards"], row["action_mask"], strict=True) if bit]
     assert paid == [0.0] * 4 + [0.25] + [0.0] * 6 + [0.5]
     assert trainer.row_statistics["data/rows_cut_at_segment"] == 4
+
+
+def test_a_batch_that_was_moved_is_the_batch(tmp_path):
+    """Under DDP without a GPU TRL's KTO moves each batch to `cpu:0`, which copies it."""
+    trainer = make_trainer(tmp_path, dataset=trajectories(), value_model="head")
+    batch = trainer.note_branches(whole_batch(trainer))
+    moved = batch["input_ids"].to("cpu:0")
+    assert moved is not batch["input_ids"] and sequences_of(moved) is sequences_of(batch["input_ids"])
+    assert sequences_of(moved + 1) is None
 
 
 def test_all_tokens_of_several_segments_cannot_be_trained(folder, tmp_path):

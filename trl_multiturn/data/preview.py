@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from ..formats import column_shapes, columns_read, sequence_images
 from ..messages.terminal import visible
+from ..messages.wording import RenderingSwitches
 from ..segments import Branches, branches_of, segment_changes
 from ..trajectory import Trajectory
 from .images.shown import ImageDecoder, ShownImage
@@ -88,6 +89,7 @@ def preview_masks(
     processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
     max_length: int | None = None,
     show: bool = True,
+    **rendering: Any,
 ) -> MaskPreview:
     """Shows which tokens are trained (the policy's own), which are context, and which a `max_length` cuts off.
 
@@ -103,6 +105,9 @@ def preview_masks(
             Tokens beyond it are shown as truncated, cut where the trainers would cut.
         show (`bool`, *optional*, defaults to `True`):
             Print at once: in colors in a terminal, as HTML in a notebook.
+        **rendering:
+            How rows of messages are rendered, as in the trainers' configurations (`tool_dialect`, `write_reasoning`,
+            `drop_reasoning`, `training_template`).
 
     Returns:
         [`MaskPreview`]
@@ -112,12 +117,15 @@ def preview_masks(
         raise ValueError("Token ids are shown as text, which needs a tokenizer. Pass `processing_class=`.")
     if hasattr(source, "train_dataset"):
         source = source.train_dataset
+    switches = RenderingSwitches(**rendering)
     sequences = [
         (
             title,
             list(_segments(prompt, completion, mask, branches, max_length, ImageDecoder(processing_class, images))),
         )
-        for title, prompt, completion, mask, branches, images in _sequences(source, num_rows, processing_class)
+        for title, prompt, completion, mask, branches, images in _sequences(
+            source, num_rows, processing_class, switches
+        )
     ]
     preview = MaskPreview(sequences)
     if show:
@@ -126,7 +134,7 @@ def preview_masks(
 
 
 def _sequences(
-    source: Any, num_rows: int, processing_class: Any
+    source: Any, num_rows: int, processing_class: Any, rendering: RenderingSwitches
 ) -> Iterator[tuple[str, list, list, list, Branches, list]]:
     if isinstance(source, Trajectory):
         source = [source]
@@ -140,7 +148,8 @@ def _sequences(
         paired = "chosen_ids" in row or columns_read(row) >= {"chosen", "rejected"}
         sides = PREFERENCE_SIDES if paired else UNPAIRED_SIDES
         if sides[0][1] not in row:
-            row = row | (tokenize_preference_row if paired else tokenize_unpaired_row)(row, processing_class, shapes)
+            tokenize = tokenize_preference_row if paired else tokenize_unpaired_row
+            row = row | tokenize(row, processing_class, shapes, rendering=rendering)
         for ids, mask in sides:
             side = ids.removesuffix("_ids")
             label = f" · label {row['label']}" if "label" in row else ""

@@ -81,9 +81,9 @@ class TurnReader:
                 "token ends it."
             )
         trail = alone[len(body) + len(ending) :]
-        if body.startswith(prompt) and not self._opens_a_message(body[len(prompt) :]):
-            return PolicyTurn(index, prompt, body[len(prompt) :], ending, trail)
         unprompted = UnpromptedTurn(self._render, self._form, self._endings, messages[: index + 1], prompt, body)
+        if body.startswith(prompt) and not self._opens_a_message(body[len(prompt) :]):
+            return PolicyTurn(index, prompt, unprompted.with_thought(body[len(prompt) :]), ending, trail)
         words = unprompted.words()
         if words is None:
             raise _unprompted(prompt, alone, turn, index)

@@ -15,6 +15,7 @@ from .rendering import Renderer
 
 
 _TAG = re.compile(r"\s*(<[^<>\s/]+>|\[[^\[\]\s/]+\])")
+_LAST_TAG = re.compile(r"(?:<[^<>\s/]+>|\[[^\[\]\s/]+\])\s*\Z")
 _TAGS = re.compile(r"(?:\s|<[^<>\s]+>|\[[^\[\]\s]+\])*")
 _CLOSES = re.compile(r"<\|?(?:/|END_|end_)|\[/")
 _THOUGHTS = ("prb1thought", "prb2thought")
@@ -57,6 +58,16 @@ class UnpromptedTurn:
         readings = (self._closing_an_open_block, self._behind_an_answers_header, self._behind_any_header)
         found = (reading() for reading in (*readings, self._but_for_blanks))
         return next((words for words in found if words is not None), None)
+
+    def with_thought(self, words: str) -> str:
+        """What was sampled, where the rendering continues the prompt with `words`: they close a block that the prompt
+        opened, and the template shows what stands behind it alone (DeepSeek V3.1)."""
+        tag = _LAST_TAG.search(self._prompt)
+        if not self._thought or self._thought.strip() in words or tag is None:
+            return words
+        mark = self._closing_mark(tag[0])
+        closed = mark is not None and words.startswith(mark) and mark not in _text(self._turn)
+        return self._thought + words if closed else words
 
     def _closing_an_open_block(self) -> str | None:
         """A turn without reasoning behind a prompt that opened a block for it: what a turn with an empty one has.
