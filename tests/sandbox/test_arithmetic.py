@@ -44,6 +44,7 @@ def forks(monkeypatch):
         ("max = 3\nmax", {"max"}),
         ("-3 + abs(-4)", set()),
         ("   x = 1", {"x"}),
+        ("x = (1 +  # and\n2)\nprint(x,\nx)", {"x"}),
     ],
 )
 def test_cells_of_numbers_are_plain_arithmetic(code, names):
@@ -87,6 +88,14 @@ def test_cells_of_numbers_are_plain_arithmetic(code, names):
         "(3).real",
         "print(3, file=1)",
         "x = 1\n" * 200,
+        "(max) = min",
+        "x = max = min",
+        "x = 1\n(x,\nmax) = 1, min",
+        "round(2.5,\nndigits = 0)\nndigits",  # known to no variable of the session
+        "x = (1 +\nx)",
+        "x = (1",
+        "1 > 2 > 3(4)",
+        "1 > 2 > (3)(4)",
     ],
 )
 def test_other_cells_are_not(code):
@@ -165,6 +174,13 @@ def test_a_function_that_one_session_redefines_is_the_same_for_others(sandbox, f
         assert other.run("max(1, 2)").output == "2"
         assert one.run("max(3, 4)").output == "3"
     assert len(forks) == 2  # the first one's own, and the shared one
+
+
+@linux
+def test_a_keyword_on_a_line_of_its_own_reads_nothing_that_others_assigned(sandbox):
+    with sandbox.open(on_first_use=True) as one, sandbox.open(on_first_use=True) as other:
+        one.run("ndigits = 7")
+        assert other.run("round(2.5,\nndigits = 0)\nndigits").output == "NameError: name 'ndigits' is not defined"
 
 
 @linux

@@ -22,6 +22,7 @@ from .backend import Interpreter, Reply
 
 
 Key = tuple[str, ...]  # the cells of a session, the last one included
+Token = tuple[str | None, str]  # kind and text
 
 _LONGEST = 1000  # characters of a cell, and of its answer
 MOST_CELLS = 8  # of a session
@@ -40,43 +41,60 @@ _BEGINNINGS = frozenset("+-(")
 def names_after(code: str, names: Set[str]) -> Set[str] | None:
     """The variables that exist after a cell of plain arithmetic, where `names` existed before; `None` of other cells.
 
-    Plain arithmetic is numbers, variables that were assigned before, `+ - * / // %`, comparisons, brackets, a few
-    functions of numbers, assignments and comments. What it says depends on nothing else, if it ends without an error:
-    not on time, chance, files, the process, or the history that the shell keeps.
+    Plain arithmetic is numbers, variables that were assigned before, `+ - * / // %`, comparisons, brackets, calls of a
+    few functions of numbers, assignments and comments. What it says depends on nothing else, if it ends without an
+    error: not on time, chance, files, the process, or the history that the shell keeps.
     """
     if len(code) > _LONGEST or "**" in code:
         return None
     found = set(names)
+    statement: list[Token] = []
     for line in code.split("\n"):
-        after = _names_after_line(line, found)
+        tokens = _tokens(line)
+        if tokens is None:
+            return None
+        statement += tokens
+        open_brackets = sum({"(": 1, ")": -1}.get(text, 0) for _, text in statement)
+        if open_brackets > 0:  # it goes on in the next line, where `name=` would assign nothing
+            continue
+        after = _names_after_statement(statement, found) if open_brackets == 0 else None
         if after is None:
             return None
-        found = after
-    return found
+        found, statement = after, []
+    return None if statement else found
 
 
-def _names_after_line(line: str, names: set[str]) -> set[str] | None:
-    tokens, position = [], 0
-    while position < len(line):
+def _tokens(line: str) -> list[Token] | None:
+    """Of a line, without its comment; `None` if it holds anything else."""
+    tokens: list[Token] = []
+    position, end = 0, len(line.rstrip(" \t"))
+    while position < end:
         match = _TOKEN.match(line, position)
         if match is None:
-            return None if line.strip(" \t") else names
-        tokens.append((match.lastgroup, match[match.lastgroup or 0]))
+            return None
+        if match.lastgroup != "comment":
+            tokens.append((match.lastgroup, match[match.lastgroup or 0]))
         position = match.end()
-    if not tokens:
-        return names
-    kind, first = tokens[0]
-    if kind == "operator" and first not in _BEGINNINGS:
+    if tokens and tokens[0][0] == "operator" and tokens[0][1] not in _BEGINNINGS:
         return None
-    assigned = {first} if kind == "name" and tokens[1:2] == [("operator", "=")] else set()
-    for (kind, text), (_, following) in zip(
-        tokens[len(assigned) :], [*tokens[len(assigned) + 1 :], ("", "")], strict=True
-    ):
-        if kind == "name" and text not in names | _FUNCTIONS:
+    return tokens
+
+
+def _names_after_statement(statement: list[Token], names: set[str]) -> set[str] | None:
+    assigned = {statement[0][1]} if _assigns(statement) else set()
+    used = statement[len(assigned) :]
+    for (kind, text), (_, following) in zip(used, [*used[1:], (None, "")], strict=False):
+        if kind == "name" and text not in names and not (text in _FUNCTIONS and following == "("):
+            return None  # a function that is not called may be the target of an assignment
+        if (kind == "number" or text == ")") and following == "(":  # of which Python warns, with the cell's number
             return None
         if text == "=" and following.startswith("%"):  # `x = %magic`
             return None
     return None if assigned & _RESERVED else names | assigned
+
+
+def _assigns(statement: list[Token]) -> bool:
+    return len(statement) > 1 and statement[0][0] == "name" and statement[1][1] == "="
 
 
 def can_share_a_process(names: Set[str]) -> bool:
