@@ -6,7 +6,9 @@ Nothing here depends on timing: what has to happen at once waits for the other b
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
+import shutil
 import signal
 import threading
 
@@ -203,10 +205,13 @@ class Broken(Exception):
     pass
 
 
-def breaking(prompt_text, sampling, session):
-    if session.startswith("1/current/2"):
+def breaking_at(place, prompt_text, sampling, session):
+    if session.startswith(place):
         raise Broken("the tool's machine is on fire")
     return solve(prompt_text, sampling, session)
+
+
+breaking = functools.partial(breaking_at, "1/current/2")
 
 
 def test_an_error_of_the_rollouts_is_raised_when_the_iteration_is_trained_and_costs_nothing(tmp_path, tool, caplog):  # noqa: F811
@@ -299,6 +304,23 @@ def test_a_lag_that_is_switched_off_sets_its_rollouts_aside(tmp_path, tool):  # 
     trainer.train(resume_from_checkpoint=True)
     assert (generator.run_folder / "stale_iteration_001_1" / "journal").exists()
     assert generator.reports[1].policy_revision == generator.reports[1].starting_revision
+
+
+@pytest.mark.parametrize("last", [1, 3], ids=["while it rolls out", "between two iterations"])
+def test_a_lag_that_is_switched_on_counts_from_the_next_iteration_on(tmp_path, tool, last):  # noqa: F811
+    """What the present policy has rolled out stays. Nor is an older policy asked for whose snapshot is gone."""
+    script = functools.partial(breaking_at, f"{last}/current/2")
+    trainer, generator, _ = make_run(tmp_path, tool, script, iterations=last + 2)
+    with pytest.raises(Broken):
+        trainer.train()
+    if last == 3:
+        shutil.rmtree(generator.run.iteration(last).journal)
+        generator.run.iteration(last).report.unlink()
+        assert not generator.run.iteration(last - 2).policy.exists()
+    resumed, generator, _ = lagging(tmp_path, tool, iterations=last + 2)
+    resumed.train(resume_from_checkpoint=True)
+    assert [report.policy_lag for report in generator.reports] == [*[0] * (last + 1), 1]
+    assert not list(generator.run_folder.glob("stale_*"))
 
 
 def test_an_engine_with_weights_of_its_own_holds_the_earlier_ones_and_is_evaluated_with_the_present(tmp_path, tool):  # noqa: F811

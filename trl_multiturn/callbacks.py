@@ -31,7 +31,14 @@ from .online.arguments import (
 from .online.diagnosis import diagnose
 from .online.endings import alone_in, where_to_look
 from .online.held_out import HeldOut
-from .online.overlap import RolloutsAhead, begin_ahead, refuse_impossible_lag, refuse_overlap, sampling_revision
+from .online.overlap import (
+    RolloutsAhead,
+    begin_ahead,
+    goes_on_in_turns,
+    refuse_impossible_lag,
+    refuse_overlap,
+    sampling_revision,
+)
 from .online.plan import Beginning, plan_iteration, refuse_other_layout, step_layout, write_beginning
 from .online.reference import restore_reference
 from .online.report import IterationReport, load_reports, load_start, print_iterations, save_start
@@ -219,13 +226,15 @@ class ToolRolloutGenerator(TrainerCallback):
                 policy; or if its rows are gone. Nothing is overwritten.
         """
         folder = self.run.iteration(iteration)
-        starting = policy_revision(weights_of(self.trainer))
+        starting, first_step = policy_revision(weights_of(self.trainer)), self.trainer.state.global_step
+        if on_main(lambda: goes_on_in_turns(self.settings, self.run, iteration, (starting, first_step))):
+            self.settings.in_turns.add(iteration)
         beginning = Beginning(
             iteration,
             resumed_inside,
             settings=self._described(iteration),
-            policy_revision=sampling_revision(self.trainer, self.run, self.settings, iteration),
-            first_step=self.trainer.state.global_step,
+            policy_revision=sampling_revision(self.trainer, self.run, self.settings, iteration, starting),
+            first_step=first_step,
             starting_revision=starting,
         )
         plan = on_main(lambda: plan_iteration(folder, beginning))

@@ -24,7 +24,7 @@ from ..rollout.loop import agenerate_trajectories
 from ..trainer.loop.policy_copy import copy_for_sampling, refuse_spread
 from ..trainer.loop.policy_weights import load_policy_weights, policy_revision, policy_weights, snapshot_revision
 from .plan import Beginning, plan_iteration, write_beginning
-from .report import Samples
+from .report import IterationReport, Samples
 from .sampling import load_checkpoint, save_checkpoint, unwrapped_policy
 from .settings import IterationSettings
 
@@ -250,10 +250,34 @@ def begin_ahead(
     return RolloutsAhead(share, hold_policies(engine, trainer, run, snapshots))
 
 
-def sampling_revision(trainer: Any, run: RunFolder, settings: IterationSettings, iteration: int) -> str:
-    """What identifies the policy that an iteration's rollouts are to be drawn with."""
-    lag = settings.lag(iteration)
-    return snapshot_revision(run.iteration(iteration - lag).policy) if lag else policy_revision(weights_of(trainer))
+def sampling_revision(
+    trainer: Any, run: RunFolder, settings: IterationSettings, iteration: int, present: str | None = None
+) -> str:
+    """What identifies the policy that an iteration's rollouts are to be drawn with; `present`: the present one."""
+    if lag := settings.lag(iteration):
+        return snapshot_revision(run.iteration(iteration - lag).policy)
+    return present or policy_revision(weights_of(trainer))
+
+
+def goes_on_in_turns(settings: IterationSettings, run: RunFolder, iteration: int, present: tuple[str, int]) -> bool:
+    """
+    Whether an iteration is rolled out with the present policy, which is younger than `max_policy_lag` allows.
+
+    So it is where `max_policy_lag` was raised between two starts: what the present policy has rolled out stays, and
+    snapshots of older ones may be gone.
+
+    Args:
+        settings, run, iteration: as in [`begin_ahead`].
+        present (`tuple[str, int]`):
+            Revision of the present policy, and optimizer steps so far.
+    """
+    if not (lag := settings.lag(iteration)):
+        return False
+    report = IterationReport.load(run.iteration(iteration).path)
+    if report is not None:
+        return report.policy_lag == 0 and (report.policy_revision, report.first_step) == present
+    oldest = iteration - lag - bool(settings.samples(iteration)["previous"])
+    return not run.iteration(oldest).policy.exists()
 
 
 def refuse_impossible_lag(max_policy_lag: int) -> None:

@@ -30,6 +30,7 @@ class IterationSettings:
         environment_factory (`Callable`, *optional*): an environment per trajectory.
         max_policy_lag (`int`): whether rollouts overlap with the training of the iteration before. It decides which
             policy rolls out, which the revisions say, and is therefore no setting that [`describe`] compares.
+        in_turns (`set[int]`): iterations that are rolled out with π_t all the same.
     """
 
     tools: list[Any]
@@ -40,10 +41,11 @@ class IterationSettings:
     history: Literal["latest", "all"] = "latest"
     environment_factory: Any = None
     max_policy_lag: int = 0
+    in_turns: set[int] = field(default_factory=set)
 
     def lag(self, iteration: int) -> int:
         """How many iterations older than π_t the policy is that iteration t (0-based) rolls out with."""
-        return min(self.max_policy_lag, iteration)
+        return 0 if iteration in self.in_turns else min(self.max_policy_lag, iteration)
 
     def arguments(self) -> dict[str, Any]:
         """What [`generate_trajectories`] and [`evaluate_policy`] are told alike."""
