@@ -380,7 +380,7 @@ class Unable(ScriptedEngine):
         (dict(max_policy_lag=True), "`max_policy_lag=True` is neither"),
         (dict(engine=SleepingEngine(solve, TOKENIZER)), "sleeps while the policy is trained"),
         (dict(engine=Unable(solve, TOKENIZER)), "has no `over"),
-        (dict(processes=2), "2 processes would each hold a copy"),
+        (dict(processes=2), "training runs in 2 processes"),
         (dict(trainer_class=GroupRegressionTrainer, baseline="soft_mean"), "Set `behavior_reference=True`"),
     ],
     ids=lambda value: value if isinstance(value, str) else next(iter(value)),

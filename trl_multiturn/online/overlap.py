@@ -311,11 +311,10 @@ def refuse_overlap(engine: Engine, trainer: Any) -> None:
             f"the engine {name} samples with the weights that are being trained and has no `over(model)`, which "
             "would build it over a copy of them. Use a `TransformersEngine` or a `VLLMServerEngine`"
         )
-    elif engine.weights == "shared" and trainer.args.world_size > 1:
+    elif trainer.args.world_size > 1:
         because = (
-            f"the engine {name} samples with the weights that are being trained, of which {trainer.args.world_size} "
-            "processes would each hold a copy beside their training. Sample with vLLM (`VLLMServerEngine`), or train "
-            "in one process"
+            f"training runs in {trainer.args.world_size} processes, which would have to wait for each other's rollouts "
+            "and steps at the same time. Train in one process, with a vLLM server (`VLLMServerEngine`) on other devices"
         )
     elif trainer.needs_reference_samples:
         because = (
