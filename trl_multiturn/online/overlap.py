@@ -313,8 +313,8 @@ def refuse_overlap(engine: Engine, trainer: Any) -> None:
         )
     elif trainer.args.world_size > 1:
         because = (
-            f"training runs in {trainer.args.world_size} processes, which would have to wait for each other's rollouts "
-            "and steps at the same time. Train in one process, with a vLLM server (`VLLMServerEngine`) on other devices"
+            f"training runs in {trainer.args.world_size} processes, which would have to wait for each other's steps "
+            "and rollouts at once. Train in one process, with a vLLM server (`VLLMServerEngine`) on other devices"
         )
     elif trainer.needs_reference_samples:
         because = (
