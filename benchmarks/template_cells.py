@@ -288,7 +288,7 @@ def _fault(
         if "tool_dialect" in switches:
             read = tokenizer.decode(context)
             said = [word for message in messages[:at] if message["role"] != "assistant" for word in words_of(message)]
-            if missing := [word for word in [*map(json.dumps, template.tools), *said] if word not in read]:
+            if missing := [word for word in [*map(json.dumps, template.tools or ()), *said] if word not in read]:
                 return f"message {at}: {missing} not in its context"
         if missing := [word for word in words_of(messages[at]) if word not in sampled]:
             return f"message {at}: {missing} not in its sampled tokens"
