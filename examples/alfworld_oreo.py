@@ -5,10 +5,10 @@
 """
 OREO on ALFWorld beside behavior cloning, rejection sampling, M-DPO and M-KTO (OREO paper, 2412.16145, section 4.2).
 
-Players do household tasks in ALFWorld's engine: the planner, who knows where things lie, and others who search for
-them and hesitate, of whom many run out of time. A policy imitates them all; then it learns from what was won and what
-was lost, in each of four ways. The end is the share of tasks done in rooms that nobody has seen, greedily, and for
-OREO also by the best of K sampled commands by value.
+Players do household tasks in ALFWorld's engine. They know the planner's solution, but must search for the things, and
+they hesitate, before cabinets more often than not, so that many run out of time. A policy imitates them all; then it
+learns from what was won and what was lost, in each of four ways. The end is the share of tasks done in rooms that
+nobody has seen, greedily, and for OREO also by the best of K sampled commands by value.
 
 The rooms are made up and not those of AI2-THOR, so these numbers are no numbers on ALFWorld. With ALFWorld's data
 (`alfworld-download`, ALFWORLD_DATA set), `--data alfworld` plays its games.
@@ -19,7 +19,7 @@ pip install "trl-multiturn[alfworld]"
 python examples/alfworld_oreo.py --seed 0
 ```
 Further seeds reuse games and episodes; each prints the table of all seeds so far. A policy of 0.4 million parameters
-copies the names of things from what it sees only after it has read the episodes without hesitation, and each time with
+copies the names of things from what it sees only after it has read the games without hesitation, and each time with
 other names (`--readings`). It is not told which commands are possible. `benchmarks/results/environments.md` has what
 came of it.
 
@@ -54,8 +54,8 @@ EMBEDDED = {
     "learning_rate": 5e-4,
     "value_model": "full",
     "value_learning_rate": 1e-3,
-    "per_device_train_batch_size": 16,
-    "max_length": 640,
+    "per_device_train_batch_size": 8,
+    "max_length": 512,
     "train_sampling_strategy": "group_by_length",
     "logging_steps": 10,
     "save_strategy": "no",
@@ -77,8 +77,8 @@ class ALFWorldScriptArguments(ScriptArguments):
     dataset_name: str | None = field(default=None, metadata={"help": "Not used: games are played."})
     data: str = field(default="made_up", metadata={"help": "`made_up` rooms, or `alfworld`: its data."})
     games_folder: str = field(default="outputs/alfworld_games", metadata={"help": "Where games and episodes stay."})
-    num_games: int = field(default=120, metadata={"help": "Games to train on."})
-    num_eval_games: int = field(default=40, metadata={"help": "Games in unseen rooms to evaluate on."})
+    num_games: int = field(default=200, metadata={"help": "Games to train on."})
+    num_eval_games: int = field(default=64, metadata={"help": "Games in unseen rooms to evaluate on."})
     eval_split: str = field(
         default="valid_unseen", metadata={"help": "Their rooms: `valid_unseen`, or `valid_seen` to try settings out."}
     )
@@ -86,18 +86,21 @@ class ALFWorldScriptArguments(ScriptArguments):
         default_factory=lambda: ["pick_and_place_simple"], metadata={"help": "Of ALFWorld's six, for made-up rooms."}
     )
     num_rooms: int = field(default=60, metadata={"help": "Made-up rooms of each kind and split."})
-    num_things: int = field(default=6, metadata={"help": "Things in a made-up room."})
+    num_things: int = field(default=3, metadata={"help": "Things in a made-up room."})
     furniture: float = field(default=0.3, metadata={"help": "Furniture of a made-up room, as a share of the usual."})
-    max_commands: int = field(default=20, metadata={"help": "Commands after which a game is lost (40 in the paper)."})
+    max_commands: int = field(default=16, metadata={"help": "Commands after which a game is lost (40 in the paper)."})
     max_turn_tokens: int = field(default=24, metadata={"help": "Most tokens of one command."})
     hesitation: list[float] = field(
-        default_factory=lambda: [0.4, 0.6, 0.75],
-        metadata={"help": "The players of each game, beside the planner: how often each plays a useless command."},
+        default_factory=lambda: [0.2, 0.35, 0.5, 0.6],
+        metadata={"help": "The players of each game: how often each plays a useless command."},
     )
     readings: int = field(
-        default=8, metadata={"help": "Embedded default only: how often the policy reads each episode at first."}
+        default=32, metadata={"help": "Embedded default only: how often the policy reads each game at first."}
     )
-    reading_rate: float = field(default=4e-3, metadata={"help": "Embedded default only: its learning rate then."})
+    reading_rate: float = field(default=3e-3, metadata={"help": "Embedded default only: its learning rate then."})
+    cloning_rate: float = field(
+        default=1e-3, metadata={"help": "Embedded default only: the learning rate of behavior cloning."}
+    )
     methods: list[str] = field(default_factory=lambda: [*METHODS], metadata={"help": f"Among {', '.join(METHODS)}."})
     best_of: int = field(default=5, metadata={"help": "Commands among which the value model chooses (K)."})
 
@@ -167,8 +170,10 @@ def clone_behavior(rows, folder, script_args, training_args, model_args):
 
     from trl_multiturn.data import tokenize_trajectory
 
+    rate = training_args.learning_rate
     if model_args.model_name_or_path is None:
-        model, tokenizer = build_reader([row for group in rows for row in group], folder, script_args, training_args)
+        model, tokenizer = build_reader(rows, folder, script_args, training_args)
+        rate = script_args.cloning_rate
     else:
         tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path)
         model = AutoModelForCausalLM.from_pretrained(model_args.model_name_or_path, dtype="float32")
@@ -177,33 +182,35 @@ def clone_behavior(rows, folder, script_args, training_args, model_args):
         return {**tokenize_trajectory(tokenizer, row["prompt"], row["completion"]), "reward": row["reward"]}
 
     rows = [[tokens(row) for row in group] for group in rows]
-    imitate(model, tokenizer, [row for group in rows for row in group], folder, training_args)
+    imitate(model, tokenizer, [row for group in rows for row in group], folder, training_args, rate)
     return rows
 
 
 def build_reader(rows, folder, script_args, training_args):
-    """A small policy that reads episodes before it imitates them, from which it learns to copy names.
+    """A small policy that reads the games before it imitates the players, from which it learns to copy names.
 
-    It reads each several times, without the commands that change nothing, each time with other names in the place of
-    those of things and furniture; every other time all text is to be said, not the commands alone.
+    It reads the longest episode of each game several times, without the commands that change nothing, each time with
+    other names in the place of those of things and furniture. `mug 1` is one token, which begins like that of `mug`.
     """
     from datasets import Dataset
-    from embedded.household import PIECES, renamed, without_hesitation
+    from embedded.household import PIECES, begin_alike, names_in, renamed, without_hesitation
     from embedded.tiny_policy import build_policy, build_tokenizer
     from trl import SFTConfig, SFTTrainer
 
-    texts = {message["content"] for row in rows for message in row["prompt"] + row["completion"]}
-    tokenizer = build_tokenizer(sorted(texts), PIECES)
+    texts = {message["content"] for group in rows for row in group for message in row["prompt"] + row["completion"]}
+    names = names_in(texts)
+    tokenizer = build_tokenizer([*sorted(texts), *names], PIECES)
     model, rng = build_policy(tokenizer, seed=training_args.seed), random.Random(training_args.seed)
-    short = [row for row in map(without_hesitation, rows) if row["completion"]]
+    begin_alike(model, tokenizer, names, training_args.seed)
+    short = [max(map(without_hesitation, group), key=lambda row: len(row["completion"])) for group in rows]
     read = []
-    for number in range(script_args.readings):
-        for row in renamed(short, rng):
+    for _ in range(script_args.readings):
+        for row in renamed([row for row in short if row["completion"]], rng):
             tokens = tokenizer.apply_chat_template(
                 row["prompt"] + row["completion"], return_dict=True, return_assistant_tokens_mask=True
             )
             ids, mask = tokens["input_ids"], tokens["assistant_masks"]
-            labels = [token if bit or number % 2 == 0 else -100 for token, bit in zip(ids, mask, strict=True)]
+            labels = [token if bit else -100 for token, bit in zip(ids, mask, strict=True)]
             read.append({"input_ids": ids, "labels": labels})
     settings = {**shared(training_args), "learning_rate": script_args.reading_rate, "num_train_epochs": 1}
     config = SFTConfig(
@@ -223,7 +230,7 @@ def shared(training_args):
     return {name: getattr(training_args, name) for name in SHARED}
 
 
-def imitate(model, tokenizer, rows, folder, training_args):
+def imitate(model, tokenizer, rows, folder, training_args, rate):
     """Imitates rows, the commands alone; writes the policy into `folder`."""
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
@@ -235,7 +242,7 @@ def imitate(model, tokenizer, rows, folder, training_args):
         lr_scheduler_type="cosine",
         warmup_steps=10,
         train_sampling_strategy="group_by_length",
-        **shared(training_args),
+        **shared(training_args) | {"learning_rate": rate},
     )
     dataset = supervised_rows(Dataset.from_list(rows), tokenizer)
     SFTTrainer(model, config, train_dataset=dataset, processing_class=tokenizer).train()
@@ -259,8 +266,8 @@ def train(method, cloned, rows, folder, training_args):
     tokenizer, rng = AutoTokenizer.from_pretrained(cloned), random.Random(training_args.seed)
     flat = [row for group in rows for row in group]
     if method == "rejection_sampling":
-        model = AutoModelForCausalLM.from_pretrained(cloned)
-        imitate(model, tokenizer, [row for row in flat if row["reward"]], folder, training_args)
+        model, rate = AutoModelForCausalLM.from_pretrained(cloned), training_args.learning_rate
+        imitate(model, tokenizer, [row for row in flat if row["reward"]], folder, training_args, rate)
         return
     settings = shared(training_args) | {"output_dir": str(folder)}
     if method == "oreo":
@@ -317,6 +324,7 @@ def evaluate(name, folder, games, pool, script_args, training_args, values=None)
         score = ValueModel.from_pretrained(values).score
         search = functools.partial(value_guided_search, score=score, beam=1, candidates=script_args.best_of)
     result = evaluate_policy(games, engine, config=config, search=search, environment_factory=pool)
+    result.save(Path(training_args.output_dir, f"seed_{training_args.seed}", f"{name}.jsonl"))
     print(f"unseen rooms, {name}: {result.greedy} of {result.greedy.num_prompts} done.", flush=True)
     done = [float(trajectory.verdict is Verdict.CORRECT) for trajectory in result.trajectories]
     commands = [trajectory.num_turns for trajectory in result.trajectories]

@@ -1,58 +1,62 @@
-"""Players of ALFWorld games: the planner, and others who search for things and hesitate on the way."""
+"""Players of ALFWorld games, who know the planner's solution, but search for things and hesitate on the way."""
 
 from __future__ import annotations
 
 import asyncio
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 
 LISTED = "\n\nAdmissible commands: "
 # What a player does who hesitates: for the most part it looks around
-USELESS = (*["look"] * 7, "inventory", "go to", "examine")
+USELESS = (*["look"] * 4, "inventory")
+# Before these commands every player hesitates so often at least: more often than not
+RELUCTANCE = {"open cabinet": 0.7}
 
-# Pieces of the games' texts for `tiny_policy.build_tokenizer`: a word with the blank before it and a number with the
-# one before it, so that what is read and what is written are the same tokens; a few phrases are one piece each
+# Pieces of the games' texts for `tiny_policy.build_tokenizer`: a word with the blank before it and with the number
+# after it, so that what is read and what is written are the same tokens; a few phrases are one piece each
 PIECES = (
     r"(?:system|user|assistant|tool)\n|Action: [a-z]+(?: to)?|\n+|You are in the middle of a room|Looking quickly "
     r"around you|You arrive at|\. On the|\. The| is closed|You open the| is open\. In it|Your task is to:|"
-    r",? you see|,(?: and)? an?(?= )| \d+| ?[A-Za-z]+|\s|[^\s\w]|\w"
+    r",? you see|,(?: and)? an?(?= )| ?[A-Za-z]+(?: \d+)?|\s|[^\s\w]|\w"
 )
 
 
 class Player:
     """Plays a game by the planner's commands, but searches for the things; now and then does something of no use.
 
+    The planner knows where things lie. A player looks for them in one place after the other, as the room lists them.
+
     Args:
         walkthrough (`Sequence[str]`):
             The planner's commands.
         hesitation (`float`):
-            How often a command of no use is played.
+            How often a command of no use is played; before some doors all players hesitate more (`RELUCTANCE`).
         rng (`random.Random`):
             Chooses.
-        searches (`bool`, *optional*, defaults to `True`):
-            Whether things are searched for, in one place after the other as the room lists them. The planner knows
-            where they lie.
     """
 
-    def __init__(self, walkthrough: Sequence[str], hesitation: float, rng: random.Random, searches: bool = True):
+    def __init__(self, walkthrough: Sequence[str], hesitation: float, rng: random.Random):
         self.left = list(walkthrough)
-        self.hesitation, self.rng, self.searches = hesitation, rng, searches
+        self.hesitation, self.rng = hesitation, rng
         self.places: list[str] = []
         self.contents: dict[str, list[str]] = {}
         self.here = ""
         self.goal_place = ""  # where the planner is by now
+        self.postponed: str | None = None
 
     def choose(self, seen: str, possible: Sequence[str]) -> str:
         """The next of the possible commands, after what was seen last."""
         self._note(seen)
-        if self.rng.random() < self.hesitation:
-            kind = self.rng.choice(USELESS)
-            if useless := [command for command in possible if command.startswith(kind)]:
-                return self.rng.choice(useless)
-        return self._find(possible) or self._go_on(possible)
+        command = self.postponed or self._find(possible) or self._go_on(possible)
+        share = next((share for start, share in RELUCTANCE.items() if command.startswith(start)), 0.0)
+        if self.rng.random() < max(share, self.hesitation):
+            self.postponed = command
+            return self.rng.choice(USELESS)
+        self.postponed = None
+        return command
 
     def _note(self, seen: str) -> None:
         if not self.places:
@@ -65,7 +69,7 @@ class Player:
     def _find(self, possible: Sequence[str]) -> str | None:
         """A command that leads to the thing that is to be taken next; `None` if nothing is, or it is not searched."""
         take = next((command for command in self.left if not command.startswith(("go to", "open"))), "")
-        if not self.searches or not take.startswith("take"):
+        if not take.startswith("take"):
             return None
         kind, planned = take.split()[1], " ".join(take.split()[1:3])
         for command in possible:
@@ -77,7 +81,7 @@ class Player:
                 return command
         for place in self.places:
             known = self.contents.get(place)
-            if place != self._put_at() and (known is None or any(thing.split()[0] == kind for thing in known)):
+            if known is None or (place != self._put_at() and any(thing.split()[0] == kind for thing in known)):
                 return f"go to {place}" if place != self.here else f"open {place}"
         return None
 
@@ -106,6 +110,29 @@ class Player:
 def things_in(text: str) -> list[str]:
     """Names of what a text lists: `a mug 1, and a pen 2`."""
     return re.findall(r"\ban? ([a-z]+ \d+)", text)
+
+
+def names_in(texts: Iterable[str]) -> list[str]:
+    """All kinds of things and furniture that texts list, alone and with the numbers 1 to 3, as the pieces they are."""
+    kinds = sorted({name.split()[0] for text in texts for name in things_in(text)})
+    return [f" {kind}{number}" for kind in kinds for number in ("", " 1", " 2", " 3")]
+
+
+def begin_alike(model: Any, tokenizer: Any, names: Sequence[str], seed: int) -> None:
+    """Lets the embedding of ` mug 1` begin as 0.8 times that of ` mug`, and the rest as what stands for ` 1`.
+
+    A pretrained policy knows that a mug 1 is a mug; one that begins at nothing would learn it for each name alone.
+    """
+    import torch
+
+    table = model.get_input_embeddings().weight.data
+    rng = torch.Generator().manual_seed(seed)
+    numbers = {number: table.std() * torch.randn(table.shape[1], generator=rng) for number in ("1", "2", "3")}
+    for name in names:
+        kind, _, number = name.rpartition(" ")
+        if number in numbers:
+            whole, alone = (tokenizer(text)["input_ids"][0] for text in (name, kind))
+            table[whole] = 0.8 * table[alone] + 0.6 * numbers[number]
 
 
 def without_hesitation(row: dict[str, Any]) -> dict[str, Any]:
@@ -166,7 +193,7 @@ async def play(player: Player, game: dict[str, Any], host: Any) -> dict[str, Any
 def episodes(
     games: Sequence[dict[str, Any]], hesitation: Sequence[float], max_steps: int
 ) -> list[list[dict[str, Any]]]:
-    """For each game the planner's episode, and that of a player for each number in `hesitation`."""
+    """For each game the episode of a player for each number in `hesitation`."""
     import functools
 
     from trl_multiturn import EnvironmentPool
@@ -178,7 +205,7 @@ def episodes(
     async def play_game(pool: Any, index: int, game: dict[str, Any]) -> list[dict[str, Any]]:
         host = await pool.acquire()  # for all episodes of the game: to start it again is quicker than to load another
         try:
-            rows = [await play(Player(game["walkthrough"], 0.0, random.Random(), searches=False), game, host)]
+            rows = []
             for number, share in enumerate(hesitation):
                 player = Player(game["walkthrough"], share, random.Random(f"{index} {number}"))
                 rows.append(await play(player, game, host))
