@@ -18,10 +18,10 @@ The rooms are made up and not those of AI2-THOR, so these numbers are no numbers
 pip install "trl-multiturn[alfworld]"
 python examples/alfworld_oreo.py --seed 0
 ```
-Further seeds reuse games and episodes; each prints the table of all seeds so far. A policy of 0.4 million parameters
-copies the names of things from what it sees only after it has read the games without hesitation, and each time with
-other names (`--readings`). It is not told which commands are possible. `benchmarks/results/environments.md` has what
-came of it.
+Further seeds reuse games and episodes; each prints the table of all seeds so far. A run that was broken off goes on
+with the method that was under way. A policy of 0.4 million parameters copies the names of things from what it sees
+only after it has read the games without hesitation, each time with other names (`--readings`). It is not told which
+commands are possible. `benchmarks/results/environments.md` has what came of it.
 
 # A pretrained policy, the embedded episodes or ALFWorld's data
 ```bash
@@ -50,13 +50,18 @@ from trl import ScriptArguments
 # What the embedded default uses in place of the defaults of TRL and of the paper
 EMBEDDED = {
     "output_dir": "outputs/alfworld_oreo",
-    "num_train_epochs": 2,
+    "num_train_epochs": 5,
     "learning_rate": 5e-4,
+    # The value model learns first: until it tells won from lost, the policy's loss is noise, and it forgets to copy
     "value_model": "full",
-    "value_learning_rate": 1e-3,
+    "value_learning_rate": 2e-3,
+    "value_warmup_steps": 120,
+    "beta": 0.3,
+    "kl_coef": 0.03,
+    "oreo_batches": 2,
+    "other_epochs": 2,
     "per_device_train_batch_size": 8,
     "max_length": 512,
-    "train_sampling_strategy": "group_by_length",
     "logging_steps": 10,
     "save_strategy": "no",
     "report_to": "none",
@@ -66,7 +71,7 @@ EMBEDDED = {
 }
 INSTRUCTION = "Do the task.\n\n"  # ALFWorld's own words would cost a small policy more than the task's
 SHARED = (
-    *("per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "num_train_epochs", "max_length"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "max_length"),
     *("seed", "bf16", "use_cpu", "save_strategy", "report_to", "logging_steps", "gradient_checkpointing"),
 )
 METHODS = ("rejection_sampling", "oreo", "dpo", "kto")
@@ -102,6 +107,11 @@ class ALFWorldScriptArguments(ScriptArguments):
         default=1e-3, metadata={"help": "Embedded default only: the learning rate of behavior cloning."}
     )
     methods: list[str] = field(default_factory=lambda: [*METHODS], metadata={"help": f"Among {', '.join(METHODS)}."})
+    oreo_batches: int = field(default=1, metadata={"help": "Batches of OREO's optimizer steps, for one of others."})
+    other_epochs: float | None = field(
+        default=None,
+        metadata={"help": "Passes over the rows by others than OREO; by default as many (`num_train_epochs`)."},
+    )
     best_of: int = field(default=5, metadata={"help": "Commands among which the value model chooses (K)."})
 
 
@@ -111,18 +121,23 @@ def main(script_args, training_args, model_args):
     won = sum(row["reward"] for group in rows for row in group)
     print(f"{won:.0f} of {sum(map(len, rows))} episodes of the players are won.")
     folder = Path(training_args.output_dir, f"seed_{training_args.seed}")
-    results, cloned = {}, Path(folder, "behavior_cloning")
-    rows = clone_behavior(rows, cloned, script_args, training_args, model_args)
+    path, cloned = Path(folder, "results.json"), Path(folder, "behavior_cloning")
+    results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if "behavior_cloning" not in results:
+        clone_behavior(rows, cloned, script_args, training_args, model_args)
+    rows = as_tokens(rows, cloned)
     with player_pool(script_args) as pool:
 
         def compare(name, policy, values=None):
-            results[name] = evaluate(name, policy, unseen, pool, script_args, training_args, values)
-            Path(folder, "results.json").write_text(json.dumps(results), encoding="utf-8")
+            if name not in results:
+                results[name] = evaluate(name, policy, unseen, pool, script_args, training_args, values)
+                path.write_text(json.dumps(results), encoding="utf-8")
 
         compare("behavior_cloning", cloned)
         for method in script_args.methods:
             trained = Path(folder, method)
-            train(method, cloned, rows, trained, training_args)
+            if method not in results:
+                train(method, cloned, rows, trained, script_args, training_args)
             compare(method, trained)
             if method == "oreo":
                 compare(f"oreo_best_of_{script_args.best_of}", trained, trained / "value_model")
@@ -165,10 +180,8 @@ def player_pool(script_args):
 
 
 def clone_behavior(rows, folder, script_args, training_args, model_args):
-    """Imitates all episodes, won and lost; writes the policy into `folder` and returns the rows as tokens."""
+    """Imitates all episodes, won and lost; writes the policy and its tokenizer into `folder`."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from trl_multiturn.data import tokenize_trajectory
 
     rate = training_args.learning_rate
     if model_args.model_name_or_path is None:
@@ -177,13 +190,23 @@ def clone_behavior(rows, folder, script_args, training_args, model_args):
     else:
         tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path)
         model = AutoModelForCausalLM.from_pretrained(model_args.model_name_or_path, dtype="float32")
+    tokenizer.save_pretrained(folder)
+    flat = [row for group in as_tokens(rows, folder) for row in group]
+    imitate(model, tokenizer, flat, folder, shared(script_args, training_args) | {"learning_rate": rate})
+
+
+def as_tokens(rows, folder):
+    """The rows as the tokens of the tokenizer in `folder`."""
+    from transformers import AutoTokenizer
+
+    from trl_multiturn.data import tokenize_trajectory
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
 
     def tokens(row):
         return {**tokenize_trajectory(tokenizer, row["prompt"], row["completion"]), "reward": row["reward"]}
 
-    rows = [[tokens(row) for row in group] for group in rows]
-    imitate(model, tokenizer, [row for group in rows for row in group], folder, training_args, rate)
-    return rows
+    return [[tokens(row) for row in group] for group in rows]
 
 
 def build_reader(rows, folder, script_args, training_args):
@@ -212,7 +235,8 @@ def build_reader(rows, folder, script_args, training_args):
             ids, mask = tokens["input_ids"], tokens["assistant_masks"]
             labels = [token if bit else -100 for token, bit in zip(ids, mask, strict=True)]
             read.append({"input_ids": ids, "labels": labels})
-    settings = {**shared(training_args), "learning_rate": script_args.reading_rate, "num_train_epochs": 1}
+    settings = shared(script_args, training_args)
+    settings |= {"learning_rate": script_args.reading_rate, "num_train_epochs": 1}
     config = SFTConfig(
         output_dir=str(folder),
         lr_scheduler_type="linear",
@@ -225,12 +249,13 @@ def build_reader(rows, folder, script_args, training_args):
     return model, tokenizer
 
 
-def shared(training_args):
-    """The settings that all methods share."""
-    return {name: getattr(training_args, name) for name in SHARED}
+def shared(script_args, training_args):
+    """The settings of the methods other than OREO."""
+    settings = {name: getattr(training_args, name) for name in SHARED}
+    return settings | {"num_train_epochs": script_args.other_epochs or training_args.num_train_epochs}
 
 
-def imitate(model, tokenizer, rows, folder, training_args, rate):
+def imitate(model, tokenizer, rows, folder, settings):
     """Imitates rows, the commands alone; writes the policy into `folder`."""
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
@@ -242,7 +267,7 @@ def imitate(model, tokenizer, rows, folder, training_args, rate):
         lr_scheduler_type="cosine",
         warmup_steps=10,
         train_sampling_strategy="group_by_length",
-        **shared(training_args) | {"learning_rate": rate},
+        **settings,
     )
     dataset = supervised_rows(Dataset.from_list(rows), tokenizer)
     SFTTrainer(model, config, train_dataset=dataset, processing_class=tokenizer).train()
@@ -250,7 +275,7 @@ def imitate(model, tokenizer, rows, folder, training_args, rate):
     tokenizer.save_pretrained(folder)
 
 
-def train(method, cloned, rows, folder, training_args):
+def train(method, cloned, rows, folder, script_args, training_args):
     """Trains the policy that imitates by one method; writes the result into `folder`."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -266,12 +291,14 @@ def train(method, cloned, rows, folder, training_args):
     tokenizer, rng = AutoTokenizer.from_pretrained(cloned), random.Random(training_args.seed)
     flat = [row for group in rows for row in group]
     if method == "rejection_sampling":
-        model, rate = AutoModelForCausalLM.from_pretrained(cloned), training_args.learning_rate
-        imitate(model, tokenizer, [row for row in flat if row["reward"]], folder, training_args, rate)
+        model, won = AutoModelForCausalLM.from_pretrained(cloned), [row for row in flat if row["reward"]]
+        imitate(model, tokenizer, won, folder, shared(script_args, training_args))
         return
-    settings = shared(training_args) | {"output_dir": str(folder)}
+    settings = shared(script_args, training_args) | {"output_dir": str(folder)}
     if method == "oreo":
-        config, kind, dataset = dataclasses.replace(training_args, output_dir=str(folder)), OREOTrainer, flat
+        batches = training_args.gradient_accumulation_steps * script_args.oreo_batches
+        config = dataclasses.replace(training_args, output_dir=str(folder), gradient_accumulation_steps=batches)
+        kind, dataset = OREOTrainer, flat
     elif method == "dpo":
         config, kind, dataset = MultiTurnDPOConfig(**settings), MultiTurnDPOTrainer, pairs(rows, rng)
     else:
