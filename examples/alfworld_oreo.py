@@ -50,14 +50,12 @@ from trl import ScriptArguments
 # What the embedded default uses in place of the defaults of TRL and of the paper
 EMBEDDED = {
     "output_dir": "outputs/alfworld_oreo",
-    "num_train_epochs": 5,
+    "num_train_epochs": 6,
     "learning_rate": 5e-4,
     # The value model learns first: until it tells won from lost, the policy's loss is noise, and it forgets to copy
     "value_model": "full",
     "value_learning_rate": 2e-3,
     "value_warmup_steps": 120,
-    "beta": 0.3,
-    "kl_coef": 0.03,
     "oreo_batches": 2,
     "other_epochs": 2,
     "per_device_train_batch_size": 8,
