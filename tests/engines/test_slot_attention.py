@@ -10,7 +10,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from tests.engines.test_transformers_engine import TOKENIZER, build, prompt, run
 from tests.support import tiny_model
 from trl_multiturn.engines.engine import SamplingParams
-from trl_multiturn.engines.transformers import slot_attention
+from trl_multiturn.engines.transformers import slot_attention, step_runs
 from trl_multiturn.engines.transformers.engine import EngineError, TransformersEngine
 from trl_multiturn.engines.transformers.slot_attention import SLOT_ATTENTION, attention_for_sampling
 
@@ -25,6 +25,7 @@ def record_rows(monkeypatch) -> list[tuple[int, int]]:
         return attention(module, query, key, value, attention_mask, **kwargs)
 
     monkeypatch.setattr(slot_attention, "_attention", recorded)
+    monkeypatch.setattr(step_runs, "CALL_COLUMNS", 10**9)  # one call a step
     return rows
 
 

@@ -144,8 +144,10 @@ class DecodingBatch:
                 copies.append((request, source))
                 continue
             fresh.append((cached, request))
-        # Neighbours of similar length share a pass with little padding.
-        fresh.sort(key=lambda item: item[1].position - item[0])
+        # Neighbours that read about as much share a rectangle with little padding; neighbours of similar length attend
+        # together in steps.
+        packs = self.slots.packs
+        fresh.sort(key=lambda item: item[1].position - (0 if packs else item[0]))
         first = len(self.rows)
         self.rows += [request for _, request in fresh] + [request for request, _ in copies]
         self._sampler = None
@@ -174,10 +176,10 @@ class DecodingBatch:
         padding = [0] * max(0, ROW_MULTIPLE - count)
         token_ids = torch.tensor([r.next_token for r in self.rows] + padding, device=device).unsqueeze(1)
         positions = torch.tensor([r.position for r in self.rows] + padding, device=device).unsqueeze(1)
-        length = max(r.position for r in self.rows) + 1
-        self.slots.refuse_uncertain(length)
-        self.slots.cache.reserve(len(token_ids), length)
-        logits = self.slots.run(0, token_ids, positions, positions, length, live=count)[:count, 0]
+        lengths = [r.position + 1 for r in self.rows]
+        self.slots.refuse_uncertain(max(lengths))
+        self.slots.cache.reserve(len(token_ids), max(lengths))
+        logits = self.slots.step(token_ids, positions, lengths)
         if self._sampler is None:
             self._sampler = TokenSampler([r.sampling for r in self.rows], device)
         uniforms = torch.tensor([r.rng.random() for r in self.rows], dtype=torch.float32, device=device)

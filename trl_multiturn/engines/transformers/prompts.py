@@ -18,7 +18,7 @@ def read_prompts(slots: SlotModel, pieces: Sequence[Piece], max_tokens: int) -> 
         slots ([`SlotModel`]):
             The policy and its cache.
         pieces (sequence of [`Piece`]):
-            Of rows that follow each other, sorted by their lengths.
+            Of rows that follow each other; sorted by their lengths where they are not packed.
         max_tokens (`int`):
             Most tokens, padding included, of one pass.
     """

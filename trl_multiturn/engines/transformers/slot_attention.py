@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
@@ -13,13 +14,14 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from .packed_prompts import packed_attention
+from .step_runs import Run, step_runs
 
 
 SLOT_ATTENTION = "slot_sdpa"
 
 
 def slot_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, **kwargs
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs
 ) -> tuple[Tensor, None]:
     """Scaled dot-product attention of the first rows; the rest is padding.
 
@@ -43,12 +45,18 @@ def slot_attention(
     if (packed := packed_attention()) is not None:
         return packed(cast(int, module.layer_idx), query, key, value, **kwargs), None
     count, live = query.shape[0], key.shape[0]
-    if live == count:
-        return _attention(module, query, key, value, attention_mask, **kwargs), None
-    per_row = {name for name, each in kwargs.items() if isinstance(each, Tensor) and each.shape[:1] == (count,)}
-    kwargs |= {name: kwargs[name][:live] for name in per_row}  # e.g. a bias per row
-    output = _attention(module, query[:live], key, value, attention_mask[:live], **kwargs)
-    return F.pad(output, (0, 0) * 3 + (0, count - live)), None
+    runs = step_runs()
+    if runs is None or kwargs.get("position_bias") is not None:
+        runs = [Run(0, live, key.shape[2])]
+    parts = []
+    for first, last, columns in runs:
+        rows = slice(first, last)
+        per_row = {name for name, each in kwargs.items() if isinstance(each, Tensor) and each.shape[:1] == (count,)}
+        own = kwargs | {name: kwargs[name][rows] for name in per_row}  # e.g. a bias per row
+        mask = None if attention_mask is None else attention_mask[rows, ..., :columns]
+        parts.append(_attention(module, query[rows], key[rows, :, :columns], value[rows, :, :columns], mask, **own))
+    output = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return (output if live == count else F.pad(output, (0, 0) * 3 + (0, count - live))), None
 
 
 def _attention(
@@ -69,15 +77,23 @@ def _attention(
     """
     grouped = query.device.type == "cpu" and query.shape[1] != key.shape[1]
     if grouped and attention_mask is not None and position_bias is None and not dropout:
-        output = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=attention_mask, scale=scaling, enable_gqa=True
-        )
-        return output.transpose(1, 2).contiguous()
+        return _grouped_attention(query, key, value, attention_mask, scaling).transpose(1, 2).contiguous()
     if position_bias is not None:
         kwargs["position_bias"] = position_bias
     return sdpa_attention_forward(
         module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
     )[0]
+
+
+def _grouped_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None) -> Tensor:
+    """`(L, H, Q, D)`, of H heads over H' of keys and values. Single queries of a group stand as several of one head,
+    so that its keys and values are read once: reading them is what a step's attention takes."""
+    rows, heads, queries, width = query.shape
+    if queries > 1 or mask.shape[1] > 1:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling, enable_gqa=True)
+    groups = query.reshape(rows, key.shape[1], heads // key.shape[1], width)
+    attended = F.scaled_dot_product_attention(groups, key, value, attn_mask=mask, scale=scaling)
+    return attended.reshape(rows, heads, queries, value.shape[3])
 
 
 def uses_slot_attention(policy: PreTrainedModel) -> bool:

@@ -15,14 +15,13 @@ from .compatibility import attention_windows, refuse_different_logits, refuse_un
 from .kv_cache import SlotCache, round_up
 from .packed_prompts import PackedAttention, Piece, attending
 from .slot_attention import uses_slot_attention
+from .step_runs import COLUMN_MULTIPLE, in_runs, runs_of
 from .step_weights import StepWeights
 
 
 # Matrix kernels treat fewer rows than this differently (GEMV, short tails): below it, the last bits of a row's result
-# would depend on how many rows share the batch. Attention treats every row alone, so it leaves the padding out, but it
-# sums in lanes, so its length is rounded up as well.
+# would depend on how many rows share the batch. Attention treats every row alone, so it leaves the padding out.
 ROW_MULTIPLE = 16
-COLUMN_MULTIPLE = 32
 
 
 class SlotModel:
@@ -111,6 +110,20 @@ class SlotModel:
             # Two rows: keys of one alone would fit any number of queries.
             logits.append(self.run(0, step_ids, positions, positions, column + 1, live=2)[0, 0])
         return torch.stack(logits)
+
+    def step(self, token_ids: Tensor, positions: Tensor, lengths: Sequence[int]) -> Tensor:
+        """Logits `(L, V)` after one more token of each of the first rows.
+
+        Args:
+            token_ids, positions (`torch.Tensor` of shape `(N, 1)`):
+                Of the L rows, and of padding behind them.
+            lengths (sequence of `int`):
+                Of the L rows, the new token included.
+        """
+        runs = runs_of(lengths) if self.device.type == "cpu" and uses_slot_attention(self.policy) else None
+        with in_runs(runs):
+            logits = self.run(0, token_ids, positions, positions, max(lengths), live=len(lengths))
+        return logits[: len(lengths), 0]
 
     def run(
         self, first: int, token_ids: Tensor, positions: Tensor, columns: Tensor, length: int, live: int | None = None
