@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -51,6 +53,28 @@ def test_the_models_own_weights_are_back_after_a_step():
     assert all(after[name] is parameter for name, parameter in before.items()) and len(after) == len(before)
     assert all(parameter.is_contiguous() for parameter in after.values())
     assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_steps_of_two_engines_on_their_threads_leave_the_model_its_own_weights():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    weight, first_is_over, second_is_in = model[0].weight, threading.Event(), threading.Event()
+    one, other = (StepWeights(model, 2**20, max_rows=1) for _ in range(2))
+    other.call(input=torch.ones(1, 2))
+    second = threading.Thread(target=lambda: other.call(input=torch.ones(1, 2)))
+
+    def in_a_step(*_):
+        if threading.current_thread() is second:
+            second_is_in.set()
+            first_is_over.wait(timeout=20)
+        else:
+            second.start()
+            second_is_in.wait(timeout=0.1)
+
+    model.register_forward_pre_hook(in_a_step)
+    one.call(input=torch.ones(1, 2))
+    first_is_over.set()
+    second.join()
+    assert model[0].weight is weight and second_is_in.is_set()
 
 
 @pytest.mark.parametrize("kept", ["nothing", "a session"])

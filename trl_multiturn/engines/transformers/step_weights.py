@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
@@ -10,6 +11,10 @@ from torch import Tensor, nn
 
 # From 192 rows on, kernels sum in another order, so a row's last bits would depend on how many rows share its step
 MAX_ROWS = 128
+
+# While a call lasts, the model holds the copies. Two engines over one model, on their threads, would otherwise put
+# back each other's copies as its weights.
+_HOLDS_COPIES = threading.RLock()
 
 
 class StepWeights:
@@ -43,12 +48,13 @@ class StepWeights:
 
     def call(self, **inputs: Any) -> Any:
         """The model's output, computed with the copies, which are made the first time."""
-        if self._copies is None:
-            self._copies = self._copied()
-        if not self._copies:
-            return self._model(**inputs)
-        # Weights that are tied to a head stay in their own layout where they embed tokens
-        return torch.func.functional_call(self._model, self._copies, (), inputs, tie_weights=False)
+        with _HOLDS_COPIES:
+            if self._copies is None:
+                self._copies = self._copied()
+            if self._copies:
+                # Weights that are tied to a head stay in their own layout where they embed tokens
+                return torch.func.functional_call(self._model, self._copies, (), inputs, tie_weights=False)
+        return self._model(**inputs)
 
     def drop(self) -> None:
         """Frees the copies."""
