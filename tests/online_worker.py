@@ -6,6 +6,8 @@ import json
 import sys
 from pathlib import Path
 
+from transformers import AutoModelForCausalLM
+
 from tests.support import byte_tokenizer, tiny_model
 from tests.test_callbacks import problems, solve
 from trl_multiturn import (
@@ -18,6 +20,15 @@ from trl_multiturn import (
     math_reward,
 )
 from trl_multiturn.trainer.loop.policy_weights import policy_revision
+
+
+class LoadingEngine(ScriptedEngine):
+    """An engine with weights of its own, in each process: it loads what it is told to."""
+
+    weights = "own"
+
+    def refresh(self, model_path: str | None = None) -> None:
+        self.loaded = [*getattr(self, "loaded", []), policy_revision(AutoModelForCausalLM.from_pretrained(model_path))]
 
 
 def main(folder: Path) -> None:
@@ -33,7 +44,7 @@ def main(folder: Path) -> None:
         disable_tqdm=True,
         gradient_checkpointing=False,
     )
-    engine = ScriptedEngine(solve, tokenizer)
+    engine = LoadingEngine(solve, tokenizer)
     with PythonTool() as tool:
         generator = ToolRolloutGenerator(
             problems(5),
@@ -50,6 +61,7 @@ def main(folder: Path) -> None:
         trainer.train()
     outcome = {
         "revision": policy_revision(model),
+        "loaded": engine.loaded,
         "rows": [report.rows for report in generator.reports],
         "trajectories": [report.trajectories for report in generator.reports],
         "steps": trainer.state.global_step,

@@ -643,7 +643,7 @@ def test_an_engine_with_weights_of_its_own_samples_and_is_evaluated_with_the_pre
     trainer.train()
     assert {label for label, _ in seen} == {"current", "previous", "evaluation-greedy"}
     assert all(right for _, right in seen)
-    assert len(list(generator.run_folder.glob("engine_0_*"))) == 1  # the last one alone is kept
+    assert len(list(generator.run_folder.glob("engine_*"))) == 1  # the last one alone is kept
 
 
 class SleepingEngine(LoadingEngine):

@@ -21,8 +21,9 @@ def run_twice(module, tmp_path):
 
 def test_two_processes_share_the_rollouts_and_agree(tmp_path):
     first, second = run_twice("tests.online_worker", tmp_path)
-    for key in ("revision", "rows", "trajectories", "steps", "pass@1"):
+    for key in ("revision", "rows", "trajectories", "steps", "pass@1", "loaded"):
         assert first[key] == second[key]
+    assert len(set(first["loaded"])) == 3 and first["loaded"][-1] == first["revision"]
     assert first["rows"] == [5, 5] and first["trajectories"] == [20, 20]
     assert first["steps"] == 6  # five pairs, one per process and step: three steps an iteration
     for share in ("rolled_out", "evaluated"):

@@ -202,14 +202,17 @@ def test_a_shared_process_is_replaced_before_its_shell_speaks_of_what_it_keeps(s
 
 @linux
 def test_what_takes_longer_than_others_may_wait_runs_in_a_process_of_its_own(sandbox, forks, monkeypatch):
-    monkeypatch.setattr(arithmetic.Calculator, "_run", lambda calculator, cells: slow(calculator))
+    shared = []
 
-    async def slow(calculator):
-        return Reply("", "timeout", alive=False)
+    async def slow(calculator, cells):
+        shared.append(cells)
+        return Reply("", "timeout")
 
-    with sandbox.open(on_first_use=True) as session:
-        assert session.run("2 + 3").output == "5"
-    assert len(forks) == 1
+    monkeypatch.setattr(arithmetic.Calculator, "_run", slow)
+    for number in range(5):
+        with sandbox.open(on_first_use=True) as session:
+            assert session.run(f"{number} + 3").output == str(number + 3)
+    assert len(forks) == 5 and len(shared) == 3  # then nobody waits for it any more
 
 
 @linux

@@ -88,7 +88,7 @@ class RunFolder:
     │   ├── earlier/             the same of earlier iterations, where they were judged otherwise (history="all")
     │   ├── training_rows/       what the epoch trains on
     │   └── evaluation.parquet   the trajectories of the evaluation after it
-    ├── engine_0_000003/         weights for an engine that loads checkpoints, by process
+    ├── engine_000003/           weights for engines that load checkpoints
     └── earlier_adapter_0/       the previous policy, while an engine samples from it beside the present one
     ```
 
@@ -121,15 +121,15 @@ class RunFolder:
         folders = (path for path in self.path.glob("iteration_*") if _ITERATION.fullmatch(path.name))
         return sorted((IterationFolder(path) for path in folders), key=lambda folder: folder.number)
 
-    def engine_checkpoints(self, process: int) -> list[Path]:
-        """What the engine of a process was given to load, in order."""
-        return sorted(self.path.glob(f"engine_{process}_*"))
+    def engine_checkpoints(self) -> list[Path]:
+        """What engines were given to load, in order."""
+        return sorted(self.path.glob("engine_[0-9][0-9][0-9][0-9][0-9][0-9]"))
 
-    def next_engine_checkpoint(self, process: int) -> Path:
-        """A name for what the engine of a process is given next."""
-        earlier = self.engine_checkpoints(process)
+    def next_engine_checkpoint(self) -> Path:
+        """A name for what engines are given next."""
+        earlier = self.engine_checkpoints()
         number = 1 + int(earlier[-1].name.rpartition("_")[2]) if earlier else 0
-        return self.path / f"engine_{process}_{number:06d}"
+        return self.path / f"engine_{number:06d}"
 
     def earlier_adapter(self, process: int) -> Path:
         """The previous policy's adapter, for the engine of a process."""

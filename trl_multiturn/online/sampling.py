@@ -12,6 +12,7 @@ from typing import Any
 
 from accelerate.utils import is_peft_model
 
+from ..distributed.main_process import on_main_at_own_pace
 from ..distributed.pace import at_own_pace
 from ..distributed.sharding import gathered_for_sampling, weights_of, whole_state_dict
 from ..engines.engine import Engine, SamplesBeside, Sleeps
@@ -58,18 +59,27 @@ def refresh(engine: Engine, trainer: Any, run: RunFolder) -> None:
 
 
 def save_checkpoint(trainer: Any, run: RunFolder) -> Path:
-    """Writes the policy as it is now to a folder that an engine can load. Each process has an engine of its own."""
-    checkpoint = run.next_engine_checkpoint(trainer.args.process_index)
-    unwrapped_policy(trainer).save_pretrained(checkpoint, state_dict=whole_state_dict(trainer))
-    return checkpoint
+    """Writes the policy as it is now to a folder that the engines of all processes can load. All call this together.
+
+    The main process writes it: `save_pretrained` of transformers leaves an empty folder on the others, whatever its
+    `is_main_process` says.
+    """
+    weights = whole_state_dict(trainer)
+    trainer.accelerator.wait_for_everyone()  # nobody loads an earlier one any more, which `load_checkpoint` deletes
+
+    def write() -> Path:
+        checkpoint = run.next_engine_checkpoint()
+        unwrapped_policy(trainer).save_pretrained(checkpoint, state_dict=weights)
+        return checkpoint
+
+    return on_main_at_own_pace(write, trainer.args.ddp_timeout)
 
 
 def load_checkpoint(engine: Engine, checkpoint: Path) -> None:
     """Has an engine load a folder, and deletes those before. The last one stays: an adapter may be loaded late."""
     engine.refresh(str(checkpoint))
-    prefix = checkpoint.name.rpartition("_")[0]
-    for folder in checkpoint.parent.glob(f"{prefix}_*"):
-        if folder.name < checkpoint.name:
+    for folder in RunFolder(checkpoint.parent).engine_checkpoints():
+        if folder < checkpoint:
             shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -28,6 +28,7 @@ _LONGEST = 1000  # characters of a cell, and of its answer
 MOST_CELLS = 8  # of a session
 _MOST_SHARED_CELLS = 500  # of a process that sessions share: a shell keeps what its cells display
 _LONGEST_SECONDS = 1.0  # that others may have to wait there; what takes longer takes it in a process of its own
+_MOST_SLOW_CELLS = 3  # then a policy writes such arithmetic, or the machine is too busy, and nobody waits any more
 _FUNCTIONS = frozenset(("abs", "float", "int", "max", "min", "print", "round"))
 _RESERVED = frozenset((*keyword.kwlist, *dir(builtins), "In", "Out", "display", "get_ipython")) - _FUNCTIONS
 _TOKEN = re.compile(
@@ -169,17 +170,21 @@ class Calculator:
         self._seconds = min(seconds, _LONGEST_SECONDS)
         self._interpreter: Interpreter | None = None
         self._cells = 0
+        self._slow_cells = 0
         self._turn = asyncio.Lock()
 
     async def answer(self, cells: Key) -> Reply | None:
         """What the last of a session's cells answers; `None` where that is for a process of its own to say."""
         async with self._turn:
+            if self._slow_cells >= _MOST_SLOW_CELLS:
+                return None
             try:
                 reply = await self._run(cells)
             except BaseException:  # cancelled in the middle: nobody knows what the process is doing now
                 await asyncio.shield(self.close())
                 raise
-            if not reply.alive or self._cells >= _MOST_SHARED_CELLS:
+            self._slow_cells += reply.status == "timeout"
+            if not reply.alive or self._cells >= _MOST_SHARED_CELLS or self._slow_cells >= _MOST_SLOW_CELLS:
                 await self.close()
             return reply if reply.status == "ok" and reply.alive else None
 
