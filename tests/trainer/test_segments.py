@@ -334,7 +334,8 @@ def test_returns_of_later_states_do_not_depend_on_dropped_segments(tmp_path):
 def test_a_batch_that_was_moved_is_the_batch(tmp_path):
     """Under DDP without a GPU TRL's KTO moves each batch to `cpu:0`, which copies it."""
     trainer = make_trainer(tmp_path, dataset=trajectories(), value_model="head")
-    batch = trainer.note_branches(whole_batch(trainer))
+    earlier, batch = (trainer.note_branches(whole_batch(trainer)) for _ in range(2))
+    assert torch.equal(earlier["input_ids"], batch["input_ids"])
     moved = batch["input_ids"].to("cpu:0")
     assert moved is not batch["input_ids"] and sequences_of(moved) is sequences_of(batch["input_ids"])
     assert sequences_of(moved + 1) is None

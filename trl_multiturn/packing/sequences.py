@@ -100,13 +100,13 @@ def sequences_of(input_ids: Any) -> Sequences | None:
     """The sequences of a batch whose rows branch; `None` for any other.
 
     TRL's trainers may call a model with the batch moved to `accelerator.device`. On several processes without a GPU
-    that is `cpu:0`, and a move there copies: equal tokens are then the batch.
+    that is `cpu:0`, and a move there copies: such a tensor is the last batch of equal tokens.
     """
     if not _SEQUENCES or not isinstance(input_ids, Tensor):
         return None
     found = _SEQUENCES.get(input_ids)
     if found is None and input_ids.device.type == "cpu":
-        noted = ((ids, sequences) for ids, sequences in _SEQUENCES.items() if ids.shape == input_ids.shape)
+        noted = reversed([each for each in _SEQUENCES.items() if each[0].shape == input_ids.shape])
         found = next((sequences for ids, sequences in noted if torch.equal(ids, input_ids)), None)
     return found
 
