@@ -22,15 +22,10 @@ from .engines.engine import Engine, check_engine, is_engine_factory
 from .iteration import run_iteration
 from .journal.journal import Journal
 from .journal.run_folder import RunFolder
-from .online.arguments import (
-    refuse_mistakes,
-    refuse_planned_learning_rate,
-    refuse_unknown_choices,
-    warn_of_cut_rows,
-)
+from .online.arguments import refuse_mistakes, refuse_planned_learning_rate, refuse_unknown_choices, warn_of_cut_rows
 from .online.diagnosis import diagnose
 from .online.endings import alone_in, where_to_look
-from .online.held_out import HeldOut
+from .online.held_out import Evaluations, HeldOut
 from .online.overlap import (
     RolloutsAhead,
     begin_ahead,
@@ -39,9 +34,9 @@ from .online.overlap import (
     refuse_overlap,
     sampling_revision,
 )
-from .online.plan import Beginning, plan_iteration, refuse_other_layout, step_layout, write_beginning
+from .online.plan import Beginning, plan_iteration, refuse_other_layout, set_aside_others, step_layout, write_beginning
 from .online.reference import restore_reference
-from .online.report import IterationReport, load_reports, load_start, print_iterations, save_start
+from .online.report import IterationReport, load_reports, load_start, print_iterations
 from .online.sampling import refresh, rest, unwrapped_policy
 from .online.settings import IterationSettings
 from .online.shown import ShownCompletions
@@ -51,12 +46,7 @@ from .rollout.provenance import fingerprint
 from .rows.row_files import load_rows
 from .rows.selection import PairingConfig, UnpairedConfig, check_pairing
 from .tools.toolbox import Toolset
-from .trainer.loop.policy_weights import (
-    load_policy_weights,
-    policy_revision,
-    refuse_diverged,
-    save_policy_weights,
-)
+from .trainer.loop.policy_weights import load_policy_weights, policy_revision, refuse_diverged, save_policy_weights
 from .trainer.outcomes.outcome_based import OutcomeBasedTrainer
 
 
@@ -362,13 +352,7 @@ class ToolRolloutGenerator(TrainerCallback):
             if ended:  # stopped right after an iteration, perhaps before its evaluation
                 self._evaluate_after(ended[-1])
             return
-        revision, key = policy_revision(weights_of(self.trainer)), self.held_out.key(self.settings)
-        known = on_main(lambda: load_start(self.run.path))
-        if known is None or (known["policy_revision"], known.get("evaluated_by", key)) != (revision, key):
-            evaluation = self.held_out.evaluate(self.trainer, self.engine, self.settings, self.run, 0, self.shown)
-            start = {"policy_revision": revision, "evaluation": evaluation, "evaluated_by": key}
-            on_main(lambda: save_start(self.run.path, start))
-            self.trainer.log(_prefixed(evaluation))
+        self._evaluations(self.held_out).evaluate_start()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -387,9 +371,8 @@ class ToolRolloutGenerator(TrainerCallback):
         # The policy after this iteration is the one with which the next would start; kept now, in case it is the best.
         policy, following = weights_of(self.trainer), report.iteration + 1
         refuse_diverged(policy)
-        self._set_aside_but(
-            following, sampling_revision(self.trainer, self.run, self.settings, following), state.global_step
-        )
+        sampled_by = sampling_revision(self.trainer, self.run, self.settings, following)
+        on_main(lambda: set_aside_others(self.run, following, sampled_by, state.global_step))
         save_policy_weights(policy, self.run.iteration(following).policy)
         self._save(report)
         control.should_save = args.save_strategy != SaveStrategy.NO  # so that a stopped run loses no iteration
@@ -430,15 +413,7 @@ class ToolRolloutGenerator(TrainerCallback):
         """
         if self.held_out is None:
             return None
-        key, start = self.held_out.key(self.settings), load_start(self.run.path) or {}
-        evaluations = [(start.get("evaluation"), start.get("evaluated_by"))]
-        evaluations += [(report.evaluation, report.evaluated_by) for report in self.reports]
-        scores = {
-            i: e["pass@1"]
-            for i, (e, by) in enumerate(evaluations)
-            if e and by in (None, key) and not math.isnan(e["pass@1"])
-        }
-        return max(scores, key=lambda i: scores[i]) if scores else None
+        return self._evaluations(self.held_out).best(self.reports)
 
     def _prompts_of(self, iteration: int) -> Dataset:
         """The iteration's share of the prompts: consecutive ones, from the front again when they run out."""
@@ -449,54 +424,16 @@ class ToolRolloutGenerator(TrainerCallback):
         return fingerprint(self._prompts_of(iteration).to_list())
 
     def _evaluate_after(self, report: IterationReport) -> None:
-        """Evaluates the policy as it is after an iteration, unless that is known."""
-        if self.held_out is None:
-            return
-        key = self.held_out.key(self.settings)
-        if report.evaluation is None or report.evaluated_by not in (None, key):
-            started = time.perf_counter()
-            known = self._evaluation_of_unchanged(report, key)
-            report.evaluation = known or self._evaluate(report.iteration + 1)
-            report.evaluated_by = key
-            report.eval_seconds = time.perf_counter() - started
-            self._save(report)
-        elif any(_prefixed(report.evaluation).keys() <= entry.keys() for entry in self._logged_now()):
-            return
-        self.trainer.log(_prefixed(report.evaluation))
+        if self.held_out is not None:
+            self._evaluations(self.held_out).evaluate_after(report, self.reports)
 
-    def _evaluate(self, iterations: int) -> dict[str, float]:
-        assert self.held_out is not None
-        return self.held_out.evaluate(self.trainer, self.engine, self.settings, self.run, iterations, self.shown)
-
-    def _evaluation_of_unchanged(self, report: IterationReport, key: str) -> dict[str, float] | None:
-        """What is known of the policy already, if the iteration has not changed it."""
-        before_training = report.starting_revision or report.policy_revision
-        if report.trained_rows or policy_revision(weights_of(self.trainer)) != before_training:
-            return None
-        before = [earlier for earlier in self.reports if earlier.iteration < report.iteration]
-        if before:
-            return before[-1].evaluation if before[-1].evaluated_by == key else None
-        start = load_start(self.run.path) or {}
-        return start.get("evaluation") if start.get("evaluated_by") == key else None
-
-    def _logged_now(self) -> list[dict[str, float]]:
-        state = self.trainer.state
-        return [entry for entry in state.log_history if entry.get("step") == state.global_step]
+    def _evaluations(self, held_out: HeldOut) -> Evaluations:
+        return Evaluations(held_out, self.trainer, self.engine, self.settings, self.run, self.shown)
 
     # Files
 
     def _save(self, report: IterationReport) -> None:
         on_main(lambda: report.save(self.run.iteration(report.iteration).path))
-
-    def _set_aside_but(self, iteration: int, revision: str, first_step: int) -> None:
-        """Sets aside what is on disk from this iteration on, unless this policy rolled it out."""
-
-        def set_aside() -> None:
-            report = IterationReport.load(self.run.iteration(iteration).path)
-            if report is not None and (report.policy_revision, report.first_step) != (revision, first_step):
-                self.run.set_aside(iteration)
-
-        on_main(set_aside)
 
     def _forget_policies(self, current: int) -> None:
         """Deletes the snapshots that nothing needs any more: all but the last two, the best and the initial one.
@@ -505,7 +442,3 @@ class ToolRolloutGenerator(TrainerCallback):
         """
         keep = {*range(current - 1 - self.settings.max_policy_lag, current + 1), self.best_policy, 0}
         on_main(lambda: self.run.forget_policies(current, keep))
-
-
-def _prefixed(evaluation: dict[str, float]) -> dict[str, float]:
-    return {f"eval_{name}": value for name, value in evaluation.items()}

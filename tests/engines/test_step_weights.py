@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 
 import pytest
@@ -103,6 +104,19 @@ def test_the_last_release_frees_the_copies():
     assert engine.stats["step_weights_bytes"]
     engine.release("a")
     assert engine.stats["step_weights_bytes"] == 0
+
+
+def test_an_engine_over_a_copy_has_all_settings():
+    settings = {"cache_memory_limit_mb": 7, "max_prefill_tokens": 96, "seed": 3, "step_weights_limit_mb": 0}
+    engine = TransformersEngine(tiny_model(TOKENIZER), TOKENIZER, max_batch_size=5, **settings)
+    other = engine.over(tiny_model(TOKENIZER))
+    run(other, REQUESTS[0], session="a")
+    assert other.stats["step_weights_bytes"] == 0
+    assert (other.max_batch_size, other._settings) == (5, settings)
+    # what a copy brings along itself, and the batch size above
+    assert {*inspect.signature(TransformersEngine).parameters} == {*settings} | {
+        "model", "processing_class", "device", "max_batch_size"
+    }  # fmt: skip
 
 
 def test_layers_that_do_not_fit_keep_their_own_weights():

@@ -85,6 +85,15 @@ def test_rows_in_hermes_are_what_a_rollout_reads_and_samples(template):
     assert bool(trajectory.branches) == (template == STRIPS)
 
 
+def test_an_answer_keeps_what_looks_like_the_beginning_of_a_result():
+    trajectory, _, tokenizer = roll_out("gemma", ["4 <tool_response>"], add, PROMPT[1:], dialect="hermes")
+    assert [message["content"] for message in trajectory.completion] == ["4 <tool_response>"]
+    row = tokenize_trajectory(
+        tokenizer, trajectory.prompt, trajectory.completion, tools=[tool_schema(add)], tool_dialect="hermes"
+    )
+    assert tokenizer.decode(row["completion_ids"]).startswith("4 <tool_response>")
+
+
 def test_rows_in_the_fenced_dialect_are_what_a_rollout_reads_and_samples():
     turns = ["So:\n```python\nprint(2+2)\n```", "It is \\boxed{4}."]
     trajectory, _, tokenizer = roll_out("gemma", turns, python, PROMPT[1:], dialect="fenced")

@@ -98,6 +98,13 @@ def plan_iteration(folder: IterationFolder, beginning: Beginning) -> Plan:
     return Plan("set aside")
 
 
+def set_aside_others(run: RunFolder, iteration: int, revision: str, first_step: int) -> None:
+    """Sets aside what is on disk from an iteration on, unless this policy rolled it out at this step."""
+    report = IterationReport.load(run.iteration(iteration).path)
+    if report is not None and (report.policy_revision, report.first_step) != (revision, first_step):
+        run.set_aside(iteration)
+
+
 def write_beginning(
     beginning: Beginning, settings: IterationSettings, run: RunFolder
 ) -> tuple[IterationReport, Samples]:

@@ -24,6 +24,7 @@ from ..engine import Generation, SamplingParams
 from .decoding import DecodingBatch, DecodingRequest
 from .images import sample_after_images
 from .kv_cache import RetainedCaches
+from .prompts import prefill_tokens
 from .slot_attention import attention_for_sampling
 from .stop_strings import StopStringMatcher
 
@@ -32,9 +33,6 @@ from .stop_strings import StopStringMatcher
 # steps, so that their prompts share a pass.
 JOIN_SHARE = 16
 MAX_STEPS_WAITING = 2
-# Tokens of one pass over prompts, and how many bytes of states a CPU's caches hold
-MAX_PREFILL_TOKENS = 16384
-CACHED_BYTES = 12 * 2**20
 
 Outcome = tuple[DecodingRequest, Generation | BaseException]
 
@@ -114,7 +112,7 @@ class TransformersEngine:
             self._policy,
             self._matcher,
             self._retained,
-            max_prefill_tokens=max_prefill_tokens or _prefill_tokens(self._policy),
+            max_prefill_tokens=max_prefill_tokens or prefill_tokens(self._policy),
             max_batch_size=max_batch_size,
             step_weights_bytes=step_weights_limit_mb * 2**20,
         )
@@ -122,6 +120,7 @@ class TransformersEngine:
             "cache_memory_limit_mb": cache_memory_limit_mb,
             "max_prefill_tokens": max_prefill_tokens,
             "seed": seed,
+            "step_weights_limit_mb": step_weights_limit_mb,
         }
         self._seeds = random.Random(seed)
         # Guards the four fields below, which the event loop's thread and the worker share.
@@ -368,15 +367,6 @@ def _resolve(results: list[tuple[asyncio.Future, Generation | BaseException]]) -
             future.set_exception(outcome)
         else:
             future.set_result(outcome)
-
-
-def _prefill_tokens(policy: PreTrainedModel) -> int:
-    """Tokens of a pass: on a CPU larger states leave its caches, and take fresh memory at every operator."""
-    if policy.device.type != "cpu":
-        return MAX_PREFILL_TOKENS
-    config = policy.config.get_text_config(decoder=True)
-    width = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    return min(max(512, CACHED_BYTES // (width * policy.dtype.itemsize)), MAX_PREFILL_TOKENS)
 
 
 def unwrap_policy(model: nn.Module) -> tuple[nn.Module, PreTrainedModel]:

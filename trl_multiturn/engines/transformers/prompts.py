@@ -5,10 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
+from transformers import PreTrainedModel
 
 from .kv_cache import round_up
 from .packed_prompts import Piece
 from .slot_model import ROW_MULTIPLE, SlotModel
+
+
+# Tokens of one pass over prompts, and how many bytes of states a CPU's caches hold
+MAX_PREFILL_TOKENS = 16384
+CACHED_BYTES = 12 * 2**20
 
 
 def read_prompts(slots: SlotModel, pieces: Sequence[Piece], max_tokens: int) -> int:
@@ -77,3 +83,12 @@ def _read_rectangle(slots: SlotModel, pieces: Sequence[Piece], max_tokens: int) 
         # Padding is written behind the row's tokens, where it is masked and later overwritten; its position only has
         # to be one that the model knows.
         slots.run(first, token_ids, torch.minimum(columns, last_column), columns, furthest + offset + size)
+
+
+def prefill_tokens(policy: PreTrainedModel) -> int:
+    """Tokens of a pass: on a CPU larger states leave its caches, and take fresh memory at every operator."""
+    if policy.device.type != "cpu":
+        return MAX_PREFILL_TOKENS
+    config = policy.config.get_text_config(decoder=True)
+    width = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    return min(max(512, CACHED_BYTES // (width * policy.dtype.itemsize)), MAX_PREFILL_TOKENS)

@@ -29,12 +29,12 @@ class HermesDialect(NativeDialect):
     stop_strings: tuple[str, ...] = (_RESULT,)
 
     def read(self, text: str, sampled_ids: Sequence[int], prefix_ids: Sequence[int]) -> Turn:
-        # Where the policy began to write the result itself, it was stopped there
-        if text.rstrip().endswith(_RESULT):
-            text = text.rstrip().removesuffix(_RESULT)
-        turn = super().read(text, sampled_ids, prefix_ids)
+        # Where the policy began to write the result of a call itself, it was stopped there
+        turn = super().read(text.rstrip().removesuffix(_RESULT), sampled_ids, prefix_ids)
+        if not turn.calls:
+            return super().read(text, sampled_ids, prefix_ids)
         said = text.partition(_CALL)[0]
-        if not turn.calls or not said.strip() or said.strip() != turn.message["content"]:
+        if not said.strip() or said.strip() != turn.message["content"]:
             return turn
         # With its blanks, so that the message is written as the turn was
         return replace(turn, message={**turn.message, "content": said.lstrip().removesuffix("\n")})
