@@ -73,6 +73,8 @@ SHARED = (
     *("seed", "bf16", "use_cpu", "save_strategy", "report_to", "logging_steps", "gradient_checkpointing"),
 )
 METHODS = ("rejection_sampling", "oreo", "dpo", "kto")
+# Settings that may differ between two starts of a run
+FREE = ("output_dir", "games_folder", "methods", "best_of", "disable_tqdm", "report_to", "run_name", "logging_dir")
 
 
 @dataclass
@@ -119,6 +121,7 @@ def main(script_args, training_args, model_args):
     won = sum(row["reward"] for group in rows for row in group)
     print(f"{won:.0f} of {sum(map(len, rows))} episodes of the players are won.")
     folder = Path(training_args.output_dir, f"seed_{training_args.seed}")
+    refuse_other_settings(folder, script_args, training_args, model_args)
     path, cloned = Path(folder, "results.json"), Path(folder, "behavior_cloning")
     results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     if "behavior_cloning" not in results:
@@ -140,6 +143,21 @@ def main(script_args, training_args, model_args):
             if method == "oreo":
                 compare(f"oreo_best_of_{script_args.best_of}", trained, trained / "value_model")
     print_table(Path(training_args.output_dir))
+
+
+def refuse_other_settings(folder, *arguments):
+    """Raises where the folder holds results of other settings, which would stand for those of the present ones."""
+    settings = {name: str(value) for each in arguments for name, value in vars(each).items() if name[0] != "_"}
+    settings = {name: settings[name] for name in sorted(settings.keys() - {*FREE})}
+    path = Path(folder, "settings.json")
+    if path.exists() and (kept := json.loads(path.read_text(encoding="utf-8"))) != settings:
+        differing = sorted(name for name in kept.keys() | settings.keys() if kept.get(name) != settings.get(name))
+        raise ValueError(
+            f"{folder} holds results of other settings ({', '.join(differing)}), and a run goes on with what it "
+            "finds. Pass another `--output_dir`, or delete the folder."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(settings, indent=1), encoding="utf-8")
 
 
 def load_games(script_args):
