@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -61,14 +62,17 @@ def on_main_at_own_pace(do: Callable[[], T], silence_limit_seconds: float) -> T:
     return on_main(done.result)
 
 
-def outlive_trainer() -> None:
-    """Lets the process group be destroyed before the trainer goes; call it right before.
+def outlive_collectives() -> None:
+    """Lets gloo's threads let go of the last collective operation: before the process group is destroyed, and at exit.
 
-    With gloo a process may hang there. DDP's reducer goes with the trainer and, where the group is destroyed
-    already, takes the last reference to it along: PyTorch (2.13) then joins gloo's threads while it holds the
-    interpreter's lock, for which one of them may be waiting to let go of the last collective operation's tensors. So
-    one more reference stays, and the threads are given the lock once.
+    They need the interpreter's lock to drop its tensors. DDP's reducer goes with the trainer and, where the group is
+    destroyed already, takes the last reference to it along: PyTorch (2.13) then joins these threads while it holds that
+    lock, and the process hangs. Where the interpreter ends first, it ends such a thread, and the process aborts after
+    its work is done. So one more reference stays, and the threads are given the lock once.
     """
-    if dist.is_initialized() and dist.get_backend() == "gloo":
+    if dist.is_available() and dist.is_initialized() and dist.get_backend() == "gloo":
         _ended.append(dist.group.WORLD)
-        time.sleep(0.05)
+        time.sleep(0.2)
+
+
+atexit.register(outlive_collectives)  # most scripts never call `trainer.end()`

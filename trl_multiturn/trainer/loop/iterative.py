@@ -19,7 +19,7 @@ from datasets import Dataset
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import ProgressCallback, Trainer, set_seed
 
-from ...distributed.main_process import outlive_trainer
+from ...distributed.main_process import outlive_collectives
 from ...distributed.sharding import weights_of
 from ..host import TrainerHost, constructor_arguments
 from .checkpoints import being_written, checkpoint_to_resume
@@ -237,7 +237,7 @@ class IterativeTrainerMixin(TrainerHost):
 
     def end(self) -> None:
         """Finishes the trackers and destroys the process group: the last call of a script, on every process."""
-        outlive_trainer()
+        outlive_collectives()
         end = getattr(super(), "end", self.accelerator.end_training)  # transformers < 5.18 has none
         end()
 
