@@ -66,7 +66,7 @@ def outlive_collectives() -> None:
     """Lets gloo's threads let go of the last collective operation: before the process group is destroyed, and at exit.
 
     They need the interpreter's lock to drop its tensors. DDP's reducer goes with the trainer and, where the group is
-    destroyed already, takes the last reference to it along: PyTorch (2.13) then joins these threads while it holds that
+    destroyed already, takes the last reference to it along: PyTorch (2.13) then joins these threads while it holds the
     lock, and the process hangs. Where the interpreter ends first, it ends such a thread, and the process aborts after
     its work is done. So one more reference stays, and the threads are given the lock once.
     """
