@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+from itertools import combinations, pairwise
+
 import pytest
 import torch
 
@@ -11,7 +14,7 @@ from trl_multiturn.engines.engine import SamplingParams
 from trl_multiturn.engines.transformers import step_runs
 from trl_multiturn.engines.transformers.engine import TransformersEngine
 from trl_multiturn.engines.transformers.slot_attention import slot_attention
-from trl_multiturn.engines.transformers.step_runs import Run, in_runs, runs_of
+from trl_multiturn.engines.transformers.step_runs import CALL_COLUMNS, COLUMN_MULTIPLE, Run, in_runs, runs_of
 
 
 @pytest.mark.parametrize(
@@ -25,6 +28,26 @@ from trl_multiturn.engines.transformers.step_runs import Run, in_runs, runs_of
 )
 def test_rows_are_divided_where_padding_costs_more_than_a_call(lengths, runs):
     assert runs_of(lengths) == runs
+
+
+def test_no_division_into_neighbours_is_cheaper():
+    generator = random.Random(0)
+    for _ in range(50):
+        lengths = [generator.choice([30, 100, 400, 900]) for _ in range(generator.randint(1, 8))]
+        runs = runs_of(lengths)
+        assert [row for run in runs for row in range(run.first, run.last)] == list(range(len(lengths)))
+        cuts = [cut for count in range(len(lengths)) for cut in combinations(range(1, len(lengths)), count)]
+        divisions = [list(pairwise((0, *cut, len(lengths)))) for cut in cuts]
+        assert _cost(lengths, [(run.first, run.last) for run in runs]) == min(_cost(lengths, d) for d in divisions)
+        assert all(run.columns == _columns(lengths, run.first, run.last) for run in runs)
+
+
+def _cost(lengths, division):
+    return sum(CALL_COLUMNS + (last - first) * _columns(lengths, first, last) for first, last in division)
+
+
+def _columns(lengths, first, last):
+    return -(-max(lengths[first:last]) // COLUMN_MULTIPLE) * COLUMN_MULTIPLE
 
 
 @pytest.mark.parametrize("heads", [2, 4], ids=["grouped", "each its own"])

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import NamedTuple
 
+import numpy as np
+
 from .kv_cache import round_up
 
 
@@ -26,18 +28,23 @@ class Run(NamedTuple):
 
 def runs_of(lengths: Sequence[int]) -> list[Run]:
     """The cheapest division of rows of these lengths into runs of neighbours, each as long as its longest row."""
-    best: list[tuple[int, int]] = [(0, 0)]  # cost of the first n rows, and where their last run begins
-    for last in range(1, len(lengths) + 1):
-        columns, choices = 0, []
-        for first in range(last - 1, -1, -1):
-            columns = max(columns, round_up(lengths[first], COLUMN_MULTIPLE))
-            choices.append((best[first][0] + CALL_COLUMNS + (last - first) * columns, first))
-        best.append(min(choices))
-    runs, last = [], len(lengths)
-    while last:
-        first = best[last][1]
-        runs.append(Run(first, last, round_up(max(lengths[first:last]), COLUMN_MULTIPLE)))
-        last = first
+    columns = [round_up(length, COLUMN_MULTIPLE) for length in lengths]
+    # Equally long neighbours are never better apart
+    ends = [row for row in range(1, len(columns)) if columns[row] != columns[row - 1]] + [len(columns)]
+    starts = [0, *ends[:-1]]
+    longest = np.maximum.accumulate(np.triu(np.tile([columns[start] for start in starts], (len(ends), 1))), axis=1)
+    rows = np.array(ends)[:, None] - np.array(starts)  # from where a run begins to where it ends
+    costs = CALL_COLUMNS + rows * longest.T
+    best, begins = np.zeros(len(ends) + 1, dtype=np.int64), []  # cost of all before a block, and its run's first block
+    for last, of_runs in enumerate(costs):
+        totals = best[: last + 1] + of_runs[: last + 1]
+        begins.append(int(totals.argmin()))
+        best[last + 1] = totals[begins[-1]]
+    runs, last = [], len(ends) - 1
+    while last >= 0:
+        first = begins[last]
+        runs.append(Run(starts[first], ends[last], int(longest[first, last])))
+        last = first - 1
     return runs[::-1]
 
 
