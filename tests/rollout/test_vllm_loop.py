@@ -10,6 +10,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
+from transformers import TrainerCallback
 
 from tests.support import byte_tokenizer, save_tiny, tiny_model, user
 from tests.templates.chatml import chatml
@@ -164,7 +165,7 @@ def test_nobody_waits_for_anothers_tool(engine):
     assert [m["content"] for m in trajectories[0].completion if m["role"] == "user"] == ["call 1", "call 2", "call 3"]
 
 
-def make_trainer(folder, engine, tool, reward, iterations, peft_config):
+def make_trainer(folder, engine, tool, reward, iterations, peft_config, **arguments):
     args = MultiTurnDPOConfig(
         str(folder), num_train_epochs=iterations, per_device_train_batch_size=2, learning_rate=5e-2, logging_steps=1,
         save_strategy="epoch", report_to="none", bf16=False, use_cpu=True, disable_tqdm=True,
@@ -174,9 +175,9 @@ def make_trainer(folder, engine, tool, reward, iterations, peft_config):
         Dataset.from_list(PROMPTS),
         tools=[tool],
         reward_funcs=[reward],
-        config=config(max_tool_calling_iterations=1),
         pairing=PairingConfig(filters=[], max_pairs_per_prompt=2),
         engine=engine,
+        **{"config": config(max_tool_calling_iterations=1), **arguments},
     )
     model = tiny_model(TOKENIZER, seed=0, **SIZES)
     return MultiTurnDPOTrainer(
@@ -236,3 +237,86 @@ def test_the_engine_follows_the_policy_through_the_iterations(engine, tmp_path, 
     old, new = policies
     assert max(old[0, "current"], old[1, "previous"], new[1, "current"]) < 2e-3
     assert min(new[0, "current"], new[1, "previous"], old[1, "current"]) > 2e-2
+
+
+class Meetings(TrainerCallback):
+    """A tool and a training that wait for each other: rollouts go on after a step of the training beside them.
+
+    The first steps of an iteration wait for the first call in the rollouts of the next one, and all calls there for
+    the end of that step, which changes the weights.
+    """
+
+    def __init__(self, stops_in=None):
+        self.called, self.stepped = ([threading.Event() for _ in range(3)] for _ in range(2))
+        self.generator, self.stops_in = None, stops_in
+
+    def look(self, text: str) -> str:
+        """
+        Looks.
+
+        Args:
+            text: Where.
+        """
+        iteration = int(current_rollout().trajectory_id.partition("/")[0])
+        self.called[iteration].set()
+        assert iteration == 0 or self.stepped[iteration - 1].wait(120), "no step was trained beside the rollouts"
+        return "nothing"
+
+    @property
+    def trained(self):
+        return len(self.generator.reports) - 1
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        assert self.trained == 2 or self.called[self.trained + 1].wait(120), "nothing was rolled out beside it"
+        if self.trained == self.stops_in:
+            raise InterruptedError
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.stepped[self.trained].set()
+
+
+@pytest.mark.parametrize("peft_config", [None, LORA], ids=["all weights", "adapter"])
+def test_rollouts_beside_the_training_are_those_of_the_policy_that_they_name(engine, tmp_path, peft_config):
+    def run(stops_in=None):
+        meetings = Meetings(stops_in)
+        trainer, generator = make_trainer(
+            tmp_path, engine, meetings.look, odd_lengths_win, 3, peft_config, max_policy_lag=1,
+            config=config(max_tool_calling_iterations=1, tool_timeout_seconds=None),
+            eval_prompts=Dataset.from_list(PROMPTS[:1]),
+        )  # fmt: skip
+        meetings.generator = generator
+        trainer.add_callback(meetings)
+        trainer.train(resume_from_checkpoint=True)
+        return trainer.model, generator
+
+    with pytest.raises(InterruptedError):  # while vLLM samples the iteration after
+        run(stops_in=1)
+    model, generator = run()
+    revisions = [report.starting_revision for report in generator.reports]
+    assert len(set(revisions)) == 3 and generator.reports[2].overlapped_seconds > 0
+    assert [(report.policy_revision, report.policy_lag) for report in generator.reports] == [
+        (revisions[0], 0), (revisions[0], 1), (revisions[1], 1),
+    ]  # fmt: skip
+
+    # (iteration, policy) -> its trajectories, and the number of the policy that they have to name
+    names = ("policy_revision", "policy_iteration", "policy_lag")
+    said = {
+        (0, "current"): (revisions[0], None, None),
+        (1, "current"): (revisions[0], 0, 1),
+        (2, "current"): (revisions[1], 1, 1),
+        (2, "previous"): (revisions[0], 0, 2),
+    }
+    found = {
+        (iteration, policy): list(Journal(generator.run.iteration(iteration).journal).read(f"{iteration}/{policy}"))
+        for iteration, policy in said
+    }
+    assert sum(map(len, found.values())) == 3 * 16
+    for scope, trajectories in found.items():
+        assert {tuple(t.info.get(name) for name in names) for t in trajectories} == {said[scope]}
+    differences = {}
+    for number, revision in enumerate(revisions):
+        load_policy_weights(model, generator.run.iteration(number).policy)
+        assert policy_revision(model) == revision
+        for scope, trajectories in found.items():
+            differences.setdefault(said[scope][0] == revision, []).append(disagreement(model, trajectories))
+    assert max(differences[True]) < 2e-3 and min(differences[False]) > 2e-2
