@@ -23,7 +23,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 
-from tests.launch import free_port
+from tests.launch import ranks
 from tests.support import byte_tokenizer, tiny_model
 from trl_multiturn import (
     MultiTurnDPOConfig,
@@ -169,14 +169,6 @@ def start(arguments: dict[str, Any], pipe: str, environment: dict[str, str]) -> 
             os._exit(1)
         os._exit(0)
     return process
-
-
-def ranks(count: int) -> list[dict[str, str]]:
-    """What tells each of several processes which one it is, as `accelerate launch` does."""
-    if count == 1:
-        return [{}]
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(count)}
-    return [{**common, "RANK": str(i), "LOCAL_RANK": str(i), "LOCAL_WORLD_SIZE": str(count)} for i in range(count)]
 
 
 def serve() -> None:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
+import json
 import os
 import random
+import select
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 
@@ -46,14 +52,80 @@ def torchrun(processes: int) -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
 
 
+def ranks(count: int) -> list[dict[str, str]]:
+    """What tells each of several processes which one it is, as the launchers do."""
+    if count == 1:
+        return [{}]
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(count)}
+    return [{**common, "RANK": str(i), "LOCAL_RANK": str(i), "LOCAL_WORLD_SIZE": str(count)} for i in range(count)]
+
+
+def _environment(variables: dict[str, str]) -> dict[str, str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    return environment | {"PYTHONPATH": str(ROOT), **variables}
+
+
 def run(command: list[str], **variables: str) -> subprocess.CompletedProcess:
     """Runs a command in the repository's folder; the caller looks at how it ended."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    environment |= {"PYTHONPATH": str(ROOT), **variables}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=_LIMIT_SECONDS)
+    return subprocess.run(
+        command, cwd=ROOT, env=_environment(variables), capture_output=True, text=True, timeout=_LIMIT_SECONDS
+    )
+
+
+class ForkServer:
+    """`tests/fork_server.py` in a process of its own, which starts runs without their imports."""
+
+    def __init__(self) -> None:
+        command = [sys.executable, "-m", "tests.fork_server"]
+        self._server = subprocess.Popen(
+            command, cwd=ROOT, env=_environment({}), text=True, start_new_session=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        )  # fmt: skip
+        atexit.register(self._server.stdin.close)
+
+    def run(
+        self, target: str, *arguments: object, processes: int = 1, **variables: str
+    ) -> subprocess.CompletedProcess:
+        with tempfile.TemporaryDirectory() as folder:
+            out, err = Path(folder, "out"), Path(folder, "err")
+            out.touch()
+            err.touch()
+            request = {"target": target, "arguments": [*map(str, arguments)], "folder": str(ROOT)}
+            request |= {"environment": _environment(variables), "ranks": ranks(processes)}
+            codes = self._answer(request | {"out": str(out), "err": str(err)})
+            said = [path.read_text("utf-8", errors="replace") for path in (out, err)]
+            return subprocess.CompletedProcess([target, *arguments], next(filter(None, codes), 0), *said)
+
+    def _answer(self, request: dict[str, object]) -> list[int]:
+        self._server.stdin.write(json.dumps(request) + "\n")
+        self._server.stdin.flush()
+        if not select.select([self._server.stdout], [], [], _LIMIT_SECONDS)[0]:
+            os.killpg(self._server.pid, signal.SIGKILL)
+            fork_server.cache_clear()
+            raise subprocess.TimeoutExpired(str(request["target"]), _LIMIT_SECONDS)
+        return json.loads(self._server.stdout.readline())
+
+
+@functools.cache
+def fork_server() -> ForkServer:
+    """One for all tests of this process."""
+    return ForkServer()
+
+
+def run_forked(target: str, *arguments: object, processes: int = 1, **variables: str) -> subprocess.CompletedProcess:
+    """As [`run`] runs `python`, with a script or a module, in one process or several that find each other."""
+    return fork_server().run(target, *arguments, processes=processes, **variables)
 
 
 def run_module(launcher: list[str], module: str, *arguments: object) -> None:
     """Runs a module by a launcher, and fails with what it said if it fails."""
-    done = run([*launcher, "-m", module, *map(str, arguments)], TQDM_DISABLE="1")
+    _succeeded(run([*launcher, "-m", module, *map(str, arguments)], TQDM_DISABLE="1"))
+
+
+def run_module_forked(module: str, *arguments: object) -> None:
+    """Runs a module in two processes without a launcher, and fails with what they said if one fails."""
+    _succeeded(run_forked(module, *arguments, processes=2))
+
+
+def _succeeded(done: subprocess.CompletedProcess) -> None:
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]

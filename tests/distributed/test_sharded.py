@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.launch import run_module, torchrun
+from tests.launch import run_module_forked
 
 
 pytestmark = pytest.mark.slow
@@ -16,7 +16,7 @@ def outcomes(tmp_path_factory):
     base = tmp_path_factory.mktemp("sharded")
     for kind in ("ddp", "fsdp2"):
         (base / kind).mkdir()
-        run_module(torchrun(2), "tests.distributed.sharded_worker", base / kind, kind)
+        run_module_forked("tests.distributed.sharded_worker", base / kind, kind)
 
     def read(case: str) -> list[dict]:
         """DDP's first process, then FSDP2's two."""

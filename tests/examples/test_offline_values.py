@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +11,8 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file
+
+from tests import launch
 
 
 ROOT = Path(__file__).parents[2]
@@ -140,10 +140,13 @@ def rows(tmp_path_factory):
     return path
 
 
-def run(script, *arguments):
-    command = [sys.executable, f"examples/{script}.py", *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
+def run(script, *arguments, command=False):
+    """By the command of a user, or forked, which spares the imports."""
+    script = f"examples/{script}.py"
+    if command:
+        done = launch.run([sys.executable, script, *map(str, arguments)])
+    else:
+        done = launch.run_forked(script, *arguments)
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout
 
@@ -157,7 +160,8 @@ SMALL += ["--gradient_checkpointing", "False", "--report_to", "none", "--save_st
 def test_the_script_runs_on_rows_from_a_file(tmp_path, rows, name):
     name, *compare = name.split()
     arguments = ["--dataset_name", rows, *SMALL, "--value_model", "head", "--held_out", "0.5"]
-    text = run(name, *arguments, *compare, *([rows] if compare else []), "--output_dir", tmp_path / "out")
+    text = run(name, *arguments, *compare, *([rows] if compare else []),
+               "--output_dir", tmp_path / "out", command=not compare)  # fmt: skip
     assert f"auc_within_problem on {8 if compare else 4} held-out problems" in text
     assert (tmp_path / "out" / "model.safetensors").exists()
     assert (tmp_path / "out" / "value_model" / "value_head.safetensors").exists()

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests import launch
 
 
 ROOT = Path(__file__).parents[2]
@@ -38,13 +38,6 @@ def test_an_answer_is_right_as_a_number():
 
 @pytest.mark.slow
 def test_a_policy_that_knows_a_problem_answers_it(tmp_path):
-    def run(script, *arguments):
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-        command = [sys.executable, f"examples/{script}.py", *map(str, arguments)]
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
-        assert done.returncode == 0, done.stderr[-4000:]
-        return done.stdout
-
     prompt = [{"role": "user", "content": "Ann has 3 bags of 4 pears and eats 5. How many are left?"}]
     turns = calculator_turns("She has 3*4 = <<3*4=12>>12 pears.\nThen 12-5 = <<12-5=7>>7 are left.\nA: 7")
     row = {"prompt": prompt, "completion": turns, "label": True, "question_id": 5}
@@ -52,20 +45,13 @@ def test_a_policy_that_knows_a_problem_answers_it(tmp_path):
     policy, own = tmp_path / "policy", tmp_path / "own" / "rows.jsonl"
     size = ["--hidden_size", "32", "--num_layers", "1", "--vocabulary", "300", "--max_steps", "60"]
     cpu = ["--use_cpu", "--bf16", "False", "--report_to", "none", "--save_strategy", "no"]
-    run(
-        "sft",
-        "--dataset_name",
-        tmp_path / "gold.jsonl",
-        *size,
-        *cpu,
-        "--learning_rate",
-        "0.02",
-        "--output_dir",
-        policy,
-    )
-    arguments = ["--policy", policy, "--dataset_name", tmp_path / "gold.jsonl", "--output", own]
-    text = run("roll_out_calculator", *arguments, "--num_generations", "3", "--temperature", "0.1")
-    assert "3 answers to 1 problems, 3 of them correct." in text
+    gold = ["--dataset_name", tmp_path / "gold.jsonl"]
+    done = launch.run_forked("examples/sft.py", *gold, *size, *cpu, "--learning_rate", 0.02, "--output_dir", policy)
+    assert done.returncode == 0, done.stderr[-4000:]
+    arguments = ["--policy", policy, *gold, "--output", own, "--num_generations", "3", "--temperature", "0.1"]
+    done = launch.run([sys.executable, "examples/roll_out_calculator.py", *map(str, arguments)])
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "3 answers to 1 problems, 3 of them correct." in done.stdout
     rows = [json.loads(line) for line in own.read_text(encoding="utf-8").splitlines()]
     assert [(row["label"], row["reward"], row["question_id"]) for row in rows] == [(True, 1.0, 5)] * 3
     mask = rows[0]["action_mask"]

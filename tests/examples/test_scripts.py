@@ -43,12 +43,11 @@ def rows(tmp_path_factory):
     return folder
 
 
-def run(script, output, *arguments, processes=1, returncode=0):
-    """Runs an example; its standard output and error in one text."""
-    command = launch.accelerate_launch(processes) if processes > 1 else [sys.executable]
-    command += [f"examples/{script}.py", "--output_dir", str(output), "--use_cpu", "--bf16", "False"]
-    command += ["--report_to", "none", "--save_strategy", "no", "--logging_steps", "1", *map(str, arguments)]
-    done = launch.run(command, COLUMNS="200")
+def run(script, output, *arguments, command=None, returncode=0):
+    """Runs an example by the beginning of a command, or forked; its standard output and error in one text."""
+    run = [f"examples/{script}.py", "--output_dir", str(output), "--use_cpu", "--bf16", "False"]
+    run += ["--report_to", "none", "--save_strategy", "no", "--logging_steps", "1", *map(str, arguments)]
+    done = launch.run([*command, *run], COLUMNS="200") if command else launch.run_forked(*run, COLUMNS="200")
     assert done.returncode == returncode, done.stdout[-2000:] + done.stderr[-4000:]
     return done.stdout + done.stderr
 
@@ -69,6 +68,10 @@ def trained(output, model):
 SCRIPTS = {"multi_turn_dpo": "preference", "multi_turn_kto": "trajectory", "sft": "trajectory"}
 SMALL = ["--max_steps", "2", "--per_device_train_batch_size", "2"]
 
+# Each script starts once by the very command of a user; then forked, which spares the imports
+COMMAND = [sys.executable]
+BY_COMMAND = [("multi_turn_dpo", False), ("multi_turn_kto", True), ("sft", False)]
+
 
 # One script full and one with LoRA in the quick run, the others beside them in the slow one
 @pytest.mark.parametrize(
@@ -85,7 +88,7 @@ SMALL = ["--max_steps", "2", "--per_device_train_batch_size", "2"]
 def test_an_offline_script_leaves_a_model_that_loads(tmp_path, model, rows, script, lora):
     arguments = [*SMALL, *(LORA if lora else ["--learning_rate", "0.01"])]
     text = run(script, tmp_path, "--model_name_or_path", model, "--dataset_name", rows / f"{SCRIPTS[script]}.jsonl",
-               *arguments)  # fmt: skip
+               *arguments, command=COMMAND if (script, lora) in BY_COMMAND else None)  # fmt: skip
     assert "✅ Training completed." in text
     changed = trained(tmp_path, model)
     assert changed and (not lora or all("q_proj" in name or "v_proj" in name for name in changed))
@@ -105,7 +108,7 @@ def test_two_processes(tmp_path, model, rows):
     """The command of the docstring: each process trains on its half of the six rows, one model is saved."""
     arguments = ["--model_name_or_path", model, "--dataset_name", rows / "preference.jsonl", "--num_train_epochs", "1"]
     text = run("multi_turn_dpo", tmp_path, *arguments, "--per_device_train_batch_size", "1", "--learning_rate", "0.01",
-               processes=2)  # fmt: skip
+               command=launch.accelerate_launch(2))  # fmt: skip
     assert len(re.findall(r"'grad_norm'", text)) == 3
     assert text.count("✅ Training completed.") == 1 and text.count("tokens trained") == 2  # one pair, shown once
     assert trained(tmp_path, model)
@@ -118,7 +121,7 @@ RAFT = ["--system_prompt", "", "--num_generations", "2", "--max_turn_tokens", "8
 
 def test_raft_says_when_there_is_nothing_to_imitate(tmp_path, model):
     arguments = ["--model_name_or_path", model, "--num_prompts", "2", *RAFT, "--max_turn_tokens", "8"]
-    text = run("raft", tmp_path, *arguments, returncode=1)
+    text = run("raft", tmp_path, *arguments, command=COMMAND, returncode=1)
     assert "None of 4 rollouts is correct, so there is nothing to imitate." in text
     assert not (tmp_path / "model.safetensors").exists()
 

@@ -6,12 +6,12 @@ import json
 
 import pytest
 
-from tests.launch import accelerate_launch, run_module
+from tests.launch import run_module, torchrun
 
 
 @pytest.mark.slow
 def test_two_processes(tmp_path):
-    run_module(accelerate_launch(2), "tests.packing.distributed_run", tmp_path)
+    run_module(torchrun(2), "tests.packing.distributed_run", tmp_path)
     ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
     stock, packed, parts = ([found[arm] for found in ranks] for arm in ("stock", "packed", "parts"))
     assert stock[0]["world"] == 2

@@ -1,4 +1,4 @@
-"""Two processes by `accelerate launch` (gloo): the same numbers as one process with the batch twice as large."""
+"""Two processes (gloo): the same numbers as one process with the batch twice as large."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from tests.launch import accelerate_launch, run_module
+from tests.launch import run_module_forked
 
 from .distributed_run import CASES, main
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 def outcomes(tmp_path_factory):
     """One process's, then each of the two's; each has a result per case."""
     folder = tmp_path_factory.mktemp("distributed")
-    run_module(accelerate_launch(2), "tests.trainer.distributed_run", folder)
+    run_module_forked("tests.trainer.distributed_run", folder)
     both = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
     alone = main(tmp_path_factory.mktemp("alone"), rank=0, processes=1)
     return list(zip(alone, *both, strict=True))

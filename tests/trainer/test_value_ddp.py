@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.launch import run_module, torchrun
+from tests.launch import run_module_forked
 
 from .value_ddp_worker import CASES, main
 
@@ -19,7 +19,7 @@ def outcomes(tmp_path_factory):
     for processes in (1, 2):
         (base / str(processes)).mkdir()
     main(base / "1")
-    run_module(torchrun(2), "tests.trainer.value_ddp_worker", base / "2")
+    run_module_forked("tests.trainer.value_ddp_worker", base / "2")
     return base
 
 
