@@ -7,20 +7,20 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch import accelerate_launch, run_module, run_module_forked
+from tests.launch import run_module_forked
 
 
 pytestmark = pytest.mark.slow
 
 
-def outcomes(tmp_path):
-    """What each of two processes wrote."""
+def run_twice(module, tmp_path):
+    """What each of two processes of `module` wrote."""
+    run_module_forked(module, tmp_path)
     return [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
 
 
 def test_two_processes_share_the_rollouts_and_agree(tmp_path):
-    run_module(accelerate_launch(2), "tests.online_worker", tmp_path)
-    first, second = outcomes(tmp_path)
+    first, second = run_twice("tests.online_worker", tmp_path)
     for key in ("revision", "rows", "trajectories", "steps", "pass@1", "loaded"):
         assert first[key] == second[key]
     assert len(set(first["loaded"])) == 3 and first["loaded"][-1] == first["revision"]
@@ -38,8 +38,7 @@ def test_two_processes_resume_from_one_step_and_fail_together(tmp_path):
     for path in present:
         (tmp_path / path).mkdir(parents=True)
         (tmp_path / path / "trainer_state.json").write_text("{}")
-    run_module_forked("tests.resume_worker", tmp_path)
-    main, other = outcomes(tmp_path)
+    main, other = run_twice("tests.resume_worker", tmp_path)
 
     assert main["same"] == other["same"] == str(tmp_path / "same" / "checkpoint-4")
     assert main["empty"] is other["empty"] is None
