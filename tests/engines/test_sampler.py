@@ -27,6 +27,23 @@ def test_draws_follow_the_softmax():
     torch.testing.assert_close(logps, probs.log()[tokens])
 
 
+@pytest.mark.parametrize("size", [255, 256, 700])
+def test_a_vocabulary_of_any_size_is_drawn_from_in_order(size):
+    weights = torch.randint(4, (size,), generator=torch.Generator().manual_seed(size)).float()
+    total = int(weights.sum())
+    uniforms = (torch.arange(total) + 0.5) / total
+    tokens, logps = draw(weights.log().expand(total, size), [SamplingParams(1)] * total, uniforms)
+    assert tokens.tolist() == torch.arange(size).repeat_interleave(weights.long()).tolist()
+    torch.testing.assert_close(logps, (weights / total).log()[tokens])
+
+
+def test_a_large_vocabulary_costs_log_probabilities_no_accuracy():
+    logits = torch.randn(4, 200_000, generator=torch.Generator().manual_seed(5)) * 3
+    tokens, logps = draw(logits, [SamplingParams(1)] * 4, torch.tensor([0.1, 0.4, 0.6, 0.9]))
+    expected = logits.double().log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+    assert logps.tolist() == pytest.approx(expected.tolist(), abs=3e-6)
+
+
 def test_extreme_uniforms_never_draw_a_token_without_mass():
     logits = torch.tensor([-math.inf, 0.0, 3.0, -math.inf]).repeat(2, 1)
     tokens, _ = draw(logits, [SamplingParams(1)] * 2, torch.tensor([0.0, 1 - 2**-24]))

@@ -10,6 +10,10 @@ import torch
 from ..engine import SamplingParams
 
 
+# Entries whose sum is drawn from before one of them is: a pass over all of them costs more than a few over some
+BLOCK = 256
+
+
 class TokenSampler:
     """Samples one token per row, each row under its own [`SamplingParams`].
 
@@ -67,18 +71,56 @@ class TokenSampler:
         if self._truncated is not None:
             kept = truncate_logits(logits[self._truncated], self._top_k, self._top_p, self._log_min_p)
             logits = logits.index_copy(0, self._truncated, kept)
-        logps = logits.log_softmax(-1)
-        probs = logps.exp()
-        cdf = probs.cumsum(-1)
-        total = cdf[:, -1:]
-        # Rounding may carry u · total up to total itself, above which no token lies.
-        threshold = torch.minimum(uniforms.unsqueeze(1) * total, torch.nextafter(total, torch.zeros_like(total)))
-        # A parallel scan need not be monotone to the last bit: a truncated token must not win by a rounding error.
-        above = (cdf > threshold) & (probs > 0)
-        tokens = above.to(torch.uint8).argmax(-1, keepdim=True)
+        probs = logits.softmax(-1)
+        sums = block_sums(probs)
+        tokens = invert_cdf(probs, sums, uniforms.unsqueeze(1))
         if self._greedy is not None:
             tokens = torch.where(self._greedy, logits.argmax(-1, keepdim=True), tokens)
-        return tokens.squeeze(1), logps.gather(1, tokens).squeeze(1)
+        # Over 100,000 float32 numbers a softmax is only normalized to some 1e-5; a sum of sums is closer.
+        return tokens.squeeze(1), (probs.gather(1, tokens) / sums.sum(-1, keepdim=True)).log().squeeze(1)
+
+
+def block_sums(weights: torch.Tensor) -> torch.Tensor:
+    """Sums `(N, B)` of 256 neighbors each of `(N, V)`, of fewer in the last."""
+    count = weights.shape[1]
+    whole = count - count % BLOCK
+    sums = weights[:, :whole].unflatten(1, (-1, BLOCK)).sum(-1)
+    return sums if whole == count else torch.cat([sums, weights[:, whole:].sum(-1, keepdim=True)], dim=1)
+
+
+def invert_cdf(weights: torch.Tensor, sums: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+    """Draws one entry per row, with probabilities that are as its weights: first a block, then an entry of it.
+
+    Args:
+        weights (`torch.Tensor` of shape `(N, V)`):
+            Not negative. An entry without weight is never drawn.
+        sums (`torch.Tensor` of shape `(N, B)`):
+            Their [`block_sums`].
+        uniforms (`torch.Tensor` of shape `(N, 1)`):
+            Numbers in [0, 1].
+
+    Returns:
+        Indices `(N, 1)`; of rows with a NaN they mean nothing.
+    """
+    block, within = _invert(sums, uniforms)
+    entries = block * BLOCK + torch.arange(BLOCK, device=weights.device)
+    beyond = entries >= weights.shape[1]
+    inside = weights.gather(1, entries.masked_fill(beyond, 0)).masked_fill(beyond, 0)
+    return block * BLOCK + _invert(inside, within)[0]
+
+
+def _invert(weights: torch.Tensor, uniforms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The entry that the number falls on, and where on it, from 0 to 1; both `(N, 1)`."""
+    cdf = weights.cumsum(-1)
+    total = cdf[:, -1:]
+    # Rounding may carry u · total up to total itself, above which no entry lies.
+    threshold = torch.minimum(uniforms * total, torch.nextafter(total, torch.zeros_like(total)))
+    # A parallel scan need not be monotone to the last bit: an entry without weight must not win by a rounding error.
+    above = (cdf > threshold) & (weights > 0)
+    entry = above.to(torch.uint8).argmax(-1, keepdim=True)
+    weight = weights.gather(1, entry)
+    start = cdf.gather(1, entry) - weight
+    return entry, ((threshold - start) / weight).clamp(0, 1)
 
 
 def truncate_logits(
