@@ -290,6 +290,39 @@ def test_equal_prompts_are_read_once(model):
     assert generations[7] == run(engine, (ids, SamplingParams(4, seed=7)))[0]
 
 
+def test_equal_prompts_are_read_once_whenever_they_join(model):
+    engine = TransformersEngine(model, TOKENIZER, max_batch_size=2)
+    ids = prompt(25)
+    # One leaves at a time, so the next joins beside one that has read the prompt.
+    generations = run_held(engine, *((ids, SamplingParams(4 + seed, seed=seed)) for seed in range(6)))
+    assert engine.stats["prefilled_tokens"] == 24
+    assert generations[5] == run(TransformersEngine(model, TOKENIZER), (ids, SamplingParams(9, seed=5)))[0]
+
+
+def test_a_prompt_that_a_session_keeps_is_not_read_again(model, engine):
+    ids = prompt(30)
+    alone = run(TransformersEngine(model, TOKENIZER), (ids, SamplingParams(6, seed=2)))
+    (first,) = run(engine, (ids, SamplingParams(6, seed=1)), session="a")
+    assert run(engine, (ids, SamplingParams(6, seed=2))) == alone
+    longer = ids + first.token_ids + prompt(5, seed=8)
+    run(engine, (longer, SamplingParams(4, seed=1)), session="a")
+    before = engine.stats["prefilled_tokens"]
+    assert run(engine, (ids, SamplingParams(6, seed=2)), session="b") == alone
+    assert engine.stats["prefilled_tokens"] == before == 29 + 5
+
+
+def test_what_was_read_in_parts_is_no_source_for_a_whole_prompt(model, engine):
+    """Its last bits may be others."""
+    ids = prompt(30)
+    (first,) = run(engine, (ids, SamplingParams(6, seed=1)), session="a")
+    longer = ids + first.token_ids + prompt(5, seed=8)
+    run(engine, (longer, SamplingParams(4, seed=1)), session="a")
+    before = engine.stats["prefilled_tokens"]
+    alone = run(TransformersEngine(model, TOKENIZER), (longer, SamplingParams(6, seed=2)))
+    assert run(engine, (longer, SamplingParams(6, seed=2))) == alone
+    assert engine.stats["prefilled_tokens"] - before == len(longer) - 1
+
+
 def test_release_and_refresh_drop_caches(engine):
     ids = prompt(10)
     for name in ("a", "b", "c"):

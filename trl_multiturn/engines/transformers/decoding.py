@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,8 +12,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..engine import Generation, SamplingParams
-from .kv_cache import RetainedCaches
+from .kv_cache import RetainedCaches, RetainedRow
 from .packed_prompts import Piece
+from .prompt_readers import PromptReaders
 from .prompts import read_prompts
 from .sampler import TokenSampler
 from .slot_model import ROW_MULTIPLE, SlotModel
@@ -33,6 +34,8 @@ class DecodingRequest:
         cancelled (`bool`): nobody waits for the result any more.
         token_ids, logps (`list`): what was sampled so far.
         finish_reason (`str`, *optional*): set when the turn is over.
+        read_at_once (`int`): how many of the prompt's first tokens were read in one go, by this request or by the one
+            that they were copied from.
     """
 
     prompt_ids: list[int]
@@ -44,6 +47,7 @@ class DecodingRequest:
     token_ids: list[int] = field(default_factory=list)
     logps: list[float] = field(default_factory=list)
     finish_reason: str | None = None
+    read_at_once: int = 0
 
     def __post_init__(self) -> None:
         self.stop_ids = frozenset(self.sampling.stop_token_ids)
@@ -76,12 +80,16 @@ class DecodingRequest:
         return (self.prompt_ids + self.token_ids)[: self.position + 1]
 
 
+Source = DecodingRequest | RetainedRow | None  # what already holds the beginning of a prompt
+
+
 class DecodingBatch:
     """Rows of a [`SlotCache`] that advance together by one token per step.
 
     A joining row's prompt, but for its last token, is read in a forward pass of its own (only the part that its
     session's retained cache does not hold); the last token is then fed like any sampled one, so that every draw comes
-    from the same kind of step. Equal prompts that join together are read once.
+    from the same kind of step. A prompt that another row or a retained cache holds, read in one go as well, is copied
+    from there, which gives the same bits: the samples of a prompt read it once, whenever they join.
 
     Args:
         model (`torch.nn.Module`):
@@ -118,11 +126,13 @@ class DecodingBatch:
         self._retained = retained
         self._max_prefill_tokens = max(max_prefill_tokens, ROW_MULTIPLE)
         self._sampler: TokenSampler | None = None
+        self._readers = PromptReaders()
 
     def drop_buffers(self) -> None:
         """Frees the shared cache and the copies of weights. Only while no row is live."""
         self.slots.drop_buffers()
         self.slots.step_weights.drop()
+        self._readers.clear()
 
     def join(self, requests: Sequence[DecodingRequest]) -> None:
         """Admits requests: fills their rows from retained caches and reads the rest of their prompts.
@@ -131,39 +141,57 @@ class DecodingBatch:
             ValueError: the first time, if the model cannot be sampled from a shared cache.
         """
         self.slots.prove()
-        sources: dict[tuple[int, ...], DecodingRequest] = {}
-        copies: list[tuple[DecodingRequest, DecodingRequest]] = []
-        fresh: list[tuple[int, DecodingRequest]] = []
-        resumed = []
+        live = {_reader(request): request for request in self.rows}
+        sources: dict[DecodingRequest, tuple[Source, int]] = {}
         for request in requests:
-            retained = self._retained.pop(request.session) if request.session is not None else None
-            cached = retained.common_prefix(request.prompt_ids[:-1]) if retained else 0
-            if cached:
-                resumed.append((request, retained, cached))
-            elif (source := sources.setdefault(tuple(request.prompt_ids), request)) is not request:
-                copies.append((request, source))
-                continue
-            fresh.append((cached, request))
+            sources[request] = self._find_source(request, live)
+            live[_reader(request)] = request
         # Neighbours that read about as much share a rectangle with little padding; neighbours of similar length attend
         # together in steps.
-        packs = self.slots.packs
-        fresh.sort(key=lambda item: item[1].position - (0 if packs else item[0]))
-        first = len(self.rows)
-        self.rows += [request for _, request in fresh] + [request for request, _ in copies]
+        packs, first = self.slots.packs, len(self.rows)
+        reading = [request for request, (_, cached) in sources.items() if cached < request.position]
+        reading.sort(key=lambda request: request.position - (0 if packs else sources[request][1]))
+        self.rows += reading + [request for request, (_, cached) in sources.items() if cached >= request.position]
         self._sampler = None
-        index = {id(request): row for row, request in enumerate(self.rows[first:], start=first)}
+        index = {request: row for row, request in enumerate(self.rows)}
         longest = max(request.position for request in requests)
         cache = self.slots.cache
         cache.reserve(max(len(self.rows), ROW_MULTIPLE), longest + ROW_MULTIPLE + 1)
-        for request, retained, cached in resumed:
-            cache.attach_row(index[id(request)], retained, cached)
-        pieces = [
-            Piece(row, cached, request.prompt_ids[cached:-1])
-            for row, (cached, request) in enumerate(fresh, start=first)
-        ]
+        for request, (source, cached) in sources.items():
+            if isinstance(source, RetainedRow):
+                cache.attach_row(index[request], source, cached)
+        pieces = []
+        for row, request in enumerate(reading, start=first):
+            cached = sources[request][1]
+            pieces.append(Piece(row, cached, request.prompt_ids[cached:-1]))
         self.prefilled_tokens += read_prompts(self.slots, pieces, self._max_prefill_tokens)
-        for request, source in copies:
-            cache.copy_row(index[id(source)], index[id(request)], request.position)
+        for request, (source, cached) in sources.items():
+            if isinstance(source, DecodingRequest):
+                cache.copy_row(index[source], index[request], cached)
+
+    def _find_source(self, request: DecodingRequest, live: Mapping[Hashable, DecodingRequest]) -> tuple[Source, int]:
+        """What holds the beginning of a prompt, and how many tokens of it are copied from there."""
+        retained = self._retained.pop(request.session) if request.session is not None else None
+        cached = retained.common_prefix(request.prompt_ids[:-1]) if retained else 0
+        if retained and cached:
+            request.read_at_once = retained.read_at_once if retained.read_at_once <= cached else 0
+            return retained, cached
+        request.read_at_once = request.position
+        source, lasts = self._find_whole(request, live)
+        if request.session is not None or not lasts:
+            self._readers.note(request.prompt_ids[:-1], _reader(request))
+        return source, 0 if source is None else request.position
+
+    def _find_whole(self, request: DecodingRequest, live: Mapping[Hashable, DecodingRequest]) -> tuple[Source, bool]:
+        """What holds all that a prompt reads, read in one go, and whether that outlasts its turn."""
+        reader, count = self._readers.last(request.prompt_ids[:-1]), request.position
+        source = live.get(reader) if reader is not None else None
+        if source is not None and source.prompt_ids[:count] == request.prompt_ids[:-1]:
+            return (source, source.session is not None) if source.read_at_once == count else (None, False)
+        retained = self._retained.get(reader) if isinstance(reader, str) else None
+        if retained is not None and retained.read_at_once == count == retained.common_prefix(request.prompt_ids[:-1]):
+            return retained, True
+        return None, False
 
     def step(self) -> list[DecodingRequest]:
         """Samples one token for every row. Rows that were cancelled leave; rows whose turn is over leave and are
@@ -208,7 +236,8 @@ class DecodingBatch:
         for row in reversed(rows):
             request = self.rows[row]
             if retain and request.session is not None and not request.cancelled:
-                self._retained.put(request.session, self.slots.cache.detach_row(row, request.cached_ids()))
+                detached = self.slots.cache.detach_row(row, request.cached_ids(), request.read_at_once)
+                self._retained.put(request.session, detached)
             last = self.rows.pop()
             if last is not request:
                 self.rows[row] = last
@@ -217,3 +246,8 @@ class DecodingBatch:
         if rows:
             self._sampler = None
         return removed[::-1]
+
+
+def _reader(request: DecodingRequest) -> Hashable:
+    """Under what a request's cache is found: its session's name outlasts the turn."""
+    return request.session if request.session is not None else request

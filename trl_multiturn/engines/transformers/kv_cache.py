@@ -25,10 +25,12 @@ class RetainedRow:
     Attributes:
         token_ids (`list[int]`): the tokens whose keys and values are held.
         states (`list[torch.Tensor]`): keys and values, layer by layer, each `(len(token_ids), H, D)`.
+        read_at_once (`int`): how many of the tokens were read as one prompt, from the first on.
     """
 
     token_ids: list[int]
     states: list[torch.Tensor]
+    read_at_once: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -64,6 +66,9 @@ class RetainedCaches:
 
     def __contains__(self, session: str | None) -> bool:
         return session in self._rows
+
+    def get(self, session: str) -> RetainedRow | None:
+        return self._rows.get(session)
 
     def put(self, session: str, row: RetainedRow) -> None:
         with self._lock:
@@ -236,9 +241,10 @@ class SlotCache(Cache):
         for buffer in self.tensors():
             buffer[target, :length] = buffer[source, :length]
 
-    def detach_row(self, row: int, token_ids: list[int]) -> RetainedRow:
+    def detach_row(self, row: int, token_ids: list[int], read_at_once: int) -> RetainedRow:
         """A copy of a row that holds `token_ids`."""
-        return RetainedRow(token_ids, [buffer[row, : len(token_ids)].clone() for buffer in self.tensors()])
+        states = [buffer[row, : len(token_ids)].clone() for buffer in self.tensors()]
+        return RetainedRow(token_ids, states, read_at_once)
 
     def attach_row(self, row: int, retained: RetainedRow, length: int) -> None:
         """Fills a row with the first `length` tokens of a retained one."""
