@@ -1,13 +1,16 @@
-"""Two iterations of the online loop in one of several processes; writes what its rank ended with."""
+"""Runs of the online loop in one of several processes; writes what its rank ended with."""
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoModelForCausalLM
 
+from tests import overlap_worker
 from tests.support import byte_tokenizer, tiny_model
 from tests.test_callbacks import problems, solve
 from trl_multiturn import (
@@ -32,6 +35,15 @@ class LoadingEngine(ScriptedEngine):
 
 
 def main(folder: Path) -> None:
+    rank, outcome = int(os.environ["RANK"]), in_turns(folder / "in_turns")
+    with PythonTool() as tool:
+        outcome["ahead"] = overlap_worker.with_weights_of_its_own(folder / "ahead", tool, rank)
+    overlap_worker.over_a_copy(folder / "copied")
+    (folder / f"rank{rank}.json").write_text(json.dumps(outcome))
+
+
+def in_turns(folder: Path) -> dict[str, Any]:
+    """What the process knows of a run of two iterations."""
     tokenizer = byte_tokenizer("qwen2_5")
     args = MultiTurnDPOConfig(
         output_dir=str(folder),
@@ -59,7 +71,7 @@ def main(folder: Path) -> None:
         model = tiny_model(tokenizer)
         trainer = MultiTurnDPOTrainer(model, args=args, processing_class=tokenizer, callbacks=[generator])
         trainer.train()
-    outcome = {
+    return {
         "revision": policy_revision(model),
         "loaded": engine.loaded,
         "rows": [report.rows for report in generator.reports],
@@ -69,7 +81,6 @@ def main(folder: Path) -> None:
         "rolled_out": sorted({c.session for c in engine.calls if "evaluation" not in c.session}),
         "pass@1": generator.reports[-1].evaluation["pass@1"],
     }
-    (folder / f"rank{args.process_index}.json").write_text(json.dumps(outcome))
 
 
 if __name__ == "__main__":

@@ -19,8 +19,13 @@ def run_twice(module, tmp_path):
     return [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
 
 
-def test_two_processes_share_the_rollouts_and_agree(tmp_path):
-    first, second = run_twice("tests.online_worker", tmp_path)
+@pytest.fixture(scope="module")
+def online(tmp_path_factory):
+    return run_twice("tests.online_worker", tmp_path_factory.mktemp("online"))
+
+
+def test_two_processes_share_the_rollouts_and_agree(online):
+    first, second = online
     for key in ("revision", "rows", "trajectories", "steps", "pass@1", "loaded"):
         assert first[key] == second[key]
     assert len(set(first["loaded"])) == 3 and first["loaded"][-1] == first["revision"]
@@ -29,6 +34,21 @@ def test_two_processes_share_the_rollouts_and_agree(tmp_path):
     for share in ("rolled_out", "evaluated"):
         assert first[share] and second[share] and not set(first[share]) & set(second[share])
     assert len(first["rolled_out"]) + len(second["rolled_out"]) == 40
+
+
+def test_two_processes_roll_out_beside_the_training_with_the_policy_that_they_name(online):
+    """The worker itself asserts that both went on at once, and what an engine over a copy has sampled."""
+    first, second = (each["ahead"] for each in online)
+    for key in ("revision", "started", "lags", "said"):
+        assert first[key] == second[key]
+    started = first["started"]
+    assert len({*started, first["revision"]}) == 4 and first["lags"] == [0, 1, 1]
+    policies = zip(("0/current", "1/current", "2/current", "2/previous"), (0, 0, 1, 0), strict=True)
+    expected = [[place, started[policy]] for place, policy in policies]
+    assert first["said"] == first["sampled"] == second["sampled"] == expected
+    assert not set(first["rolled_out"]) & set(second["rolled_out"])
+    assert len(first["rolled_out"]) + len(second["rolled_out"]) == 60
+    assert first["checkpoints"] == 1  # what engines had to load earlier is gone
 
 
 def test_two_processes_resume_from_one_step_and_fail_together(tmp_path):

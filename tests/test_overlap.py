@@ -22,6 +22,8 @@ from tests.test_callbacks import (  # noqa: F401
     TOKENIZER,
     LoadingEngine,
     SleepingEngine,
+    TwoPolicies,
+    fingerprint_of,
     make_run,
     problems,
     solve,
@@ -45,6 +47,7 @@ from trl_multiturn import (
 )
 from trl_multiturn.distributed.preemption import Preempted
 from trl_multiturn.journal.run_folder import RunFolder
+from trl_multiturn.online import overlap
 from trl_multiturn.online.endings import stopped
 from trl_multiturn.rollout import Journal
 from trl_multiturn.trainer.loop.policy_copy import copy_for_sampling
@@ -349,6 +352,17 @@ def test_an_engine_with_weights_of_its_own_holds_the_earlier_ones_and_is_evaluat
     assert len(list(generator.run_folder.glob("engine_*"))) == 1
 
 
+def test_an_engine_with_room_for_two_adapters_samples_from_both_policies_at_once(tmp_path, tool):  # noqa: F811
+    engine = TwoPolicies()
+    trainer, generator, _ = lagging(tmp_path, tool, engine=engine, peft_config=LORA)
+    trainer.train()
+    first, again, second = map(fingerprint_of, engine.loaded)
+    assert first == again != second
+    assert engine.sampled == {("0/current", first), ("1/current", first), ("2/current", second), ("2/previous", first)}
+    assert engine.together
+    assert len(generator.run.engine_checkpoints()) == 1
+
+
 @pytest.mark.parametrize("peft_config", [None, LORA], ids=["full", "lora"])
 def test_a_copy_shares_only_what_is_not_trained(tmp_path, peft_config):
     trainer, _ = sampled_run(tmp_path, peft_config=peft_config)
@@ -380,15 +394,15 @@ class Unable(ScriptedEngine):
         (dict(max_policy_lag=True), "`max_policy_lag=True` is neither"),
         (dict(engine=SleepingEngine(solve, TOKENIZER)), "sleeps while the policy is trained"),
         (dict(engine=Unable(solve, TOKENIZER)), "has no `over"),
-        (dict(processes=2), "training runs in 2 processes"),
+        (dict(split=True), "splits the weights over processes"),
         (dict(trainer_class=GroupRegressionTrainer, baseline="soft_mean"), "Set `behavior_reference=True`"),
     ],
     ids=lambda value: value if isinstance(value, str) else next(iter(value)),
 )
 def test_what_cannot_overlap_is_refused_at_once(tmp_path, tool, monkeypatch, arguments, message):  # noqa: F811
     arguments = dict(arguments)
-    if processes := arguments.pop("processes", None):
-        monkeypatch.setattr(MultiTurnDPOConfig, "world_size", property(lambda self: processes))
+    if arguments.pop("split", False):
+        monkeypatch.setattr(overlap, "is_deepspeed_zero3_enabled", lambda: True)
     if baseline := arguments.pop("baseline", None):
 
         def config(**settings):

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 from torch import nn
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..concurrency import BackgroundCoroutine
 from ..distributed.main_process import on_main
 from ..distributed.pace import at_own_pace
 from ..distributed.sharding import weights_of
-from ..engines.engine import Engine, SamplesFromCopies, Sleeps
+from ..engines.engine import Engine, SamplesBeside, SamplesFromCopies, Sleeps
 from ..journal.journal import Journal
 from ..journal.run_folder import RunFolder
 from ..rollout.loop import agenerate_trajectories
@@ -25,7 +28,7 @@ from ..trainer.loop.policy_copy import copy_for_sampling, refuse_spread
 from ..trainer.loop.policy_weights import load_policy_weights, policy_revision, policy_weights, snapshot_revision
 from .plan import Beginning, plan_iteration, write_beginning
 from .report import IterationReport, Samples
-from .sampling import load_checkpoint, save_checkpoint, unwrapped_policy
+from .sampling import load_checkpoint, samples_beside, save_checkpoint, together, unwrapped_policy
 from .settings import IterationSettings
 
 
@@ -98,30 +101,43 @@ class HeldPolicy:
     Attributes:
         label (`str`): `"current"` or `"previous"`, its part in the iteration's samples.
         revision (`str`): what identifies its weights.
-        load (`Callable`): gives its weights to the engine, which it returns; blocks.
+        load (`Callable`): gives its weights to an engine, which it returns; blocks.
+        checkpoint (`Path`, *optional*): where its weights are on the disk, for an engine that loads them from there.
     """
 
     label: str
     revision: str
     load: Callable[[], Engine]
+    checkpoint: Path | None = None
 
 
-def hold_policies(engine: Engine, trainer: Any, run: RunFolder, snapshots: dict[str, Path]) -> list[HeldPolicy]:
+def hold_policies(engine: Engine, trainer: Any, run: RunFolder, snapshots: dict[str, Path]) -> list[list[HeldPolicy]]:
     """
-    Holds the policies of some snapshots, to be loaded one after another, in the order given.
+    Holds the policies of some snapshots. Those in one list are loaded one by one, and then sample together.
 
     For an engine that shares the policy's weights that is one copy in memory; for another one a checkpoint each on the
-    disk, which all processes write together.
+    disk, which all processes write together. One that has room for two adapters samples from both policies at once.
+
+    Args:
+        engine, trainer, run: as in [`run_iteration`].
+        snapshots (`dict[str, Path]`):
+            By policy, its weights; that of the current policy is the last.
     """
+    revisions = [snapshot_revision(path) for path in snapshots.values()]
     if engine.weights == "shared":
         assert isinstance(engine, SamplesFromCopies)
         copied = copy_for_sampling(trainer)
-        beside = engine.over(copied)
-        loads = [_of_copy(beside, copied, path) for path in snapshots.values()]
-    else:
-        loads = [_of_checkpoint(engine, _checkpoint_of(trainer, run, path)) for path in snapshots.values()]
-    revisions = map(snapshot_revision, snapshots.values())
-    return [HeldPolicy(*held) for held in zip(snapshots, revisions, loads, strict=True)]
+        over = engine.over(copied)
+        loads = [_of_copy(over, copied, path) for path in snapshots.values()]
+        return [[HeldPolicy(*held)] for held in zip(snapshots, revisions, loads, strict=True)]
+    folders = [_checkpoint_of(trainer, run, path) for path in snapshots.values()]
+    loads = [_of_checkpoint(engine, path, folders[0]) for path in folders]
+    policies = [HeldPolicy(*held) for held in zip(snapshots, revisions, loads, folders, strict=True)]
+    if not samples_beside(engine, trainer):
+        return [[policy] for policy in policies]
+    assert isinstance(engine, SamplesBeside)
+    *earlier, current = policies
+    return [[current, *(replace(policy, load=partial(engine.beside, str(policy.checkpoint))) for policy in earlier)]]
 
 
 def _of_copy(engine: Engine, copied: nn.Module, snapshot: Path) -> Callable[[], Engine]:
@@ -133,9 +149,9 @@ def _of_copy(engine: Engine, copied: nn.Module, snapshot: Path) -> Callable[[], 
     return load
 
 
-def _of_checkpoint(engine: Engine, checkpoint: Path) -> Callable[[], Engine]:
+def _of_checkpoint(engine: Engine, checkpoint: Path, first_needed: Path) -> Callable[[], Engine]:
     def load() -> Engine:
-        load_checkpoint(engine, checkpoint)
+        load_checkpoint(engine, checkpoint, first_needed)  # another process may have yet to load the one before
         return engine
 
     return load
@@ -152,7 +168,7 @@ class RolloutsAhead:
 
     Args:
         share ([`Share`]): what to roll out; its journal is closed here.
-        policies (`list[HeldPolicy]`): what samples, one after another.
+        policies (`list[list[HeldPolicy]]`): what samples: those of a list together, one list after another.
 
     Attributes:
         iteration (`int`): whose rollouts they are.
@@ -160,7 +176,7 @@ class RolloutsAhead:
         waited_seconds (`float`): how much of it was waited for after training.
     """
 
-    def __init__(self, share: Share, policies: list[HeldPolicy]) -> None:
+    def __init__(self, share: Share, policies: list[list[HeldPolicy]]) -> None:
         self.iteration = share.iteration
         self.seconds = self.waited_seconds = 0.0
         self._share, self._policies = share, policies
@@ -187,14 +203,22 @@ class RolloutsAhead:
         started = time.perf_counter()
         with at_own_pace(silence_limit_seconds):
             self._background.result()
+        self._forget_all_but_the_last()
         self.waited_seconds = time.perf_counter() - started
+
+    def _forget_all_but_the_last(self) -> None:
+        """Deletes the checkpoints that no process needs any more: an engine goes on with the last one."""
+        folders = sorted(held.checkpoint for together in self._policies for held in together if held.checkpoint)
+        for folder in folders[:-1]:
+            shutil.rmtree(folder, ignore_errors=True)
 
     async def _roll_out(self) -> None:
         started = time.perf_counter()
         try:
             with self._share.journal:
-                for policy in self._policies:
-                    await self._share.sample(policy.label, policy.load(), policy.revision)
+                for policies in self._policies:
+                    loaded = [(policy.label, policy.load(), policy.revision) for policy in policies]
+                    await together(*(self._share.sample(*each) for each in loaded))
         except Exception as error:
             logger.warning(
                 "The rollouts of iteration %d, which run while iteration %d trains, have failed (%s: %s). The "
@@ -301,20 +325,21 @@ def refuse_overlap(engine: Engine, trainer: Any) -> None:
         `ValueError`: naming the remedy.
     """
     name, because = type(engine).__name__, None
+    shared, split = engine.weights == "shared", trainer.is_fsdp_enabled or is_deepspeed_zero3_enabled()
     if isinstance(engine, Sleeps) and engine.sleeps_while_training:
         because = (
             f"the engine {name} sleeps while the policy is trained (`enable_sleep_mode`), so it cannot sample "
             "meanwhile. Give it a device of its own, without sleep mode"
         )
-    elif engine.weights == "shared" and not isinstance(engine, SamplesFromCopies):
+    elif shared and not isinstance(engine, SamplesFromCopies):
         because = (
             f"the engine {name} samples with the weights that are being trained and has no `over(model)`, which "
             "would build it over a copy of them. Use a `TransformersEngine` or a `VLLMServerEngine`"
         )
-    elif trainer.args.world_size > 1:
+    elif shared and split:
         because = (
-            f"training runs in {trainer.args.world_size} processes, which would have to wait for each other's steps "
-            "and rollouts at once. Train in one process, with a vLLM server (`VLLMServerEngine`) on other devices"
+            f"FSDP or DeepSpeed ZeRO-3 splits the weights over processes, so the engine {name} cannot be built over "
+            "a copy of them. Train with DDP or ZeRO-2, or sample with vLLM (`VLLMServerEngine`) on other devices"
         )
     elif trainer.needs_reference_samples:
         because = (
@@ -323,7 +348,7 @@ def refuse_overlap(engine: Engine, trainer: Any) -> None:
         )
     if because is not None:
         raise ValueError(f"`max_policy_lag=1`, but {because}; or leave `max_policy_lag` at 0.")
-    if engine.weights == "shared":
+    if shared:
         refuse_spread(unwrapped_policy(trainer))
 
 

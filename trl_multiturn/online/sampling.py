@@ -75,12 +75,18 @@ def save_checkpoint(trainer: Any, run: RunFolder) -> Path:
     return on_main_at_own_pace(write, trainer.args.ddp_timeout)
 
 
-def load_checkpoint(engine: Engine, checkpoint: Path) -> None:
-    """Has an engine load a folder, and deletes those before. The last one stays: an adapter may be loaded late."""
+def load_checkpoint(engine: Engine, checkpoint: Path, first_needed: Path | None = None) -> None:
+    """Has an engine load a folder, and deletes those before it, or before the first one that is needed besides. The
+    last one stays: an adapter may be loaded late."""
     engine.refresh(str(checkpoint))
     for folder in RunFolder(checkpoint.parent).engine_checkpoints():
-        if folder < checkpoint:
+        if folder < (first_needed or checkpoint):
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def samples_beside(engine: Engine, trainer: Any) -> bool:
+    """Whether the engine can sample from the policy and an earlier one at once: it has room for both adapters."""
+    return isinstance(engine, SamplesBeside) and engine.samples_beside and is_peft_model(unwrapped_policy(trainer))
 
 
 @dataclass(frozen=True)
@@ -101,11 +107,10 @@ class EarlierPolicy:
         Saves the adapter that the policy holds now. `None` where the engine cannot hold two policies, or the policy is
         no adapter: then both sample one after the other.
         """
-        policy = unwrapped_policy(trainer)
-        if not isinstance(engine, SamplesBeside) or not engine.samples_beside or not is_peft_model(policy):
+        if not samples_beside(engine, trainer):
             return None
         folder = run.earlier_adapter(trainer.args.process_index)
-        policy.save_pretrained(folder, state_dict=whole_state_dict(trainer))
+        unwrapped_policy(trainer).save_pretrained(folder, state_dict=whole_state_dict(trainer))
         return cls(folder, policy_revision(weights_of(trainer)))
 
     @contextmanager
