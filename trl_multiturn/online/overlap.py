@@ -339,7 +339,7 @@ def refuse_overlap(engine: Engine, trainer: Any) -> None:
     elif shared and split:
         because = (
             f"FSDP or DeepSpeed ZeRO-3 splits the weights over processes, so the engine {name} cannot be built over "
-            "a copy of them. Train with DDP or ZeRO-2, or sample with vLLM (`VLLMServerEngine`) on other devices"
+            "a copy of them. Train with DDP, or sample with vLLM (`VLLMServerEngine`) on other devices"
         )
     elif trainer.needs_reference_samples:
         because = (
