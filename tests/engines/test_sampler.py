@@ -9,7 +9,7 @@ import torch
 from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from trl_multiturn.engines.engine import SamplingParams
-from trl_multiturn.engines.transformers.sampler import TokenSampler
+from trl_multiturn.engines.transformers.sampler import TokenSampler, truncate_logits
 
 
 CPU = torch.device("cpu")
@@ -89,6 +89,19 @@ def test_the_distribution_is_that_of_transformers(kwargs):
         frequencies = torch.bincount(tokens, minlength=20) / 400
         torch.testing.assert_close(frequencies, expected[row], atol=1.01 / 400, rtol=0)
         torch.testing.assert_close(logps, expected[row].log()[tokens])
+
+
+def test_a_nucleus_of_any_size_is_found_whoever_shares_the_batch():
+    sizes, total = (1, 511, 512, 513, 8191, 8192, 8193, 20_000), 40_000
+    # The first tokens share 90 % of the mass, in some order
+    probs = torch.full((len(sizes), total), 0.1)
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(4))
+    for row, size in enumerate(sizes):
+        probs[row] /= total - size
+        probs[row, order[:size]] = 0.9 / size
+    kept = truncate_logits(probs.log(), *(torch.full((len(sizes), 1), value) for value in (0, 0.85, -math.inf)))
+    assert kept.isfinite().sum(-1).tolist() == list(sizes)
+    assert all(kept[row, order[:size]].isfinite().all() for row, size in enumerate(sizes))
 
 
 def test_rows_keep_their_own_settings():

@@ -12,6 +12,8 @@ from ..engine import SamplingParams
 
 # Entries whose sum is drawn from before one of them is: a pass over all of them costs more than a few over some
 BLOCK = 256
+# Most nuclei are no larger, and the largest logits are found in a tenth of the time of sorting all
+CANDIDATES = 512
 
 
 class TokenSampler:
@@ -141,13 +143,27 @@ def truncate_logits(
     Returns:
         `(N, V)` logits. The most probable token is always kept.
     """
-    ordered = logits.sort(-1, descending=True).values
-    last = torch.where(top_k > 0, top_k.clamp(max=logits.shape[-1]), logits.shape[-1]) - 1
-    cut = ordered.gather(1, last)
-    probs = ordered.masked_fill(ordered < cut, -math.inf).softmax(-1)
-    # The nucleus: every token before which less than `top_p` of the mass lies.
-    in_nucleus = (probs.cumsum(-1) - probs < top_p).sum(-1, keepdim=True).clamp(min=1)
-    nucleus_cut = ordered.gather(1, in_nucleus - 1)
-    cut = torch.where(top_p < 1, torch.maximum(cut, nucleus_cut), cut)
-    cut = torch.maximum(cut, ordered[:, :1] + log_min_p)
+    cut = logits.amax(-1, keepdim=True) + log_min_p
+    if (most := int(top_k.max())) > 0:
+        largest = logits.topk(min(most, logits.shape[-1])).values
+        last = largest.gather(1, (top_k - 1).clamp(0, largest.shape[1] - 1))
+        last = last.masked_fill(top_k == 0, -math.inf)
+        cut, logits = torch.maximum(cut, last), logits.masked_fill(logits < last, -math.inf)
+    if (nuclei := (top_p < 1).squeeze(1)).any():
+        cut[nuclei] = torch.maximum(cut[nuclei], nucleus_cut(logits[nuclei], top_p[nuclei], CANDIDATES))
     return logits.masked_fill(logits < cut, -math.inf)
+
+
+def nucleus_cut(logits: torch.Tensor, top_p: torch.Tensor, candidates: int) -> torch.Tensor:
+    """The least logit `(N, 1)` of each row's nucleus: of every token before which less than `top_p` of the mass lies.
+
+    Only the largest `candidates` of a row are sorted, and 16 times as many where its nucleus may be larger.
+    """
+    count = logits.shape[-1]
+    ordered = logits.topk(min(candidates, count)).values
+    probs = (ordered - logits.logsumexp(-1, keepdim=True)).exp()
+    in_nucleus = (probs.cumsum(-1) - probs < top_p).sum(-1, keepdim=True).clamp(min=1)
+    cut = ordered.gather(1, in_nucleus - 1)
+    if candidates < count and (larger := (in_nucleus == candidates).squeeze(1)).any():
+        cut[larger] = nucleus_cut(logits[larger], top_p[larger], 16 * candidates)
+    return cut
