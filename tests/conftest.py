@@ -29,6 +29,27 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("same")
 
 
+# Half a minute of slow tests and more each: they come first, as one at the end would keep one worker busy alone
+LONGEST = (
+    "test_killed_run.py",
+    "examples/test_notebooks.py",
+    "test_smollm2.py",
+    "examples/test_scripts.py",
+    "distributed/test_sharded.py",
+    "sandbox/test_attacks.py",
+    "test_several_machines.py",
+    "scripts/test_warm_start.py",
+    "examples/test_offline_values.py",
+    "typing/test_types.py",
+    "distributed/test_pace.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    ranks = {f"tests/{name}": rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.nodeid.partition("::")[0], len(ranks)))
+
+
 def _seed() -> None:
     random.seed(0)
     for name, seed in (("numpy", "random.seed"), ("torch", "manual_seed")):
