@@ -84,4 +84,5 @@ def in_turns(folder: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    for argument in sys.argv[1:]:  # one run after the other
+        main(Path(argument))
