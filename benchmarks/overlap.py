@@ -4,12 +4,14 @@ An iteration of the online loop with rollouts and training in turns, and with bo
     python benchmarks/overlap.py                                        # two engines, tools of 0 and 0.3 s a call
     python benchmarks/overlap.py --latencies 0.3 --iterations 5 --repeats 3
     python benchmarks/overlap.py --model path/to/SmolLM2-135M-Instruct --engines own
+    python benchmarks/overlap.py --engines vllm                         # where vLLM is installed
 
 The policy is trained by M-DPO on the CPU. Each of its turns is a call of a tool that sleeps; as many trajectories as
-`--at_once` are under way together (a tool with a rate limit, a pool of environments). Two engines:
+`--at_once` are under way together (a tool with a rate limit, a pool of environments). Three engines:
 
 - *elsewhere*: a scripted engine that takes `--turn_seconds` a turn and no processor, as a server on another device;
-- *the policy's own*: a `TransformersEngine`, which takes turns with the training on the same cores.
+- *the policy's own*: a `TransformersEngine`, which takes turns with the training on the same cores;
+- *vLLM*: a `VLLMEngine` in processes of its own, on the same device; it loads a checkpoint per iteration and policy.
 
 An iteration is the median wall time from the end of one training to the end of the next. The first iteration is left
 out, whose rollouts have nothing to overlap with, and the last, beside whose training nothing is rolled out. The longer
@@ -20,12 +22,14 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import hashlib
 import os
 import platform
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -55,7 +59,7 @@ CHATML = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
-NAMES = {"own": "the policy's own", "elsewhere": "elsewhere"}
+NAMES = {"own": "the policy's own", "elsewhere": "elsewhere", "vllm": "vLLM"}
 STOPS = [chr(code) for code in range(33, 127) if code % 8 == 0]  # a random policy would hardly ever end a turn
 
 
@@ -109,6 +113,19 @@ def parity(completions: list[Any], **columns: Any) -> list[float]:
     return [float(hashlib.sha256(text.encode()).digest()[0] % 2) for text in texts]
 
 
+@functools.cache
+def vllm_engine(model: str | None) -> Any:
+    """One engine for all runs, whose weights each run replaces."""
+    from trl_multiturn.engines.vllm.engine import VLLMEngine
+
+    policy, tokenizer = policy_of(model)
+    folder = tempfile.mkdtemp()
+    for part in (policy, tokenizer):
+        part.save_pretrained(folder)
+    settings = dict(max_model_len=2048, enforce_eager=True, kv_cache_memory_bytes=512 * 2**20, dtype="float32")
+    return VLLMEngine(folder, tokenizer, **settings)
+
+
 class EndsOfTraining(TrainerCallback):
     """When each iteration's training ended."""
 
@@ -127,6 +144,11 @@ def run(arguments: argparse.Namespace, engine: str, latency: float, lag: int) ->
             f"query {hashlib.sha256(f'{session}{len(prompt_text)}'.encode()).hexdigest()[: arguments.turn_tokens - 6]}"
         )
 
+    engines: dict[str, Callable[[], Any]] = {
+        "own": lambda: None,
+        "elsewhere": lambda: ScriptedEngine(script, tokenizer, latency_seconds=arguments.turn_seconds),
+        "vllm": lambda: vllm_engine(arguments.model),
+    }
     generator = ToolRolloutGenerator(
         Dataset.from_dict({"prompt": [[{"role": "user", "content": f"{i}?"}] for i in range(arguments.prompts)]}),
         tools=[waiting_tool(latency)],
@@ -143,7 +165,7 @@ def run(arguments: argparse.Namespace, engine: str, latency: float, lag: int) ->
             max_concurrent_trajectories=arguments.at_once,
         ),
         pairing=PairingConfig(filters=[], max_pairs_per_prompt=2),
-        engine=None if engine == "own" else ScriptedEngine(script, tokenizer, latency_seconds=arguments.turn_seconds),
+        engine=engines[engine](),
         max_policy_lag=lag,
     )
     with tempfile.TemporaryDirectory() as folder:
@@ -209,7 +231,7 @@ def cells(pairs: list[list[Run]]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder of a model; by default a small one with random weights")
-    parser.add_argument("--engines", nargs="+", default=["elsewhere", "own"], choices=["elsewhere", "own"])
+    parser.add_argument("--engines", nargs="+", default=["elsewhere", "own"], choices=list(NAMES))
     parser.add_argument("--latencies", nargs="+", type=float, default=[0.0, 0.3])
     parser.add_argument("--iterations", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=2)

@@ -34,6 +34,7 @@ class Meeting(ScriptedEngine, TrainerCallback):
         self.rolls_out, self.stepped = threading.Event(), threading.Event()
 
     def refresh(self, model_path: str | None = None) -> None:
+        assert model_path is not None
         if self.rank == 1 and len(self.loaded) == 2:
             end = time.monotonic() + SECONDS
             while not self.all_loaded.exists():

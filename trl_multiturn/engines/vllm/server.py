@@ -8,6 +8,7 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from secrets import token_hex
 from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
@@ -70,6 +71,7 @@ class VLLMServerEngine:
         self.processing_class = processing_class
         self._vocabulary = len(processing_class)
         self._lock = threading.Lock()
+        self._name = token_hex(4)  # no other process, nor an earlier run, has adapters of this name at the server
         self._adapters = itertools.count(1)
         self._sessions: dict[str, _Server] = {}
         self._servers = [
@@ -161,7 +163,7 @@ class VLLMServerEngine:
 
     def _new_adapter(self) -> str:
         # A new name each time: no prefix of an earlier policy is taken for this one's.
-        return f"policy-{id(self):x}-{next(self._adapters)}"
+        return f"policy-{self._name}-{next(self._adapters)}"
 
     def sleep(self, level: int = 1) -> None:
         """Frees the servers' devices while the trainer works; see [`VLLMEngine.sleep`]."""
