@@ -72,7 +72,7 @@ class TransformersEngine:
             used are dropped, and their prompts read again.
         max_prefill_tokens (`int`, *optional*):
             Most tokens, padding included, read in one forward pass. By default 16,384; on a CPU as many as leave a
-            feed-forward block's states in its caches (2,048 for 1,536 wide ones), 512 at least.
+            feed-forward block's states in its caches (1,024 for 1,536 wide ones), 512 at least.
         seed (`int`, *optional*):
             Seed of the draws for requests without one of their own; by default they differ from run to run.
         step_weights_limit_mb (`int`, *optional*, defaults to `2048`):

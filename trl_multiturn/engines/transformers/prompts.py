@@ -14,7 +14,7 @@ from .slot_model import ROW_MULTIPLE, SlotModel
 
 # Tokens of one pass over prompts, and how many bytes of states a CPU's caches hold
 MAX_PREFILL_TOKENS = 16384
-CACHED_BYTES = 12 * 2**20
+CACHED_BYTES = 6 * 2**20
 
 
 def read_prompts(slots: SlotModel, pieces: Sequence[Piece], max_tokens: int) -> int:
