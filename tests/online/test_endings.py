@@ -41,6 +41,7 @@ def test_a_stopped_run_says_where_it_was(tmp_path):
 
 SCRIPT = """
 import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored where a shell started the tests behind itself
 from tests.test_callbacks import make_run, solve
 from trl_multiturn import PythonTool
 from trl_multiturn.scripts.online import run_script
