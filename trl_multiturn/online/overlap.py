@@ -319,7 +319,7 @@ def refuse_impossible_lag(max_policy_lag: int) -> None:
 
 
 def refuse_overlap(engine: Engine, trainer: Any) -> None:
-    """Refuses `max_policy_lag=1` where engine, processes or loss do not allow it.
+    """Refuses `max_policy_lag=1` where the engine, split weights or the loss do not allow it.
 
     Raises:
         `ValueError`: naming the remedy.
