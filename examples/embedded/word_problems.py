@@ -9,7 +9,9 @@ something for preference learning to learn, and everything needed to learn it fr
 
 from __future__ import annotations
 
+import os
 import random
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from datasets import Dataset
@@ -129,7 +131,7 @@ GIVE_UP = "I do not know."
 def teacher_trajectories(problems: Dataset, seed: int) -> Dataset:
     """Lets the teacher try each problem once, running its programs in the interpreter that the policy will use.
 
-    One session serves all attempts, which is what makes thousands of them cheap. They cannot see each other: a program
+    A session serves many attempts, which is what makes thousands of them cheap. They cannot see each other: a program
     assigns `x` before it reads it, and the name on which the broken ones fail is never assigned.
 
     Args:
@@ -142,42 +144,63 @@ def teacher_trajectories(problems: Dataset, seed: int) -> Dataset:
         `Dataset` with a `messages` column: whole conversations, with the interpreter's own words as observations.
     """
     rng = random.Random(seed)
-    with Sandbox() as sandbox, sandbox.open() as session:
-        return Dataset.from_list([{"messages": _attempt(problem, rng, session)} for problem in problems])
+    attempts = [_attempt(problem, rng) for problem in problems]
+    sessions = os.cpu_count() or 1
+    with Sandbox() as sandbox, ThreadPoolExecutor(sessions) as pool:
+
+        def play(attempts: list[Attempt]) -> list[list[dict[str, str]]]:
+            with sandbox.open() as session:
+                return [attempt.play(session) for attempt in attempts]
+
+        size = max(1, -(-len(attempts) // sessions))
+        shares = [attempts[start : start + size] for start in range(0, len(attempts), size)]
+        return Dataset.from_list([{"messages": messages} for share in pool.map(play, shares) for messages in share])
 
 
-def _attempt(problem: dict, rng: random.Random, session: Session) -> list[dict[str, str]]:
-    messages = list(problem["prompt"])
+@dataclass(frozen=True)
+class Attempt:
+    """What the teacher will do about a problem.
 
-    def run(lines: list[str]) -> str:
-        code = "\n".join(lines)
-        output = session.run(code).output
-        messages.append({"role": "assistant", "content": CODE.format(code)})
-        messages.append({"role": "user", "content": OBSERVATION.format(output)})
-        return output
+    Attributes:
+        prompt (`list[dict]`): the problem.
+        programs (`list[str]`): what it runs, one turn each.
+        answer (`str`, *optional*): what it says last, unless it reads its answer off the last output.
+    """
 
-    def say(text: str) -> list[dict[str, str]]:
-        return [*messages, {"role": "assistant", "content": text}]
+    prompt: list[dict[str, str]]
+    programs: list[str]
+    answer: str | None = None
 
+    def play(self, session: Session) -> list[dict[str, str]]:
+        messages, output = list(self.prompt), ""
+        for code in self.programs:
+            output = session.run(code).output
+            messages.append({"role": "assistant", "content": CODE.format(code)})
+            messages.append({"role": "user", "content": OBSERVATION.format(output)})
+        total = output.strip("[]").split(",")[0]  # a noisy program prints a list
+        answer = ANSWER.format(total) if self.answer is None else self.answer
+        return [*messages, {"role": "assistant", "content": answer}]
+
+
+def _attempt(problem: dict, rng: random.Random) -> Attempt:
+    prompt, programs = problem["prompt"], list[str]()
     guess = ANSWER.format(problem["start"])
     if rng.random() < GIVES_UP_RATE:
-        return say(GIVE_UP)
+        return Attempt(prompt, programs, GIVE_UP)
     if rng.random() < NO_CODE_RATE:
-        return say(guess)
+        return Attempt(prompt, programs, guess)
     program = write_program(problem, rng)
     if rng.random() < CRASH_RATE:
-        run([*_broken(program, rng), "x"])
+        programs.append("\n".join([*_broken(program, rng), "x"]))
         if rng.random() > REPAIR_RATE:
-            return say(guess)
+            return Attempt(prompt, programs, guess)
     if len(program) > 2 and rng.random() < TWO_CELLS_RATE:
         half = rng.randrange(2, len(program))
-        run([*program[:half], "x"])
+        programs.append("\n".join([*program[:half], "x"]))
         program = program[half:]
-    if rng.random() < NOISE_RATE:
-        total = run([*program, "print([x] * 12)"]).strip("[]").split(",")[0]
-    else:
-        total = run([*program, "x"])
-    return say(guess if rng.random() < IGNORE_RATE else ANSWER.format(total))
+    noisy = rng.random() < NOISE_RATE
+    programs.append("\n".join([*program, "print([x] * 12)" if noisy else "x"]))
+    return Attempt(prompt, programs, guess if rng.random() < IGNORE_RATE else None)
 
 
 def write_program(problem: dict, rng: random.Random) -> list[str]:

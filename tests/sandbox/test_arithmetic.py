@@ -242,3 +242,46 @@ def test_every_cell_runs_where_the_config_says_so(forks):
             with sandbox.open(on_first_use=True) as session:
                 assert session.run("1 + 1").output == "2"
     assert len(forks) == 2
+
+
+@linux
+def test_a_session_without_a_process_opens_and_closes_on_its_callers_thread(sandbox, monkeypatch):
+    thread, known = sandbox.loop_thread(), sandbox.open(on_first_use=True)  # the first one starts the backend
+    known.run("x = 3")
+    handed_over = []
+    submit = thread.submit
+    monkeypatch.setattr(thread, "submit", lambda coroutine: handed_over.append(coroutine) or submit(coroutine))
+    session = sandbox.open(on_first_use=True)
+    assert session.run("x = 3").status == "ok"
+    session.close()
+    known.close()
+    assert not handed_over
+    with pytest.raises(RuntimeError, match="closed"):
+        session.run("x + 1")
+
+
+@linux
+def test_a_session_whose_cell_runs_is_closed_behind_it(sandbox):
+    async def close_beside_a_cell():
+        session = await sandbox.aopen(on_first_use=True)
+        cell = asyncio.create_task(session.arun("import time\ntime.sleep(0.3)\n'done'"))
+        while session._interpreter is None:  # its process is starting
+            await asyncio.sleep(0.01)
+        await session.aclose()
+        await asyncio.gather(cell, return_exceptions=True)
+        return session
+
+    session = asyncio.run(close_beside_a_cell())
+    assert session._interpreter is None and session not in sandbox._sessions
+    with pytest.raises(RuntimeError, match="closed"):
+        session.run("1")
+
+
+@linux
+def test_a_sandbox_that_is_closed_closes_sessions_without_a_process(sandbox):
+    session = sandbox.open(on_first_use=True)
+    later = sandbox.open(on_first_use=True)
+    sandbox.close()
+    for each in (session, later):
+        with pytest.raises(RuntimeError, match="closed"):
+            each.run("1")

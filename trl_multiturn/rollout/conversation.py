@@ -19,6 +19,10 @@ from .dialects.choice import choose_dialect
 from .dialects.dialect import EndsTurns, Message, Turn, WritesTools
 
 
+# Characters of answers whose ids are kept: longer ones hardly come twice
+SHORT_ANSWER = 200
+
+
 class UnrenderableHistory(RuntimeError):
     """What a user's `rewrite_history` returned cannot be rendered."""
 
@@ -57,6 +61,8 @@ class Conversation:
         # The samples of a prompt begin one after another, and most turns look alike to the template
         self._prompt_ids = lru_cache(maxsize=64)(self._render_prompt)
         self._observations_after = lru_cache(maxsize=64)(self._render_turn)
+        # Interpreters answer many trajectories alike: with a number, with the same error
+        self._short_answer = lru_cache(maxsize=1024)(self._render_answer)
         # A template that cannot answer a turn is the user's mistake, to be told before the first trajectory
         turn, observations = self._probe()
         self.observation_ids(turn, observations)
@@ -120,11 +126,11 @@ class Conversation:
         """
         calls = [_without_arguments(call) for call in turn.message.get("tool_calls") or []]
         try:
-            return self._observations_after(_stand_in(calls))(observations)
+            return self._ids_after(_stand_in(calls), observations)
         except ValueError:
             if len(calls) < 2 or images_in(observations):
                 raise
-            return self._observations_after(_stand_in(calls[:1]))(observations)
+            return self._ids_after(_stand_in(calls[:1]), observations)
 
     def rewritten(
         self, history: list[Message], observations: list[Message]
@@ -175,6 +181,15 @@ class Conversation:
 
     def _render_turn(self, skeleton: str) -> Callable[[list[Message]], list[int]]:
         return self.template.after_turn([{"role": "user", "content": "prompt"}, json.loads(skeleton)])
+
+    def _ids_after(self, skeleton: str, observations: list[Message]) -> list[int]:
+        contents = [message["content"] for message in observations]
+        if all(isinstance(content, str) for content in contents) and sum(map(len, contents)) <= SHORT_ANSWER:
+            return list(self._short_answer(skeleton, json.dumps(observations)))
+        return self._observations_after(skeleton)(observations)
+
+    def _render_answer(self, skeleton: str, observations: str) -> list[int]:
+        return self._observations_after(skeleton)(json.loads(observations))
 
     def _probe(self) -> tuple[Turn, list[Message]]:
         if self.dialect.template_tools:

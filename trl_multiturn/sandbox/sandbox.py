@@ -47,7 +47,7 @@ class Sandbox:
         self.calculator: Calculator | None = None
         self._backend: Backend | None = None
         self._thread: LoopThread | None = None
-        self._guard = threading.Lock()
+        self._guard = threading.RLock()  # a finalizer may come in between
         self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
         _sandboxes.add(self)
 
@@ -58,11 +58,11 @@ class Sandbox:
             on_first_use (`bool`, *optional*, defaults to `False`):
                 Whether its process starts with the first cell that needs one, instead of now.
         """
-        return self.loop_thread().run(self._open(on_first_use))
+        return self._open_here(on_first_use) or self.loop_thread().run(self._open(on_first_use))
 
     async def aopen(self, on_first_use: bool = False) -> Session:
         """[`Sandbox.open`] for event loops."""
-        return await self.loop_thread().wait(self._open(on_first_use))
+        return self._open_here(on_first_use) or await self.loop_thread().wait(self._open(on_first_use))
 
     def close(self) -> None:
         """Ends every session and the warm interpreter. The sandbox starts anew if it is used again."""
@@ -107,13 +107,25 @@ class Sandbox:
                     self.calculator = Calculator(self.spawn, self.config.timeout_seconds)
             return self._thread
 
+    def _open_here(self, on_first_use: bool) -> Session | None:
+        """A session without a process, on the caller's thread, where the backend is known to start."""
+        thread = self.loop_thread()
+        thread.check()
+        if not on_first_use or self._backend is None or not thread.usable:
+            return None
+        return self._remember(Session(self))
+
     async def _open(self, on_first_use: bool) -> Session:
         session = Session(self)
         if on_first_use:
             await self._started_backend()  # of which the user must know at once where it does not start
         else:
             await session._start()
-        self._sessions.add(session)
+        return self._remember(session)
+
+    def _remember(self, session: Session) -> Session:
+        with self._guard:
+            self._sessions.add(session)
         return session
 
     async def spawn(self) -> Interpreter:
@@ -132,10 +144,13 @@ class Sandbox:
 
     def forget(self, session: Session) -> None:
         """Called by a session that is closed."""
-        self._sessions.discard(session)
+        with self._guard:
+            self._sessions.discard(session)
 
     async def _close(self) -> None:
-        await asyncio.gather(*(session._close() for session in list(self._sessions)), return_exceptions=True)
+        with self._guard:
+            sessions = list(self._sessions)
+        await asyncio.gather(*(session._close() for session in sessions), return_exceptions=True)
         if self.calculator is not None:
             await self.calculator.close()
         backend, self._backend = self._backend, None

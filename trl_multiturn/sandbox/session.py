@@ -104,12 +104,12 @@ class Session:
 
     def close(self) -> None:
         """Ends the process and removes its files. Safe to call twice, and while a cell runs."""
-        if not self._closed and self._sandbox.running_thread is not None:
+        if not self._close_here():
             self._sandbox.loop_thread().run(self._close())
 
     async def aclose(self) -> None:
         """[`Session.close`] for event loops."""
-        if not self._closed and self._sandbox.running_thread is not None:
+        if not self._close_here():
             await self._sandbox.loop_thread().wait(self._close())
 
     def __enter__(self) -> Session:
@@ -156,6 +156,20 @@ class Session:
         start = time.monotonic()
         reply = begins.begin(code, self._config.timeout_seconds)
         return self._conclude(code, reply, time.monotonic() - start) if isinstance(reply, Reply) else reply
+
+    def _close_here(self) -> bool:
+        """Closes a session that has no process, unless a cell runs or waits. Returns whether it is closed."""
+        if self._closed or self._sandbox.running_thread is None:
+            return True
+        visit = Visit(self._turn)
+        try:
+            if not self._turn.try_enter(visit) or self._interpreter is not None:
+                return False
+            self._closed = True
+            self._sandbox.forget(self)
+            return True
+        finally:
+            visit.leave()
 
     def _give_up(self, thread: LoopThread, visit: Visit) -> None:
         """Sees out a visit that was interrupted, by Ctrl-C say, before the loop took it over."""

@@ -49,10 +49,10 @@ def slot_attention(
     if runs is None or kwargs.get("position_bias") is not None:
         runs = [Run(0, live, key.shape[2])]
     parts = []
+    per_row = {name: each for name, each in kwargs.items() if isinstance(each, Tensor) and each.shape[:1] == (count,)}
     for first, last, columns in runs:
         rows = slice(first, last)
-        per_row = {name for name, each in kwargs.items() if isinstance(each, Tensor) and each.shape[:1] == (count,)}
-        own = kwargs | {name: kwargs[name][rows] for name in per_row}  # e.g. a bias per row
+        own = kwargs | {name: each[rows] for name, each in per_row.items()}  # e.g. a bias per row
         mask = None if attention_mask is None else attention_mask[rows, ..., :columns]
         parts.append(_attention(module, query[rows], key[rows, :, :columns], value[rows, :, :columns], mask, **own))
     output = parts[0] if len(parts) == 1 else torch.cat(parts)

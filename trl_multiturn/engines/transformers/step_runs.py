@@ -14,8 +14,8 @@ from .kv_cache import round_up
 
 # Attention sums in lanes: with lengths rounded up to these, what is masked behind a row's own tokens changes no bit
 COLUMN_MULTIPLE = 32
-# What one more call costs, in columns of a row: some 20 µs, in which a core reads as many keys and values
-CALL_COLUMNS = 160
+# What one more call costs, in columns of a row: some 80 µs, in which a core reads as many keys and values
+CALL_COLUMNS = 400
 
 
 class Run(NamedTuple):
