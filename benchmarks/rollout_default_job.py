@@ -5,9 +5,10 @@ Rollouts of the embedded default job (`examples/iterative_multi_turn_dpo.py`): t
     python benchmarks/rollout_default_job.py --policy … --against ../earlier_checkout --repeats 3
 
 12 trajectories for each of `--prompts` word problems, with the sandbox and the verifier, by the policy that the
-example leaves in `warm_start`. The arms are processes of their own and alternate. The report says whether they gave
-the same trajectories to the last bit, log-probabilities and rewards included. CPU seconds are those of the trainer's
-process and of all that it started (interpreters, verifiers); the wall clock's depend on what else the machine does.
+example leaves in `warm_start`, as many at once as the example's configuration says. The arms are processes of their
+own and alternate. The report says whether they gave the same trajectories to the last bit, log-probabilities and
+rewards included. CPU seconds are those of the trainer's process and of all that it started (interpreters, verifiers);
+the wall clock's depend on what else the machine does.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from typing import Any
 def roll_out(policy: str, prompts: int) -> dict[str, Any]:
     """One arm, in a process of its own."""
     import torch
+    import yaml
+    from embedded.default_job import CONFIGS
     from embedded.word_problems import make_problems
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -38,9 +41,17 @@ def roll_out(policy: str, prompts: int) -> dict[str, Any]:
 
     torch.set_num_threads(1)
     tokenizer = AutoTokenizer.from_pretrained(policy)
-    engine = TransformersEngine(AutoModelForCausalLM.from_pretrained(policy).eval(), tokenizer, max_batch_size=256)
+    job = yaml.safe_load((CONFIGS / "dpo_cpu.yaml").read_text())  # of the arm's own checkout
+    model = AutoModelForCausalLM.from_pretrained(policy).eval()
+    engine = TransformersEngine(model, tokenizer, max_batch_size=job["rollout_batch_size"])
     config = RolloutConfig(
-        num_generations=12, max_turn_tokens=80, max_trajectory_tokens=256, system_prompt="", dialect="fenced", seed=42
+        num_generations=12,
+        max_turn_tokens=80,
+        max_trajectory_tokens=256,
+        system_prompt="",
+        dialect="fenced",
+        seed=42,
+        max_concurrent_trajectories=job.get("max_concurrent_trajectories", 256),
     )
     rows = make_problems(prompts, 1042)
     before, started = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
