@@ -17,6 +17,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Set
+from functools import lru_cache
 
 from .backend import Interpreter, Reply
 
@@ -48,7 +49,12 @@ def names_after(code: str, names: Set[str]) -> Set[str] | None:
     """
     if len(code) > _LONGEST or "**" in code:
         return None
-    found = set(names)
+    return _names_after(code, frozenset(names))
+
+
+@lru_cache(maxsize=4096)  # a cell is looked at several times, and samples of one problem write the same
+def _names_after(code: str, names: frozenset[str]) -> frozenset[str] | None:
+    found = names
     statement: list[Token] = []
     for line in code.split("\n"):
         tokens = _tokens(line)
@@ -81,8 +87,8 @@ def _tokens(line: str) -> list[Token] | None:
     return tokens
 
 
-def _names_after_statement(statement: list[Token], names: set[str]) -> set[str] | None:
-    assigned = {statement[0][1]} if _assigns(statement) else set()
+def _names_after_statement(statement: list[Token], names: frozenset[str]) -> frozenset[str] | None:
+    assigned = frozenset((statement[0][1],)) if _assigns(statement) else frozenset[str]()
     used = statement[len(assigned) :]
     for (kind, text), (_, following) in zip(used, [*used[1:], (None, "")], strict=False):
         if kind == "name" and text not in names and not (text in _FUNCTIONS and following == "("):
