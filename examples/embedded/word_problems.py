@@ -145,7 +145,7 @@ def teacher_trajectories(problems: Dataset, seed: int) -> Dataset:
     """
     rng = random.Random(seed)
     attempts = [_attempt(problem, rng) for problem in problems]
-    sessions = os.cpu_count() or 1
+    sessions = min(8, os.cpu_count() or 1)
     with Sandbox() as sandbox, ThreadPoolExecutor(sessions) as pool:
 
         def play(attempts: list[Attempt]) -> list[list[dict[str, str]]]:

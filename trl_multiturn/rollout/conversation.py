@@ -183,8 +183,8 @@ class Conversation:
         return self.template.after_turn([{"role": "user", "content": "prompt"}, json.loads(skeleton)])
 
     def _ids_after(self, skeleton: str, observations: list[Message]) -> list[int]:
-        contents = [message["content"] for message in observations]
-        if all(isinstance(content, str) for content in contents) and sum(map(len, contents)) <= SHORT_ANSWER:
+        texts = [text for message in observations if isinstance(text := message.get("content"), str)]
+        if len(texts) == len(observations) and sum(map(len, texts)) <= SHORT_ANSWER:
             return list(self._short_answer(skeleton, json.dumps(observations)))
         return self._observations_after(skeleton)(observations)
 
